@@ -1,0 +1,31 @@
+"""The errors Crackle raises. A leaf module: every room may use it.
+
+The message of each says what was wrong, with the value, and what to do; the API returns the same sentence as
+``fault_message``.
+"""
+
+from __future__ import annotations
+
+
+class CrackleError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class ConfigError(CrackleError):
+    """A configuration that cannot be honoured: a bad value, a missing file, a resource that is taken."""
+
+
+class StateError(CrackleError):
+    """A command that is not allowed in the microVM's present state."""
+
+
+class KvmError(CrackleError):
+    """A KVM system call failed, or the host's KVM lacks something that is needed."""
+
+
+class GuestError(CrackleError):
+    """The guest did something that ended it: a triple fault, an exit KVM could not handle."""
+
+
+class MemoryAccessError(CrackleError):
+    """A guest physical address range that is not wholly inside guest memory."""
