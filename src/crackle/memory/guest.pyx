@@ -40,6 +40,9 @@ cdef extern from "<sys/mman.h>" nogil:
 cdef extern from "<linux/mman.h>" nogil:
     enum:
         MAP_HUGE_2MB
+
+cdef extern from "<linux/memfd.h>" nogil:
+    enum:
         MFD_HUGE_2MB
 
 cdef extern from "<sys/uio.h>" nogil:
