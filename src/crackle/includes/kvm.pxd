@@ -238,7 +238,7 @@ cdef extern from "linux/kvm.h" nogil:
         uint64_t cr8
         uint64_t efer
         uint64_t apic_base
-        uint64_t interrupt_bitmap[4]
+        unsigned long long interrupt_bitmap[4]
 
     struct kvm_fpu:
         uint8_t fpr[8][16]

@@ -1,0 +1,17 @@
+"""KVM: thin, complete bindings to /dev/kvm, and the vCPU run loop. Knows nothing of devices."""
+
+from crackle.kvm.bus import Bus
+from crackle.kvm.vm import CAPABILITIES, MEM_LOG_DIRTY_PAGES, MEM_READONLY, Kvm, Vm
+from crackle.kvm.x86_64 import CPUID_FLAG_SIGNIFICANT_INDEX, CpuidEntry, Vcpu
+
+__all__ = [
+    "CAPABILITIES",
+    "CPUID_FLAG_SIGNIFICANT_INDEX",
+    "MEM_LOG_DIRTY_PAGES",
+    "MEM_READONLY",
+    "Bus",
+    "CpuidEntry",
+    "Kvm",
+    "Vcpu",
+    "Vm",
+]

@@ -1,0 +1,69 @@
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+
+from crackle.includes.kvm cimport kvm_run
+from crackle.kvm.bus cimport Bus
+
+# What other threads ask of the vCPU thread, and where it is.
+cdef enum:
+    ASK_RUN = 0
+    ASK_PAUSE = 1
+    ASK_STOP = 2
+
+cdef enum:
+    IS_NEW = 0
+    IS_RUNNING = 1
+    IS_PAUSED = 2
+    IS_STOPPED = 3
+
+# Why the run loop ended.
+cdef enum:
+    END_NONE = 0
+    END_ASKED = 1           # by stop()
+    END_RESET = 2           # the guest asked for a reset
+    END_SHUTDOWN = 3        # the guest asked to be switched off
+    END_TRIPLE_FAULT = 4    # KVM_EXIT_SHUTDOWN
+    END_FAIL_ENTRY = 5
+    END_INTERNAL_ERROR = 6
+    END_UNHANDLED = 7       # an exit reason nobody handles
+    END_IOCTL = 8           # KVM_RUN itself failed
+    END_CRASH = 9           # KVM_SYSTEM_EVENT_CRASH
+
+cdef struct exit_counts:
+    uint64_t pio_in
+    uint64_t pio_out
+    uint64_t mmio_read
+    uint64_t mmio_write
+    uint64_t interrupted
+    uint64_t ns_pio         # filled only while profiling
+    uint64_t ns_mmio
+
+cdef struct end_record:
+    int why
+    int error               # errno of KVM_RUN
+    uint32_t exit_reason
+    uint32_t suberror
+    uint32_t ndata
+    uint64_t data[16]
+
+cdef class VcpuBase:
+    cdef readonly int fd
+    cdef readonly int index
+    cdef kvm_run *run
+    cdef size_t run_size
+    cdef Bus pio
+    cdef Bus mmio
+    cdef int exit_fd
+    cdef void *sync         # struct vcpu_sync: mutex, condition, thread
+    cdef int ask
+    cdef int state
+    cdef bint joined
+    cdef readonly bint profile
+    cdef exit_counts counts
+    cdef end_record end
+    cdef int loop(self) noexcept nogil
+    cdef int handle(self) noexcept nogil
+    cdef int handle_pio(self) noexcept nogil
+    cdef request(self, int what)
+    cdef bint _wait(self, double timeout)
+    cdef int obey(self) noexcept nogil
+    cdef int ioctl(self, unsigned long request, void *argument, str what) except -1
