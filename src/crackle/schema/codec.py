@@ -1,0 +1,81 @@
+"""JSON text to a resource, with errors that name the field, the value's type and what was expected."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+
+T = TypeVar("T")
+
+_decoders: dict[type, msgspec.json.Decoder[Any]] = {}
+
+# msgspec's openings, and the words clients of this API already look for.
+_WORDING = (
+    ("Object missing required field ", "missing field "),
+    ("Object contains unknown field ", "unknown field "),
+    ("Invalid enum value ", "unknown variant "),
+)
+
+
+def decode(data: bytes, resource: type[T]) -> T:
+    """``data`` as a ``resource``; raises msgspec.DecodeError, which :func:`explain` puts into words."""
+    decoder = _decoders.get(resource)
+    if decoder is None:
+        decoder = _decoders[resource] = msgspec.json.Decoder(resource)
+    value: T = decoder.decode(data)
+    return value
+
+
+def explain(error: msgspec.DecodeError, resource: type | None = None) -> str:
+    """One phrase without a final stop: the field, what is wrong with it, and what is allowed there."""
+    text, _, path = str(error).partition(" - at ")
+    for opening, wording in _WORDING:
+        if text.startswith(opening):
+            text = wording + text.removeprefix(opening).replace("'", "`")
+            if resource is not None:
+                text += _expected(wording, resource, path.strip("`"))
+            break
+    return f"{text}, at {path}" if path else text
+
+
+def _expected(wording: str, resource: type, path: str) -> str:
+    if wording.startswith("missing"):
+        return ""
+    hint: Any = resource
+    for step in path.removeprefix("$").split(".")[1:]:
+        hint = _field_type(_struct_of(hint), step)
+    names: tuple[str, ...]
+    if wording.startswith("unknown field"):
+        struct = _struct_of(hint)
+        names = struct.__struct_encode_fields__ if struct is not None else ()
+    else:
+        names = _literals(hint)
+    quoted = [f"`{name}`" for name in names]
+    if not quoted:
+        return ""
+    if len(quoted) <= 2:
+        return f", expected {' or '.join(quoted)}"
+    return f", expected one of {', '.join(quoted)}"
+
+
+def _field_type(struct: Any, step: str) -> Any:
+    if struct is None:
+        return None
+    name, bracket, _ = step.partition("[")
+    by_encoded = dict(zip(struct.__struct_encode_fields__, struct.__struct_fields__, strict=True))
+    hint = get_type_hints(struct).get(by_encoded.get(name, ""))
+    return get_args(hint)[0] if bracket and get_args(hint) else hint
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, or the type itself."""
+    return (hint,) if get_origin(hint) in (None, Literal, list, dict) else get_args(hint)
+
+
+def _struct_of(hint: Any) -> Any:
+    return next((member for member in _members(hint) if hasattr(member, "__struct_fields__")), None)
+
+
+def _literals(hint: Any) -> tuple[str, ...]:
+    return next((get_args(member) for member in _members(hint) if get_origin(member) is Literal), ())

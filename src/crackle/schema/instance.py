@@ -1,0 +1,44 @@
+"""The microVM as an instance: what it is and what it is told to do (``/``, ``/actions``, ``/vm``, ...)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from crackle.schema._base import Resource
+
+InstanceState = Literal["Not started", "Running", "Paused"]
+
+
+class InstanceInfo(msgspec.Struct):
+    """The answer to ``GET /``."""
+
+    id: str
+    state: InstanceState
+    vmm_version: str
+    app_name: str
+
+
+class Version(msgspec.Struct):
+    """The answer to ``GET /version``; clients look for the field's name."""
+
+    firecracker_version: str
+
+
+class Action(Resource):
+    """The body of ``PUT /actions``."""
+
+    action_type: Literal["FlushMetrics", "InstanceStart", "SendCtrlAltDel"]
+
+
+class VmState(Resource):
+    """The body of ``PATCH /vm``."""
+
+    state: Literal["Paused", "Resumed"]
+
+
+class Fault(msgspec.Struct):
+    """The body of every answer that is not a success."""
+
+    fault_message: str

@@ -1,0 +1,52 @@
+"""Snapshots (``/snapshot/create``, ``/snapshot/load``)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from crackle.schema._base import Resource
+
+
+class SnapshotCreate(Resource):
+    """Host paths that take the state of the microVM and its memory."""
+
+    snapshot_path: str
+    mem_file_path: str
+    snapshot_type: Literal["Diff", "Full"] = "Full"
+
+
+class MemoryBackend(Resource):
+    """The file that holds guest memory, or the socket of the process that serves its page faults."""
+
+    backend_path: str
+    backend_type: Literal["File", "Uffd"]
+
+
+class NetworkOverride(msgspec.Struct):
+    """Another tap device for an interface of the snapshot."""
+
+    iface_id: str
+    host_dev_name: str
+
+
+class VsockOverride(msgspec.Struct):
+    """Another Unix socket for the vsock device of the snapshot."""
+
+    uds_path: str
+
+
+class SnapshotLoad(Resource):
+    """What to restore and how; exactly one of ``mem_backend`` and (deprecated) ``mem_file_path`` is given."""
+
+    snapshot_path: str
+    mem_file_path: str | None = None
+    mem_backend: MemoryBackend | None = None
+    enable_diff_snapshots: bool = False
+    track_dirty_pages: bool = False
+    resume_vm: bool = False
+    network_overrides: list[NetworkOverride] = msgspec.field(default_factory=list)
+    vsock_override: VsockOverride | None = None
+    clock_realtime: bool = False
+    huge_pages: Literal["Snapshot", "None", "Transparent", "2M"] = "Snapshot"
