@@ -1,0 +1,117 @@
+"""Moves bytes between this process's standard streams and the emulated host's ports until the command has ended."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+
+_CHUNK = 1 << 16
+
+
+class Output:
+    """One output stream of the command: passes everything on to `target` up to the end token."""
+
+    def __init__(self, source: socket.socket, target: int, token: bytes) -> None:
+        self.source = source
+        self.ended = False
+        self._target = target
+        self._token = token
+        self._held = b""
+
+    def receive(self) -> None:
+        """Take what has arrived. A tail that may be the beginning of the token is held back until more comes."""
+        chunk = self.source.recv(_CHUNK)
+        data = self._held + chunk
+        self._held = b""
+        if data.endswith(self._token):
+            self.ended = True
+            data = data[: -len(self._token)]
+        elif chunk:
+            keep = next((n for n in range(len(self._token) - 1, 0, -1) if data.endswith(self._token[:n])), 0)
+            data, self._held = data[: len(data) - keep], data[len(data) - keep :]
+        else:
+            self.ended = True
+        _write(self._target, data)
+
+
+class Input:
+    """The command's standard input: reads from `source` no faster than the other side takes it."""
+
+    def __init__(self, source: int, target: socket.socket) -> None:
+        self.source = source
+        self.target = target
+        self.pending = b""
+        self.ended = False
+        target.setblocking(False)
+
+    def read(self) -> None:
+        """Take what `source` has; at its end, say so to the other side."""
+        try:
+            self.pending = os.read(self.source, _CHUNK)
+        except OSError:
+            self.pending = b""
+        if not self.pending:
+            self.ended = True
+            self.target.shutdown(socket.SHUT_WR)
+
+    def send(self) -> None:
+        """Pass on what has been read."""
+        try:
+            self.pending = self.pending[self.target.send(self.pending) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            self.pending, self.ended = b"", True
+
+
+class Tail:
+    """The last few KiB of something that is only of interest when things go wrong; `copy` is a file for all of it."""
+
+    def __init__(self, source: socket.socket, copy: int | None = None, size: int = 8192) -> None:
+        self.source = source
+        self.ended = False
+        self.data = b""
+        self._copy = copy
+        self._size = size
+
+    def receive(self) -> None:
+        """Take what has arrived, forgetting the oldest."""
+        chunk = self.source.recv(_CHUNK)
+        if self._copy is not None:
+            _write(self._copy, chunk)
+        self.ended = not chunk
+        self.data = (self.data + chunk)[-self._size :]
+
+
+def _write(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def relay(stdin: Input, outputs: list[Output], tails: list[Tail], process: int) -> None:
+    """Move bytes until all `outputs` have ended or the process behind the pidfd `process` has."""
+    while True:
+        poll = select.poll()
+        poll.register(process, select.POLLIN)
+        readers: dict[int, Output | Tail] = {}
+        for reader in [*outputs, *tails]:
+            if not reader.ended:
+                readers[reader.source.fileno()] = reader
+                poll.register(reader.source, select.POLLIN)
+        if stdin.pending:
+            poll.register(stdin.target, select.POLLOUT)
+        elif not stdin.ended:
+            poll.register(stdin.source, select.POLLIN)
+        events = dict(poll.poll())
+        for fd, reader in readers.items():
+            if fd in events:
+                reader.receive()
+        if all(output.ended for output in outputs):
+            return
+        if stdin.pending and stdin.target.fileno() in events:
+            stdin.send()
+        elif not stdin.pending and not stdin.ended and stdin.source in events:
+            stdin.read()
+        if process in events and not any(fd in events for fd in readers):
+            return
