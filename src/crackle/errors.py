@@ -29,3 +29,11 @@ class GuestError(CrackleError):
 
 class MemoryAccessError(CrackleError):
     """A guest physical address range that is not wholly inside guest memory."""
+
+
+def os_reason(error: OSError) -> str:
+    """What the operating system said.
+
+    With the number that identifies it: ``No such file or directory (os error 2)``.
+    """
+    return f"{error.strerror or error} (os error {error.errno})"

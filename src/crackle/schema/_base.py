@@ -1,7 +1,7 @@
 """What every resource has in common: unknown fields are refused, integers have the width the API documents.
 
 A resource is a ``msgspec.Struct`` that serves as API request body, configuration-file section, library
-argument and ``GET /vm/config`` entry alike. An optional field that is not given is ``None``, written ``null``.
+argument and ``GET /vm/config`` entry alike. An optional field that is not given is ``None`` (``null``).
 """
 
 from __future__ import annotations

@@ -1,0 +1,137 @@
+"""The log: one line an event, ``2026-01-31T12:00:00.123456789 [instance:thread:LEVEL:file:line] message``.
+
+Standard output takes the lines until a file or named pipe is configured. Nothing here waits: a line that
+does not fit is dropped and counted in ``lost``.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from crackle.errors import ConfigError, os_reason
+from crackle.telemetry.sink import Sink
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from crackle.schema import LoggerConfig
+
+DEFAULT_INSTANCE_ID = "anonymous-instance"
+
+OFF, ERROR, WARNING, INFO, DEBUG, TRACE = range(6)
+_LEVELS = {
+    "off": OFF,
+    "error": ERROR,
+    "warn": WARNING,
+    "warning": WARNING,
+    "info": INFO,
+    "debug": DEBUG,
+    "trace": TRACE,
+}
+_SHOWN = ("", "ERROR", "WARN", "INFO", "DEBUG", "TRACE")
+
+
+def parse_level(text: str) -> int:
+    """The level called ``text``, in any case; raises ConfigError."""
+    level = _LEVELS.get(text.lower())
+    if level is None:
+        raise ConfigError(f"{text!r} is not a log level: use Off, Error, Warning, Info, Debug or Trace.")
+    return level
+
+
+class Logger:
+    """Writes the lines of one microVM. ``level`` is the least severe level that is written."""
+
+    __slots__ = (
+        "_module",
+        "_second",
+        "_show_level",
+        "_show_origin",
+        "_sink",
+        "_stamp",
+        "instance_id",
+        "level",
+        "lost",
+    )
+
+    def __init__(self, instance_id: str = DEFAULT_INSTANCE_ID, *, level: int = INFO, fd: int = 1) -> None:
+        self.instance_id = instance_id
+        self.level = level
+        self.lost = 0
+        self._sink = Sink(fd)
+        self._module: str | None = None
+        self._show_level = False
+        self._show_origin = False
+        self._second = -1
+        self._stamp = ""
+
+    def configure(self, config: LoggerConfig) -> None:
+        """Take over ``config``; what it leaves out stays, but the level returns to Info.
+
+        Raises ConfigError.
+        """
+        level = INFO if config.level is None else parse_level(config.level)
+        if config.log_path is not None:
+            try:
+                sink = Sink.open(config.log_path)
+            except OSError as error:
+                raise ConfigError(
+                    f"Failed to open target file: {os_reason(error)}: {config.log_path}"
+                ) from None
+            self._sink.close()
+            self._sink = sink
+        self.level = level
+        if config.show_level is not None:
+            self._show_level = config.show_level
+        if config.show_log_origin is not None:
+            self._show_origin = config.show_log_origin
+        if config.module is not None:
+            self._module = config.module
+
+    def error(self, message: str) -> None:
+        """Something failed."""
+        if self.level >= ERROR:
+            self._write(ERROR, message)
+
+    def warning(self, message: str) -> None:
+        """Something is not as it should be, and work goes on."""
+        if self.level >= WARNING:
+            self._write(WARNING, message)
+
+    def info(self, message: str) -> None:
+        """Something happened."""
+        if self.level >= INFO:
+            self._write(INFO, message)
+
+    def debug(self, message: str) -> None:
+        """Something for whoever looks for a fault."""
+        if self.level >= DEBUG:
+            self._write(DEBUG, message)
+
+    def trace(self, message: str) -> None:
+        """Everything."""
+        if self.level >= TRACE:
+            self._write(TRACE, message)
+
+    def _write(self, level: int, message: str) -> None:
+        origin = ""
+        if self._show_origin or self._module is not None:
+            frame = sys._getframe(2)
+            module = frame.f_globals.get("__name__", "")
+            if self._module is not None and not module.startswith(self._module):
+                return
+            if self._show_origin:
+                origin = f":{frame.f_code.co_filename}:{frame.f_lineno}"
+        now = time.time_ns()
+        second = now // 1_000_000_000
+        if second != self._second:
+            self._second = second
+            self._stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(second))
+        shown = f":{_SHOWN[level]}" if self._show_level else ""
+        line = f"{self._stamp}.{now % 1_000_000_000:09} [{self.instance_id}:main{shown}{origin}] {message}\n"
+        if not self._sink.write(line.encode(errors="backslashreplace")):
+            self.lost += 1
+
+    def close(self) -> None:
+        """Close the configured file; idempotent."""
+        self._sink.close()

@@ -1,0 +1,149 @@
+"""Metrics: one JSON object a line, with every name there is.
+
+And the growth of each counter since the line before.
+
+Whoever counts keeps absolute numbers: the control plane in :attr:`Metrics.counters`, devices in a source, a
+callable that returns ``{section: {name: value}}``. The difference is taken here, so a line that could not
+be written loses nothing: the next one holds its counts too.
+"""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from crackle.errors import ConfigError, CrackleError, os_reason
+from crackle.telemetry.names import PER_DEVICE, SECTIONS, STORED_NAMES, STORED_SECTIONS
+from crackle.telemetry.sink import Sink
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from crackle.schema import MetricsConfig
+
+    Section = dict[str, Any]
+    Tree = dict[str, Section]
+    Source = Callable[[], Mapping[str, Mapping[str, Any]]]
+
+# Seconds between two lines of a running microVM.
+FLUSH_PERIOD_S = 60.0
+
+
+def empty_section(name: str) -> Section:
+    """The section ``name`` with every metric at zero."""
+    return {
+        metric: {"min_us": 0, "max_us": 0, "sum_us": 0} if metric.endswith("_agg") else 0
+        for metric in SECTIONS[name].split()
+    }
+
+
+class Metrics:
+    """The metrics of one microVM, and the file or pipe that takes them once it is configured."""
+
+    def __init__(self) -> None:
+        self.counters: dict[str, dict[str, int]] = {
+            name: empty_section(name)
+            for name in (
+                "api_server",
+                "deprecated_api",
+                "get_api_requests",
+                "latencies_us",
+                "logger",
+                "patch_api_requests",
+                "put_api_requests",
+                "seccomp",
+                "signals",
+                "vmm",
+            )
+        }
+        self.sources: list[Source] = []
+        self._sink: Sink | None = None
+        self._extra: dict[str, Any] = {}
+        self._written: Tree = {}
+
+    def configure(self, config: MetricsConfig, instance_id: str) -> None:
+        """Open the destination, which can be done once; raises ConfigError."""
+        problem = "Cannot initialize the metrics system due to bad user input: "
+        if self._sink is not None:
+            raise ConfigError(f"{problem}Reinitialization of metrics not allowed.")
+        try:
+            self._sink = Sink.open(config.metrics_path)
+        except OSError as error:
+            raise ConfigError(f"{problem}{os_reason(error)}: {config.metrics_path}") from None
+        if config.emit_id:
+            self._extra["id"] = instance_id
+        if config.properties is not None:
+            self._extra["properties"] = config.properties
+
+    def collect(self) -> Tree:
+        """Every metric there is, as an absolute number."""
+        tree: Tree = {name: empty_section(name) for name in SECTIONS}
+        for name, section in self.counters.items():
+            tree[name].update(section)
+        for source in self.sources:
+            for name, given in source().items():
+                kind = _kind_of(name)
+                if name not in tree and kind is not None:
+                    tree[name] = empty_section(kind)
+                _merge(tree.setdefault(name, {}), given)
+                if kind is not None and name != kind:
+                    _merge(tree[kind], given)
+        return tree
+
+    def flush(self) -> bool:
+        """Write one line.
+
+        False if there is no destination; raises CrackleError if it did not take the line.
+        """
+        if self._sink is None:
+            return False
+        tree = self.collect()
+        line = {"utc_timestamp_ms": time.time_ns() // 1_000_000, **self._extra}
+        for name, section in tree.items():
+            line[name] = section if name in STORED_SECTIONS else _growth(section, self._written.get(name, {}))
+        if not self._sink.write(msgspec.json.encode(line) + b"\n"):
+            self.counters["logger"]["missed_metrics_count"] += 1
+            raise CrackleError("Failed to write metrics: the reader of the metrics file or pipe is behind.")
+        self._written = tree
+        return True
+
+    def close(self) -> None:
+        """Close the destination; idempotent."""
+        if self._sink is not None:
+            self._sink.close()
+
+
+def _kind_of(name: str) -> str | None:
+    return next((kind for kind in PER_DEVICE if name.startswith(f"{kind}_")), None)
+
+
+def _merge(into: Section, given: Mapping[str, Any]) -> None:
+    """Add ``given`` to ``into``: counts and sums add up.
+
+    The least non-zero minimum and the greatest maximum stay.
+    """
+    for name, value in given.items():
+        if isinstance(value, int):
+            before = into.get(name, 0)
+            if name == "max_us":
+                into[name] = max(before, value)
+            elif name == "min_us":
+                into[name] = min(before or value, value or before)
+            else:
+                into[name] = before + value
+        else:
+            _merge(into.setdefault(name, {}), value)
+
+
+def _growth(now: Section, before: Section) -> Section:
+    return {
+        name: _growth(value, before.get(name, {}))
+        if isinstance(value, dict)
+        else value
+        if name in STORED_NAMES
+        else value - before.get(name, 0)
+        for name, value in now.items()
+    }
