@@ -68,8 +68,9 @@ cdef class Bus:
     def attach_python(self, uint64_t base, uint64_t size, device):
         """Claim [base, base + size) for a device written in Python.
 
-        It has `read(offset, size) -> int` and `write(offset, size, value)`, both called on a vCPU thread under the GIL.
-        An exception there is reported as unraisable; the guest reads all ones.
+        It has `read(offset, size) -> int` and `write(offset, size, value) -> int` (what the vCPU is to do: 0 go on, 1
+        reset, 2 shut down), both called on a vCPU thread under the GIL. An exception there is reported as unraisable; the
+        guest reads all ones.
         """
         self.attach(base, size, python_handler, <void *> device, device)
 
@@ -114,16 +115,17 @@ cdef class Bus:
 
 cdef int python_handler(void *device, uint64_t offset, uint8_t *data, uint32_t size, bint is_write) noexcept with gil:
     cdef uint64_t value = 0
+    cdef int action = BUS_CONTINUE
     cdef object target = <object> <PyObject *> device
     memset(&value, 0xff, sizeof(value))
     try:
         if is_write:
             value = 0
             memcpy(&value, data, size)
-            target.write(offset, size, value)
+            action = target.write(offset, size, value)
         else:
             value = target.read(offset, size)
     finally:
         if not is_write:
             memcpy(data, &value, size)
-    return BUS_CONTINUE
+    return action

@@ -53,7 +53,7 @@ cdef class VcpuBase:
     cdef Bus pio
     cdef Bus mmio
     cdef int exit_fd
-    cdef void *sync         # struct vcpu_sync: mutex, condition, thread
+    cdef void *sync         # struct thread_sync
     cdef int ask
     cdef int state
     cdef bint joined
@@ -64,6 +64,7 @@ cdef class VcpuBase:
     cdef int handle(self) noexcept nogil
     cdef int handle_pio(self) noexcept nogil
     cdef request(self, int what)
-    cdef bint _wait(self, double timeout)
+    cdef join(self)
+    cdef bint wait_settled(self, uint64_t timeout_ns) noexcept nogil
     cdef int obey(self) noexcept nogil
     cdef int ioctl(self, unsigned long request, void *argument, str what) except -1

@@ -12,10 +12,10 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset, strerror
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport close, write
 
 from crackle.includes.kvm cimport *
+from crackle.includes.threads cimport *
 from crackle.kvm.bus cimport BUS_CONTINUE, BUS_RESET, BUS_SHUTDOWN, Bus
 
 from crackle.errors import KvmError, StateError
@@ -24,85 +24,8 @@ from crackle.errors import KvmError, StateError
 cdef extern from "<sys/ioctl.h>" nogil:
     int c_ioctl "ioctl" (int fd, unsigned long request, ...)
 
-cdef extern from * nogil:
-    """
-    #include <pthread.h>
-    #include <signal.h>
-
-    /* The one signal this package uses: it does nothing but make KVM_RUN return. */
-    #define KICK_SIGNAL (SIGRTMIN + 1)
-
-    struct vcpu_sync {
-        pthread_mutex_t mutex;
-        pthread_cond_t changed;
-        pthread_t thread;
-    };
-
-    static void kick_handler(int signal) { (void) signal; }
-
-    static void install_kick_handler(void) {
-        struct sigaction action = { .sa_handler = kick_handler };
-        sigemptyset(&action.sa_mask);
-        sigaction(KICK_SIGNAL, &action, NULL);
-    }
-
-    static void init_sync(struct vcpu_sync *sync) {
-        pthread_condattr_t attributes;
-        pthread_mutex_init(&sync->mutex, NULL);
-        pthread_condattr_init(&attributes);
-        pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-        pthread_cond_init(&sync->changed, &attributes);
-        pthread_condattr_destroy(&attributes);
-    }
-
-    /* Starts a thread that gets no signal but the kick, so that the process's signals reach its main thread. */
-    static int start_thread(struct vcpu_sync *sync, void *(*entry)(void *), void *argument, const char *name) {
-        pthread_attr_t attributes;
-        sigset_t blocked, before;
-        int error;
-        sigfillset(&blocked);
-        sigdelset(&blocked, KICK_SIGNAL);
-        pthread_attr_init(&attributes);
-        pthread_attr_setstacksize(&attributes, 256 << 10);
-        pthread_sigmask(SIG_SETMASK, &blocked, &before);
-        error = pthread_create(&sync->thread, &attributes, entry, argument);
-        pthread_sigmask(SIG_SETMASK, &before, NULL);
-        if (!error)
-            pthread_setname_np(sync->thread, name);
-        pthread_attr_destroy(&attributes);
-        return error;
-    }
-
-    #define load_acquire(place) __atomic_load_n(place, __ATOMIC_ACQUIRE)
-    #define store_release(place, value) __atomic_store_n(place, value, __ATOMIC_SEQ_CST)
-    #define clear_flag(place) __atomic_store_n(place, 0, __ATOMIC_SEQ_CST)
-    """
-    ctypedef struct pthread_mutex_t:
-        int _
-    ctypedef struct pthread_cond_t:
-        int _
-    ctypedef unsigned long pthread_t
-    struct vcpu_sync:
-        pthread_mutex_t mutex
-        pthread_cond_t changed
-        pthread_t thread
-    enum:
-        KICK_SIGNAL
-    void install_kick_handler()
-    void init_sync(vcpu_sync *sync)
-    int start_thread(vcpu_sync *sync, void *(*entry)(void *) noexcept nogil, void *argument, const char *name)
-    int pthread_mutex_lock(pthread_mutex_t *)
-    int pthread_mutex_unlock(pthread_mutex_t *)
-    int pthread_mutex_destroy(pthread_mutex_t *)
-    int pthread_cond_wait(pthread_cond_t *, pthread_mutex_t *)
-    int pthread_cond_timedwait(pthread_cond_t *, pthread_mutex_t *, const timespec *)
-    int pthread_cond_broadcast(pthread_cond_t *)
-    int pthread_cond_destroy(pthread_cond_t *)
-    int pthread_kill(pthread_t, int)
-    int pthread_join(pthread_t, void **)
-    int load_acquire(int *place)
-    void store_release(int *place, int value)
-    void clear_flag(uint8_t *place)
+cdef enum:
+    KICK_AGAIN_NS = 20_000_000
 
 install_kick_handler()
 
@@ -118,12 +41,6 @@ END_NAMES = {
     END_IOCTL: "run-failed",
     END_CRASH: "crash",
 }
-
-
-cdef uint64_t now_ns() noexcept nogil:
-    cdef timespec t
-    clock_gettime(CLOCK_MONOTONIC, &t)
-    return <uint64_t> t.tv_sec * 1_000_000_000 + <uint64_t> t.tv_nsec
 
 
 cdef void *thread_entry(void *argument) noexcept nogil:
@@ -143,10 +60,10 @@ cdef class VcpuBase:
         self.index = index
         self.exit_fd = -1
         self.run_size = run_size
-        self.sync = calloc(1, sizeof(vcpu_sync))
+        self.sync = calloc(1, sizeof(thread_sync))
         if self.sync == NULL:
             raise MemoryError
-        init_sync(<vcpu_sync *> self.sync)
+        init_sync(<thread_sync *> self.sync)
         cdef void *page = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
         if page == MAP_FAILED:
             raise KvmError(f"cannot map the kvm_run page of vCPU {index}: {strerror(errno).decode()}")
@@ -154,16 +71,13 @@ cdef class VcpuBase:
 
     def __dealloc__(self):
         if self.state != IS_NEW and not self.joined:
-            self.request(ASK_STOP)
-            with nogil:
-                pthread_join((<vcpu_sync *> self.sync).thread, NULL)
+            self.join()
         if self.run != NULL:
             munmap(self.run, self.run_size)
         if self.fd >= 0:
             close(self.fd)
         if self.sync != NULL:
-            pthread_cond_destroy(&(<vcpu_sync *> self.sync).changed)
-            pthread_mutex_destroy(&(<vcpu_sync *> self.sync).mutex)
+            destroy_sync(<thread_sync *> self.sync)
             free(self.sync)
 
     def close(self):
@@ -189,7 +103,7 @@ cdef class VcpuBase:
     # -- the loop ------------------------------------------------------------------------------------------------
 
     cdef int loop(self) noexcept nogil:
-        cdef vcpu_sync *sync = <vcpu_sync *> self.sync
+        cdef thread_sync *sync = <thread_sync *> self.sync
         cdef int result, error
         cdef uint64_t one = 1
         while True:
@@ -218,7 +132,7 @@ cdef class VcpuBase:
 
     cdef int obey(self) noexcept nogil:
         """Do what another thread asked. Nonzero when the loop must end."""
-        cdef vcpu_sync *sync = <vcpu_sync *> self.sync
+        cdef thread_sync *sync = <thread_sync *> self.sync
         cdef bint stop
         pthread_mutex_lock(&sync.mutex)
         while self.ask == ASK_PAUSE:
@@ -325,16 +239,23 @@ cdef class VcpuBase:
         self.run.immediate_exit = paused
         self.state = IS_RUNNING
         name = f"vcpu {self.index}".encode()
-        error = start_thread(<vcpu_sync *> self.sync, thread_entry, <void *> self, name)
+        error = start_thread(<thread_sync *> self.sync, thread_entry, <void *> self, name)
         if error:
             self.state = IS_NEW
             raise KvmError(f"cannot start the thread of vCPU {self.index}: {strerror(error).decode()}")
 
+    cdef join(self):
+        self.request(ASK_STOP)
+        with nogil:
+            self.wait_settled(<uint64_t> -1 >> 1)
+            pthread_join((<thread_sync *> self.sync).thread, NULL)
+        self.joined = True
+
     cdef request(self, int what):
-        cdef vcpu_sync *sync = <vcpu_sync *> self.sync
+        cdef thread_sync *sync = <thread_sync *> self.sync
         with nogil:
             pthread_mutex_lock(&sync.mutex)
-            store_release(&self.ask, what)
+            store_ordered(&self.ask, what)
             if self.state != IS_STOPPED:
                 if what != ASK_RUN:
                     self.run.immediate_exit = 1
@@ -349,22 +270,28 @@ cdef class VcpuBase:
 
     def wait_paused(self, double timeout=10.0):
         """Wait until the vCPU is paused or has ended. KvmError after `timeout` seconds."""
-        if not self._wait(timeout):
+        cdef bint done
+        cdef uint64_t timeout_ns = <uint64_t> (timeout * 1e9)
+        with nogil:
+            done = self.wait_settled(timeout_ns)
+        if not done:
             raise KvmError(f"vCPU {self.index} did not pause within {timeout:g} s")
 
-    cdef bint _wait(self, double timeout):
-        cdef vcpu_sync *sync = <vcpu_sync *> self.sync
-        cdef timespec until
-        cdef uint64_t end = now_ns() + <uint64_t> (timeout * 1e9)
-        cdef bint done = self.state == IS_NEW
-        until.tv_sec, until.tv_nsec = <long> (end // 1_000_000_000), <long> (end % 1_000_000_000)
-        with nogil:
-            pthread_mutex_lock(&sync.mutex)
-            while not done:
-                done = self.state == IS_PAUSED or self.state == IS_STOPPED
-                if not done and pthread_cond_timedwait(&sync.changed, &sync.mutex, &until):
-                    break
-            pthread_mutex_unlock(&sync.mutex)
+    cdef bint wait_settled(self, uint64_t timeout_ns) noexcept nogil:
+        """Wait until the vCPU is paused or has ended. False when `timeout_ns` passed first."""
+        cdef thread_sync *sync = <thread_sync *> self.sync
+        cdef uint64_t end = now_ns() + timeout_ns
+        cdef bint done
+        pthread_mutex_lock(&sync.mutex)
+        while True:
+            done = self.state == IS_PAUSED and self.ask == ASK_PAUSE or self.state in (IS_NEW, IS_STOPPED)
+            if done or now_ns() >= end:
+                break
+            # A kick may have come just before a device's write to a full pipe: kick again until it is heard.
+            if wait_changed(sync, KICK_AGAIN_NS):
+                self.run.immediate_exit = 1
+                pthread_kill(sync.thread, KICK_SIGNAL)
+        pthread_mutex_unlock(&sync.mutex)
         return done
 
     def pause(self, double timeout=10.0):
@@ -381,10 +308,7 @@ cdef class VcpuBase:
         """End the thread, wherever it is, and wait for it. Idempotent."""
         if self.state == IS_NEW or self.joined:
             return
-        self.request(ASK_STOP)
-        with nogil:
-            pthread_join((<vcpu_sync *> self.sync).thread, NULL)
-        self.joined = True
+        self.join()
 
     @property
     def status(self):

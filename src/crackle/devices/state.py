@@ -1,0 +1,27 @@
+"""What the legacy devices save in a snapshot."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class SerialState(msgspec.Struct, frozen=True, kw_only=True):
+    """Registers of the 16550A and the input that the guest has not read yet."""
+
+    ier: int
+    lcr: int
+    mcr: int
+    scratch: int
+    fifo_control: int
+    divisor: int
+    thr_pending: bool
+    received: bytes
+
+
+class I8042State(msgspec.Struct, frozen=True, kw_only=True):
+    """Registers of the keyboard controller and the bytes waiting in its output buffer."""
+
+    control: int
+    output_port: int
+    command: int
+    pending: bytes
