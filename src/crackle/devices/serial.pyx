@@ -9,6 +9,7 @@ The caller keeps the two descriptors open until the machine is stopped, and clos
 
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memset
 from posix.unistd cimport read, write
 
 from crackle.devices.iothread cimport IoThread, event_source
@@ -99,6 +100,22 @@ cdef class Serial:
         taken = self.used - before
         pthread_mutex_unlock(&self.lock)
         return taken
+
+    cdef int access(self, uint64_t offset, uint8_t *data, uint32_t size, bint is_write) noexcept nogil:
+        pthread_mutex_lock(&self.lock)
+        # The registers are one byte wide; a wider access, which no real guest makes, reaches the first only.
+        if is_write:
+            self.store(offset, data[0])
+        else:
+            memset(data, 0, size)
+            data[0] = self.load(offset)
+        pthread_mutex_unlock(&self.lock)
+        return BUS_CONTINUE
+
+    cdef void ready(self) noexcept nogil:
+        pthread_mutex_lock(&self.lock)
+        self.fill()
+        pthread_mutex_unlock(&self.lock)
 
     # -- with the lock held --------------------------------------------------------------------------------------
 
@@ -270,22 +287,8 @@ cdef class Serial:
 
 
 cdef int serial_access(void *device, uint64_t offset, uint8_t *data, uint32_t size, bint is_write) noexcept nogil:
-    cdef Serial serial = <Serial> device
-    cdef uint32_t i
-    pthread_mutex_lock(&serial.lock)
-    # The registers are one byte wide; a wider access, which no real guest makes, reaches the first only.
-    if is_write:
-        serial.store(offset, data[0])
-    else:
-        for i in range(size):
-            data[i] = 0
-        data[0] = serial.load(offset)
-    pthread_mutex_unlock(&serial.lock)
-    return BUS_CONTINUE
+    return (<Serial> device).access(offset, data, size, is_write)
 
 
 cdef void serial_input(void *context, uint32_t events) noexcept nogil:
-    cdef Serial serial = <Serial> context
-    pthread_mutex_lock(&serial.lock)
-    serial.fill()
-    pthread_mutex_unlock(&serial.lock)
+    (<Serial> context).ready()
