@@ -1,0 +1,129 @@
+"""The files of the Linux guests: one tree of busybox and a few scripts, made into a disk image or an initial RAM disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+
+from . import cache, cpio, debian
+
+ROOTFS = Path(__file__).resolve().parents[2] / "guest" / "rootfs"
+PAYLOAD_SIZE = 8 << 20
+IMAGE_SIZE = 64 << 20
+DIRECTORIES = ("bin", "sbin", "usr/bin", "usr/sbin", "dev", "etc", "proc", "sys", "tmp", "run", "mnt", "root", "data")
+# Fixed, so that the same inputs give the same image.
+UUID = "c4ac91e0-0000-4000-8000-000000000001"
+TIME = "1700000000"
+
+
+def busybox() -> Path:
+    """Debian's statically linked busybox."""
+    return debian.unpacked("busybox-static") / "bin" / "busybox"
+
+
+def payload() -> bytes:
+    """The file that the guest's demo job hashes: looks random, is always the same."""
+    return hashlib.shake_256(b"crackle payload").digest(PAYLOAD_SIZE)
+
+
+def _applets() -> list[str]:
+    listed = subprocess.run([busybox(), "--list-full"], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return [name for name in listed.split() if name not in ("bin/busybox", "linuxrc")]
+
+
+def base_files() -> dict[str, bytes]:
+    """The executable files of every guest, by path; configuration is executable too, which does not matter."""
+    return {
+        "bin/busybox": busybox().read_bytes(),
+        "bin/demo": (ROOTFS / "demo").read_bytes(),
+        "etc/init.d/rcS": (ROOTFS / "rcS").read_bytes(),
+        "etc/inittab": (ROOTFS / "inittab").read_bytes(),
+        "etc/passwd": b"root::0:0:root:/root:/bin/sh\n",
+        "etc/group": b"root:x:0:\n",
+        "etc/profile": b"export PATH=/bin:/sbin:/usr/bin:/usr/sbin\n",
+    }
+
+
+def tree_key() -> str:
+    """Changes when anything that goes into the images does."""
+    here = Path(__file__)
+    files = (part for item in base_files().items() for part in item)
+    return cache.key(here, here.with_name("cpio.py"), *files)
+
+
+def archive() -> cpio.Archive:
+    """The tree as an unfinished cpio archive, to which more may be added. `/init` starts busybox's init."""
+    made = cpio.Archive()
+    for directory in DIRECTORIES:
+        made.directory(directory)
+    made.character_device("dev/console", 5, 1)
+    for path, content in base_files().items():
+        made.file(path, content, 0o755)
+    for applet in _applets():
+        made.symlink(applet, "/bin/busybox")
+    return made
+
+
+def initramfs() -> Path:
+    """An uncompressed initial RAM disk that is the whole user space."""
+
+    def make(path: Path) -> None:
+        cache.progress("making the initramfs")
+        made = archive()
+        made.symlink("init", "/sbin/init")
+        path.write_bytes(made.finish())
+
+    return cache.made(cache.cache_dir() / "guest" / f"initramfs-{tree_key()}.cpio", make)
+
+
+def payload_file() -> Path:
+    """`/data/payload` of the disk image, as a file on the host."""
+    path = cache.cache_dir() / "guest" / f"payload-{cache.key('payload', str(PAYLOAD_SIZE))}"
+    return cache.made(path, lambda temporary: _fill(temporary, payload()))
+
+
+def _fill(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def ext4() -> Path:
+    """A root disk: ext4 without partitions. Copy it before a guest writes to it."""
+
+    def make(path: Path) -> None:
+        cache.progress("making the ext4 root disk")
+        staging = path.with_name(path.name + ".tree")
+        cache.remove(staging)
+        try:
+            _stage(staging)
+            _mke2fs(path, staging)
+        finally:
+            cache.remove(staging)
+
+    return cache.made(cache.cache_dir() / "guest" / f"root-{tree_key()}.ext4", make)
+
+
+def _stage(staging: Path) -> None:
+    for directory in DIRECTORIES:
+        (staging / directory).mkdir(parents=True, exist_ok=True)
+    for name, content in base_files().items():
+        path = staging / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        path.chmod(0o755)
+    for applet in _applets():
+        (staging / applet).symlink_to("/bin/busybox")
+    (staging / "data" / "payload").write_bytes(payload())
+    when = int(TIME)
+    for path in [staging, *staging.rglob("*")]:
+        os.utime(path, (when, when), follow_symlinks=False)
+
+
+def _mke2fs(image: Path, staging: Path) -> None:
+    options = f"hash_seed={UUID},root_owner=0:0,lazy_itable_init=0,nodiscard"
+    command = ["mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-L", "crackle", "-U", UUID, "-E", options]
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    environment = os.environ | {"E2FSPROGS_FAKE_TIME": TIME, "SOURCE_DATE_EPOCH": TIME, "PATH": path}
+    size = str(IMAGE_SIZE // 4096)
+    subprocess.run([*command, "-d", staging, image, size], check=True, env=environment, stdout=subprocess.DEVNULL)
