@@ -45,7 +45,7 @@ long_mode:
     mov     $kernel_stack_top, %esp
     pushq   $USER_DATA
     pushq   $user_stack_top
-    pushq   $2                          /* RFLAGS: interrupts off */
+    pushq   $0x3002                     /* RFLAGS: interrupts off; I/O privilege level 3, for hosts that heed no bitmap */
     pushq   $USER_CODE
     pushq   $user_entry
     iretq
@@ -72,7 +72,7 @@ ap_long_mode:
     lea     -8192(%rax), %rax
     pushq   $USER_DATA
     pushq   %rax
-    pushq   $2
+    pushq   $0x3002
     pushq   $USER_CODE
     pushq   $ap_user_entry
     iretq

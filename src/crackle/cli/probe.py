@@ -223,8 +223,9 @@ def _run(kvm: Kvm, program: bytes) -> tuple[Trace, str]:
                 entry = ENTRY[SYSCALL_ENTRY]
                 vcpu.set_msrs({star: SYSRET_BASE << 48 | KERNEL_CODE << 32, lstar: entry, fmask: 0x200})
                 registers = dict.fromkeys(vcpu.get_regs(), 0)
-                interrupts = 0x200 if user else 0
-                registers |= {"rip": ENTRY[program], "rflags": 2 | interrupts}
+                # Ports are open to CPL 3 by I/O privilege level 3 and by the bitmap: some heed only one.
+                interrupts_and_ports = 0x3200 if user else 0
+                registers |= {"rip": ENTRY[program], "rflags": 2 | interrupts_and_ports}
                 vcpu.set_regs(registers | {"rsp": USER_STACK if user else KERNEL_STACK})
                 pio = Bus("pio")
                 pio.attach_python(REPORTS, 16, trace)
