@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from struct import pack
 
+_NAME_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
+
 ARG0 = b"\x68"
 END_TAG = b"\x79\0"
 """Ends a resource template; a checksum of 0 counts as correct (6.4.2.9)."""
@@ -29,15 +31,11 @@ def name_string(path: str) -> bytes:
     (20.2.2).
     """
     root = b"\\" if path.startswith("\\") else b""
-    segments = [segment.ljust(4, "_").encode("ascii") for segment in path.removeprefix("\\").split(".")]
-    for segment in segments:
-        if (
-            len(segment) != 4
-            or not segment.replace(b"_", b"A").isalnum()
-            or segment[:1].isdigit()
-            or segment.upper() != segment
-        ):
+    segments = []
+    for segment in path.removeprefix("\\").split("."):
+        if not 1 <= len(segment) <= 4 or segment[0].isdigit() or not _NAME_CHARACTERS.issuperset(segment):
             raise ValueError(f"{path!r} is no AML name")
+        segments.append(segment.ljust(4, "_").encode("ascii"))
     if len(segments) == 1:
         return root + segments[0]
     if len(segments) == 2:

@@ -10,7 +10,6 @@
 0x0009_fc00    MP table, ACPI tables                 0x1_0000_0000  RAM from 4 GiB to 256 GiB
 0x000e_0000    RSDP                                  0x80_0000_0000 RAM from 512 GiB to 1 TiB
 ```
-
 """
 
 from __future__ import annotations

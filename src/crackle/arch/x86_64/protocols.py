@@ -25,7 +25,17 @@ class CpuidEntry(Protocol):
     def ecx(self) -> int: ...
     @property
     def edx(self) -> int: ...
-    def _replace(self, **fields: int) -> Self: ...
+    def _replace(
+        self,
+        *,
+        function: int = ...,
+        index: int = ...,
+        flags: int = ...,
+        eax: int = ...,
+        ebx: int = ...,
+        ecx: int = ...,
+        edx: int = ...,
+    ) -> Self: ...
 
 
 class Vcpu(Protocol):
