@@ -23,6 +23,7 @@ cdef class GuestMemory:
     cdef readonly tuple regions
     cdef readonly uint64_t size
     cdef int memfd
+    cdef readonly bint tracking
     cdef uint8_t *_checked(self, gpa, size) except NULL
     # Host address of [gpa, gpa + size), or NULL unless the whole range is inside one region.
     cdef uint8_t *span(self, uint64_t gpa, uint64_t size) noexcept nogil

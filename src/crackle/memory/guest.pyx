@@ -194,7 +194,7 @@ cdef class GuestMemory:
         cdef int i
         cdef region_t *r
         cdef uint64_t page, last
-        if size == 0:
+        if size == 0 or not self.tracking:
             return
         for i in range(self.count):
             r = &self.table[i]
@@ -258,9 +258,9 @@ cdef class GuestMemory:
     # -- dirty pages ---------------------------------------------------------------------------------------------
 
     def track_dirty(self, bint enable):
-        """Start (all clean) or stop noting the pages that the VMM itself writes."""
+        """Start (all clean) or stop noting the pages that the VMM itself writes. No device runs meanwhile."""
         cdef int i
-        cdef Region region
+        self.tracking = False
         for i in range(self.count):
             free(self.table[i].dirty)
             self.table[i].dirty = NULL
@@ -268,6 +268,7 @@ cdef class GuestMemory:
                 self.table[i].dirty = <uint64_t *> calloc((self.table[i].size >> (PAGE_SHIFT + 6)) + 1, 8)
                 if self.table[i].dirty == NULL:
                     raise MemoryError("no memory for the dirty bitmap")
+        self.tracking = enable
 
     def take_dirty(self, int index):
         """The bitmap of pages written by the VMM in region `index` since the last call, little-endian, bit 0 the first

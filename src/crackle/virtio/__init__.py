@@ -1,0 +1,1 @@
+"""virtio: the split virtqueue, the MMIO transport, and one file per device."""

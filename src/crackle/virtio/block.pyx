@@ -1,0 +1,290 @@
+"""virtio-block (virtio 1.2, section 5.2): a disk backed by a file or a block device.
+
+One queue. Requests are served on the I/O thread, one after the other, by `preadv` and `pwritev` straight between the file
+and guest memory. Owns the descriptor of the backing file.
+"""
+
+from libc.errno cimport EINTR, errno
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset, strerror
+from posix.unistd cimport close
+
+from crackle.includes.threads cimport *
+from crackle.includes.virtio cimport *
+from crackle.memory.guest cimport GuestMemory
+from crackle.virtio.device cimport VirtioDevice
+from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_EMPTY, Virtqueue, chain, gather, iovec, scatter
+
+import os
+import stat
+
+from crackle.errors import ConfigError
+
+
+cdef extern from "<sys/uio.h>" nogil:
+    ssize_t preadv(int fd, const iovec *iov, int count, long offset)
+    ssize_t pwritev(int fd, const iovec *iov, int count, long offset)
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t pread(int fd, void *buffer, size_t size, long offset)
+    ssize_t pwrite(int fd, const void *buffer, size_t size, long offset)
+    int fdatasync(int fd)
+
+cdef enum:
+    SECTOR = 512
+    SECTOR_SHIFT = 9
+    QUEUE_SIZE = 256
+    # A request is a header, the data and a status byte: what remains of a chain for data (5.2.4, seg_max).
+    SEG_MAX = QUEUE_SIZE - 2
+    HEADER = 16
+    # A driver that never stops submitting must not keep the I/O thread from other devices.
+    MAX_BATCH = 4 * QUEUE_SIZE
+
+BLKGETSIZE64 = 0x80081272   # linux/fs.h
+
+
+cdef struct latency:
+    uint64_t min_us
+    uint64_t max_us
+    uint64_t sum_us
+
+
+cdef void note_latency(latency *l, uint64_t us) noexcept nogil:
+    if us < l.min_us or l.sum_us == 0:
+        l.min_us = us
+    l.max_us = max(l.max_us, us)
+    l.sum_us += us
+
+
+cdef open_backing(str path, bint read_only):
+    """(descriptor, size in bytes) of a regular file or block device; ConfigError otherwise."""
+    try:
+        fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(f"cannot open the drive's file {path}: {error.strerror}") from None
+    try:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise ConfigError(f"cannot use {path} as a drive: it is neither a regular file nor a block device")
+        return fd, os.lseek(fd, 0, os.SEEK_END)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+cdef class Block(VirtioDevice):
+    """A disk.
+
+    path: backing file or block device; its size in whole 512-byte sectors is the disk's, a remainder is out of reach.
+    read_only: the guest cannot write, and the file is opened for reading only.
+    writeback: offer FLUSH and honour it with fdatasync; without it the guest is told that writes are stable when they
+    are answered, and they are only as stable as the host's page cache (Firecracker's "Unsafe").
+    Raises ConfigError when the file cannot be used.
+    """
+
+    cdef int fd
+    cdef uint64_t sectors
+    cdef readonly bint read_only, writeback
+    cdef readonly str path
+    cdef uint8_t serial[VIRTIO_BLK_ID_BYTES]
+    cdef chain request
+    cdef readonly uint64_t read_bytes, write_bytes, read_count, write_count, flush_count
+    cdef readonly uint64_t execute_fails, invalid_requests, empty_events, updates, update_fails
+    cdef latency reads, writes
+
+    def __cinit__(self, *args, **kwargs):
+        self.fd = -1
+
+    def __init__(self, GuestMemory memory, str path, *, bint read_only=False, bint writeback=False):
+        cdef uint64_t features = <uint64_t> 1 << VIRTIO_BLK_F_SEG_MAX
+        self.read_only, self.writeback = read_only, writeback
+        if read_only:
+            features |= <uint64_t> 1 << VIRTIO_BLK_F_RO
+        if writeback:
+            features |= <uint64_t> 1 << VIRTIO_BLK_F_FLUSH
+        self.set_up(VIRTIO_ID_BLOCK, features, (QUEUE_SIZE,))
+        self.config_size = sizeof(virtio_blk_config)
+        self.use(path)
+
+    def __dealloc__(self):
+        if self.fd >= 0:
+            close(self.fd)
+
+    def close(self):
+        """Give the descriptors back; the I/O thread is stopped. Idempotent."""
+        self.close_fds()
+        if self.fd >= 0:
+            close(self.fd)
+            self.fd = -1
+
+    cdef use(self, str path):
+        """Put `path` behind the disk, with the lock held or before it is shared."""
+        cdef int fd, old = self.fd
+        cdef virtio_blk_config config
+        fd, size = open_backing(path, self.read_only)
+        # GET_ID: like a disk's serial number, it tells one backing file from another (5.2.6).
+        status = os.fstat(fd)
+        serial = f"{status.st_dev}{status.st_rdev}{status.st_ino}".encode()[:VIRTIO_BLK_ID_BYTES]
+        memset(&config, 0, sizeof(config))
+        config.capacity = size >> SECTOR_SHIFT
+        config.seg_max = SEG_MAX
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+        memset(self.serial, 0, VIRTIO_BLK_ID_BYTES)
+        memcpy(self.serial, <const char *> serial, len(serial))
+        memcpy(self.config, &config, sizeof(config))
+        self.sectors, self.fd, self.path = config.capacity, fd, path
+        pthread_mutex_unlock(&self.lock)
+        if old >= 0:
+            close(old)
+
+    def update(self, str path):
+        """Put another file behind the disk while the guest runs, and tell the guest. ConfigError leaves the old one."""
+        try:
+            self.use(path)
+        except ConfigError:
+            self.update_fails += 1
+            raise
+        self.updates += 1
+        self.config_changed()
+
+    @property
+    def read_latency(self):
+        """Microseconds that reads took: {min_us, max_us, sum_us}."""
+        return self.reads
+
+    @property
+    def write_latency(self):
+        """Microseconds that writes took: {min_us, max_us, sum_us}."""
+        return self.writes
+
+    @property
+    def size(self):
+        """Bytes that the guest sees."""
+        return self.sectors << SECTOR_SHIFT
+
+    # -- on the I/O thread, with the lock held -------------------------------------------------------------------
+
+    cdef void handle_queue(self, int index, Virtqueue queue) noexcept nogil:
+        cdef uint64_t before = now_ns(), after
+        cdef uint32_t served = 0
+        cdef int found
+        if not queue.ready:
+            return
+        while True:
+            found = queue.pop(&self.request)
+            if found == QUEUE_EMPTY:
+                if queue.rearm():
+                    break
+                continue
+            if found == QUEUE_BROKEN:
+                self.need_reset()
+                break
+            queue.push(self.request.head, self.serve(&self.request, &before))
+            queue.publish()
+            served += 1
+            if served == MAX_BATCH:
+                self.notify_again(index)
+                break
+        if served == 0:
+            self.empty_events += 1
+        elif queue.wants_interrupt():
+            self.interrupt(VIRTIO_MMIO_INT_VRING)
+
+    cdef uint32_t serve(self, chain *c, uint64_t *clock) noexcept nogil:
+        """Do one request (5.2.6); returns the number of bytes written to the guest's buffers."""
+        cdef virtio_blk_outhdr header
+        cdef iovec *last
+        cdef uint8_t *status
+        cdef uint8_t result = VIRTIO_BLK_S_UNSUPP
+        cdef uint64_t length = 0
+        if gather(c.iov, c.readable, 0, &header, HEADER) != HEADER or c.writable == 0:
+            # No header to obey, or no place for an answer.
+            self.invalid_requests += 1
+            return 0
+        # The status is the last byte that the device writes, however the driver cut its buffers (2.7.4).
+        last = &c.iov[c.readable + c.writable - 1]
+        last.iov_len -= 1
+        status = <uint8_t *> last.iov_base + last.iov_len
+        if header.type == VIRTIO_BLK_T_IN:
+            length = c.writable_bytes - 1
+            result = self.transfer(&c.iov[c.readable], c.writable, length, header.sector, False, clock)
+            if result != VIRTIO_BLK_S_OK:
+                length = 0
+        elif header.type == VIRTIO_BLK_T_OUT:
+            result = self.write_out(c, header.sector, clock)
+        elif header.type == VIRTIO_BLK_T_FLUSH:
+            self.flush_count += 1
+            result = VIRTIO_BLK_S_OK
+            if self.writeback and fdatasync(self.fd) < 0:
+                result = VIRTIO_BLK_S_IOERR
+        elif header.type == VIRTIO_BLK_T_GET_ID:
+            length = scatter(&c.iov[c.readable], c.writable, 0, self.serial, VIRTIO_BLK_ID_BYTES)
+            result = VIRTIO_BLK_S_OK
+        else:
+            self.invalid_requests += 1
+        if result == VIRTIO_BLK_S_IOERR:
+            self.execute_fails += 1
+        status[0] = result
+        self.note_written(c)
+        return <uint32_t> length + 1
+
+    cdef uint8_t write_out(self, chain *c, uint64_t sector, uint64_t *clock) noexcept nogil:
+        cdef uint64_t skip = HEADER
+        cdef int first = 0
+        if self.read_only:
+            return VIRTIO_BLK_S_IOERR
+        while skip and skip >= c.iov[first].iov_len:
+            skip -= c.iov[first].iov_len
+            first += 1
+        if skip:
+            c.iov[first].iov_base = <uint8_t *> c.iov[first].iov_base + skip
+            c.iov[first].iov_len -= skip
+        return self.transfer(&c.iov[first], c.readable - first, c.readable_bytes - HEADER, sector, True, clock)
+
+    cdef uint8_t transfer(
+        self, iovec *iov, int count, uint64_t length, uint64_t sector, bint writing, uint64_t *clock
+    ) noexcept nogil:
+        cdef uint64_t sectors = length >> SECTOR_SHIFT, offset = sector << SECTOR_SHIFT, left = length, start = clock[0]
+        cdef ssize_t n
+        if length & (SECTOR - 1) or sector > self.sectors or sectors > self.sectors - sector:
+            return VIRTIO_BLK_S_IOERR
+        while left:
+            if count == 1:
+                if writing:
+                    n = pwrite(self.fd, iov.iov_base, iov.iov_len, <long> offset)
+                else:
+                    n = pread(self.fd, iov.iov_base, iov.iov_len, <long> offset)
+            elif writing:
+                n = pwritev(self.fd, iov, count, <long> offset)
+            else:
+                n = preadv(self.fd, iov, count, <long> offset)
+            if n < 0 and errno == EINTR:
+                continue
+            if n <= 0:
+                return VIRTIO_BLK_S_IOERR
+            left -= n
+            offset += n
+            while count and n and <uint64_t> n >= iov.iov_len:
+                n -= iov.iov_len
+                iov += 1
+                count -= 1
+            if n:
+                iov.iov_base = <uint8_t *> iov.iov_base + n
+                iov.iov_len -= n
+        clock[0] = now_ns()
+        if writing:
+            self.write_count += 1
+            self.write_bytes += length
+            note_latency(&self.writes, (clock[0] - start) // 1000)
+        else:
+            self.read_count += 1
+            self.read_bytes += length
+            note_latency(&self.reads, (clock[0] - start) // 1000)
+        return VIRTIO_BLK_S_OK
+
+    cdef void note_written(self, chain *c) noexcept nogil:
+        cdef int i
+        if self.memory.tracking:
+            for i in range(c.readable, c.readable + c.writable):
+                self.memory.mark_dirty(c.gpa[i], c.iov[i].iov_len + 1)

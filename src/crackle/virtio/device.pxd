@@ -1,0 +1,50 @@
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from crackle.devices.iothread cimport IoThread
+from crackle.includes.threads cimport pthread_mutex_t
+from crackle.memory.guest cimport GuestMemory
+from crackle.virtio.queue cimport Virtqueue
+
+cdef enum:
+    MAX_QUEUES = 8
+    CONFIG_SPACE = 256
+
+cdef struct queue_source:
+    void *device
+    int index
+    int fd
+
+cdef class VirtioDevice:
+    cdef pthread_mutex_t lock
+    cdef readonly uint32_t device_id
+    cdef readonly GuestMemory memory
+    cdef readonly uint64_t device_features
+    cdef readonly uint64_t driver_features
+    cdef uint32_t status
+    cdef readonly uint32_t config_generation
+    cdef int interrupt_status       # changed by atomic operations only
+    cdef readonly int irq_fd
+    cdef readonly tuple queues
+    cdef readonly tuple notify_fds
+    cdef int queue_count
+    cdef void *table[MAX_QUEUES]     # `queues`, borrowed, for code without the GIL
+    cdef queue_source sources[MAX_QUEUES]
+    cdef uint8_t config[CONFIG_SPACE]
+    cdef uint32_t config_size
+    cdef readonly uint64_t queue_events, broken_queues, activate_fails, cfg_fails, irq_fails
+
+    cdef set_up(self, uint32_t device_id, uint64_t features, queue_sizes)
+    cdef close_fds(self)
+    cdef void activate(self) noexcept nogil
+    cdef void notify_again(self, int index) noexcept nogil
+    cdef void set_status(self, uint32_t value) noexcept nogil
+    cdef void reset(self) noexcept nogil
+    cdef void need_reset(self) noexcept nogil
+    cdef bint running(self) noexcept nogil
+    cdef void interrupt(self, int cause) noexcept nogil
+    cdef void notified(self, int index) noexcept nogil
+    # A device's own part; each runs with the lock held, without the GIL.
+    cdef bint on_activate(self) noexcept nogil
+    cdef void on_reset(self) noexcept nogil
+    cdef void on_config_write(self, uint32_t offset, const uint8_t *data, uint32_t size) noexcept nogil
+    cdef void handle_queue(self, int index, Virtqueue queue) noexcept nogil

@@ -1,0 +1,219 @@
+"""What all virtio devices share (virtio 1.2, sections 2.1 to 2.4 and 3.1): status, feature negotiation, queues, interrupts.
+
+A device subclasses `VirtioDevice`, fills in its id, features and configuration space, and overrides `handle_queue`. The
+transport (`crackle.virtio.mmio`) turns register accesses into calls on it. Owns the eventfds: one a queue, written by KVM
+when the driver notifies it, and one bound to the interrupt line.
+
+`lock` covers everything but `interrupt_status`: the I/O thread holds it while it serves a queue, which may take as long as
+a disk does, and a vCPU that only acknowledges an interrupt must not wait for that.
+"""
+
+from libc.errno cimport errno
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memset, strerror
+from posix.unistd cimport close, read, write
+
+from crackle.devices.iothread cimport IoThread
+from crackle.includes.threads cimport *
+from crackle.includes.virtio cimport *
+from crackle.memory.guest cimport GuestMemory
+from crackle.virtio.queue cimport Virtqueue
+
+from crackle.errors import ConfigError
+
+
+cdef extern from "<sys/epoll.h>" nogil:
+    enum:
+        EPOLLIN
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    enum:
+        EFD_CLOEXEC
+        EFD_NONBLOCK
+    int eventfd(unsigned int initial, int flags)
+
+cdef extern from * nogil:
+    int atomic_or "__sync_fetch_and_or" (int *place, int bits)
+
+cdef uint64_t VERSION_1 = <uint64_t> 1 << VIRTIO_F_VERSION_1
+cdef uint64_t EVENT_IDX = <uint64_t> 1 << VIRTIO_RING_F_EVENT_IDX
+cdef uint64_t INDIRECT = <uint64_t> 1 << VIRTIO_RING_F_INDIRECT_DESC
+
+
+cdef int new_eventfd() except -1:
+    cdef int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    if fd < 0:
+        raise ConfigError(f"cannot make an eventfd: {strerror(errno).decode()}")
+    return fd
+
+
+cdef class VirtioDevice:
+    """A virtio device over `memory` with queues of the given sizes. Subclasses say what it is."""
+
+    def __cinit__(self, GuestMemory memory not None, *args, **kwargs):
+        pthread_mutex_init(&self.lock, NULL)
+        self.memory = memory
+        self.irq_fd = -1
+        self.queues = self.notify_fds = ()
+
+    cdef set_up(self, uint32_t device_id, uint64_t features, queue_sizes):
+        """Called by the subclass once. VERSION_1, EVENT_IDX and INDIRECT are offered by every device."""
+        if len(queue_sizes) > MAX_QUEUES:
+            raise ValueError(f"{len(queue_sizes)} queues, at most {MAX_QUEUES}")
+        self.device_id = device_id
+        self.device_features = features | VERSION_1 | EVENT_IDX | INDIRECT
+        self.irq_fd = new_eventfd()
+        for index, size in enumerate(queue_sizes):
+            fd = new_eventfd()
+            self.notify_fds += (fd,)
+            queue = Virtqueue(self.memory, size)
+            self.queues += (queue,)
+            self.table[index] = <void *> queue
+            self.queue_count += 1
+            self.sources[index].device, self.sources[index].index, self.sources[index].fd = <void *> self, index, fd
+
+    def __dealloc__(self):
+        self.close_fds()
+        pthread_mutex_destroy(&self.lock)
+
+    cdef close_fds(self):
+        for fd in self.notify_fds:
+            close(fd)
+        self.notify_fds = ()
+        if self.irq_fd >= 0:
+            close(self.irq_fd)
+            self.irq_fd = -1
+
+    def close(self):
+        """Give the descriptors back; the I/O thread is stopped. Idempotent."""
+        self.close_fds()
+
+    def attach(self, IoThread io not None):
+        """Serve the queues on `io` when they are notified."""
+        cdef int index
+        for index in range(len(self.queues)):
+            io.add(self.sources[index].fd, EPOLLIN, queue_notified, &self.sources[index], self)
+
+    # -- the driver's life (3.1.1) -------------------------------------------------------------------------------
+
+    cdef bint running(self) noexcept nogil:
+        return self.status & (VIRTIO_CONFIG_S_DRIVER_OK | VIRTIO_CONFIG_S_NEEDS_RESET) == VIRTIO_CONFIG_S_DRIVER_OK
+
+    cdef void set_status(self, uint32_t value) noexcept nogil:
+        cdef uint32_t added = value & ~self.status
+        if value == 0:
+            self.reset()
+            return
+        # Bits are only ever added; NEEDS_RESET is the device's own (2.1.1, 2.1.2).
+        if value & self.status & ~VIRTIO_CONFIG_S_NEEDS_RESET != self.status & ~VIRTIO_CONFIG_S_NEEDS_RESET:
+            self.cfg_fails += 1
+            return
+        added &= ~VIRTIO_CONFIG_S_NEEDS_RESET
+        if added & VIRTIO_CONFIG_S_FEATURES_OK and (
+            self.driver_features & ~self.device_features or not self.driver_features & VERSION_1
+        ):
+            # The driver reads the bit back, finds it missing and gives up (3.1.1, step 6).
+            added &= ~VIRTIO_CONFIG_S_FEATURES_OK
+            self.cfg_fails += 1
+        if added & VIRTIO_CONFIG_S_DRIVER_OK and not (self.status | added) & VIRTIO_CONFIG_S_FEATURES_OK:
+            added &= ~VIRTIO_CONFIG_S_DRIVER_OK
+            self.cfg_fails += 1
+        self.status |= added
+        if added & VIRTIO_CONFIG_S_DRIVER_OK:
+            self.activate()
+
+    cdef void activate(self) noexcept nogil:
+        cdef int i
+        for i in range(self.queue_count):
+            (<Virtqueue> self.table[i]).event_idx = self.driver_features & EVENT_IDX != 0
+            (<Virtqueue> self.table[i]).indirect = self.driver_features & INDIRECT != 0
+        if not self.on_activate():
+            self.activate_fails += 1
+            self.need_reset()
+            return
+        # The driver may have filled a queue before DRIVER_OK and notified it in vain.
+        for i in range(self.queue_count):
+            self.notify_again(i)
+
+    cdef void notify_again(self, int index) noexcept nogil:
+        cdef uint64_t one = 1
+        write(self.sources[index].fd, &one, sizeof(one))
+
+    def kick(self):
+        """Serve every queue once, notified or not: after a restore, when what was submitted before is still to be done."""
+        cdef int i
+        for i in range(self.queue_count):
+            self.notify_again(i)
+
+    cdef void reset(self) noexcept nogil:
+        cdef int i
+        self.on_reset()
+        self.status = 0
+        self.driver_features = 0
+        self.interrupt_status = 0
+        for i in range(self.queue_count):
+            (<Virtqueue> self.table[i]).reset()
+
+    cdef void need_reset(self) noexcept nogil:
+        """The guest broke the rules: stop, say so, and wait for the driver to reset the device (2.1.1)."""
+        self.status |= VIRTIO_CONFIG_S_NEEDS_RESET
+        self.broken_queues += 1
+        if self.status & VIRTIO_CONFIG_S_DRIVER_OK:
+            self.interrupt(VIRTIO_MMIO_INT_CONFIG)
+
+    # -- interrupts and notifications ----------------------------------------------------------------------------
+
+    cdef void interrupt(self, int cause) noexcept nogil:
+        cdef uint64_t one = 1
+        atomic_or(&self.interrupt_status, cause)
+        if write(self.irq_fd, &one, sizeof(one)) != sizeof(one):
+            self.irq_fails += 1
+
+    cdef void notified(self, int index) noexcept nogil:
+        cdef uint64_t ticks
+        read(self.sources[index].fd, &ticks, sizeof(ticks))
+        pthread_mutex_lock(&self.lock)
+        self.queue_events += 1
+        if self.running():
+            self.handle_queue(index, <Virtqueue> self.table[index])
+        pthread_mutex_unlock(&self.lock)
+
+    def config_changed(self):
+        """Tell the driver that the configuration space has changed (2.5)."""
+        self.config_generation += 1
+        if self.running():
+            self.interrupt(VIRTIO_MMIO_INT_CONFIG)
+
+    # -- the device's own part -----------------------------------------------------------------------------------
+
+    cdef bint on_activate(self) noexcept nogil:
+        return True
+
+    cdef void on_reset(self) noexcept nogil:
+        pass
+
+    cdef void on_config_write(self, uint32_t offset, const uint8_t *data, uint32_t size) noexcept nogil:
+        self.cfg_fails += 1
+
+    cdef void handle_queue(self, int index, Virtqueue queue) noexcept nogil:
+        pass
+
+    # -- saved state, and what tests look at ---------------------------------------------------------------------
+
+    @property
+    def device_status(self):
+        """The status register (2.1)."""
+        return self.status
+
+    @property
+    def fault(self):
+        """Why a queue broke, or None."""
+        for queue in self.queues:
+            if (<Virtqueue> queue).fault != NULL:
+                return (<Virtqueue> queue).fault.decode()
+        return None
+
+
+cdef void queue_notified(void *context, uint32_t events) noexcept nogil:
+    cdef queue_source *source = <queue_source *> context
+    (<VirtioDevice> source.device).notified(source.index)

@@ -1,0 +1,63 @@
+from libc.stdint cimport uint16_t, uint32_t, uint64_t, uint8_t
+
+from crackle.includes.virtio cimport vring_desc, vring_used_elem
+from crackle.memory.guest cimport GuestMemory
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+
+cdef enum:
+    MAX_QUEUE_SIZE = 256
+
+# What pop() found.
+cdef enum:
+    QUEUE_EMPTY = 0
+    QUEUE_CHAIN = 1
+    QUEUE_BROKEN = -1
+
+# A descriptor chain, copied out of guest memory and checked: the buffers that the device reads, then those it writes.
+cdef struct chain:
+    uint16_t head
+    int readable            # number of entries of iov that the device reads ...
+    int writable            # ... and, after them, of those it writes
+    uint64_t readable_bytes
+    uint64_t writable_bytes
+    iovec iov[MAX_QUEUE_SIZE]
+    uint64_t gpa[MAX_QUEUE_SIZE]
+
+cdef class Virtqueue:
+    cdef readonly uint16_t max_size
+    cdef readonly uint16_t size
+    cdef readonly bint ready
+    cdef readonly uint64_t desc_gpa
+    cdef readonly uint64_t avail_gpa
+    cdef readonly uint64_t used_gpa
+    cdef GuestMemory memory
+    cdef bint event_idx
+    cdef bint indirect
+    cdef uint16_t next_avail
+    cdef uint16_t next_used
+    cdef uint16_t signalled     # next_used when the driver was last interrupted
+    cdef bint signalled_valid
+    cdef const char *fault      # why the queue broke
+    cdef vring_desc *desc
+    cdef uint16_t *avail        # flags, idx, ring[size], used_event
+    cdef uint16_t *used         # flags, idx, ring[size] of 8 bytes, avail_event
+    cdef uint16_t cached_avail  # avail.idx when last looked at
+
+    cdef void reset(self) noexcept nogil
+    cdef bint enable(self) noexcept nogil
+    cdef int pop(self, chain *c) noexcept nogil
+    cdef int add_buffer(self, chain *c, vring_desc *d) noexcept nogil
+    cdef int broken(self, const char *why) noexcept nogil
+    cdef void push(self, uint16_t head, uint32_t length) noexcept nogil
+    cdef void publish(self) noexcept nogil
+    cdef bint wants_interrupt(self) noexcept nogil
+    cdef bint rearm(self) noexcept nogil
+
+# Copies up to `size` bytes out of the first `count` buffers from `offset` on; returns how many.
+cdef size_t gather(const iovec *iov, int count, size_t offset, void *out, size_t size) noexcept nogil
+# Copies up to `size` bytes into the first `count` buffers from `offset` on; returns how many.
+cdef size_t scatter(const iovec *iov, int count, size_t offset, const void *data, size_t size) noexcept nogil

@@ -1,0 +1,252 @@
+"""The device's side of a split virtqueue (virtio 1.2, section 2.7).
+
+Everything in the rings is written by the guest and hostile: each descriptor is copied once, the copy is checked, and only
+the copy is used. A chain has at most as many buffers as the queue has entries, which bounds every walk, loops included
+(2.7.5.3.1). A fault breaks the queue: the device then asks for a reset and touches the rings no more.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from crackle.includes.virtio cimport *
+from crackle.memory.guest cimport GuestMemory
+
+from crackle.virtio.state import QueueState
+
+
+cdef extern from * nogil:
+    """
+    #define load_idx(place) __atomic_load_n(place, __ATOMIC_ACQUIRE)
+    #define store_idx(place, value) __atomic_store_n(place, value, __ATOMIC_RELEASE)
+    #define full_barrier() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+    /* The barrier keeps the compiler from reading guest memory a second time instead of the copy. */
+    #define copy_once(to, from) (memcpy(to, from, sizeof(*(to))), __atomic_signal_fence(__ATOMIC_SEQ_CST))
+    """
+    uint16_t load_idx(uint16_t *place)
+    void store_idx(uint16_t *place, uint16_t value)
+    void full_barrier()
+    void copy_once(vring_desc *to, vring_desc *source)
+
+cdef enum:
+    # Offsets in units of 16 bits, the same in both rings (2.7.6 and 2.7.8)
+    FLAGS = 0
+    IDX = 1
+    RING = 2
+
+
+cdef class Virtqueue:
+    """One queue over `memory`; `max_size`, a power of two up to 256, is what the device offers.
+
+    The transport sets the three addresses and the size and then enables it. A driver's method names are the ring's: `pop`
+    takes an available chain, `push` returns it used, `publish` makes what was pushed visible.
+    """
+
+    def __cinit__(self, GuestMemory memory not None, uint16_t max_size=MAX_QUEUE_SIZE):
+        if not 0 < max_size <= MAX_QUEUE_SIZE or max_size & (max_size - 1):
+            raise ValueError(f"a queue has a power of two of entries up to {MAX_QUEUE_SIZE}, not {max_size}")
+        self.memory = memory
+        self.max_size = max_size
+        self.reset()
+
+    cdef void reset(self) noexcept nogil:
+        self.ready = False
+        self.size = self.max_size
+        self.desc_gpa = self.avail_gpa = self.used_gpa = 0
+        self.next_avail = self.next_used = self.cached_avail = 0
+        self.signalled_valid = False
+        self.event_idx = self.indirect = False
+        self.fault = NULL
+
+    cdef bint enable(self) noexcept nogil:
+        """Find the three parts in guest memory; False when one is misaligned or outside (2.7, table of alignments)."""
+        cdef uint64_t n = self.size
+        if n == 0 or n > self.max_size or n & (n - 1):
+            return False
+        if self.desc_gpa & 15 or self.avail_gpa & 1 or self.used_gpa & 3:
+            return False
+        self.desc = <vring_desc *> self.memory.span(self.desc_gpa, 16 * n)
+        self.avail = <uint16_t *> self.memory.span(self.avail_gpa, 6 + 2 * n)
+        self.used = <uint16_t *> self.memory.span(self.used_gpa, 6 + 8 * n)
+        self.ready = self.desc != NULL and self.avail != NULL and self.used != NULL
+        return self.ready
+
+    cdef int broken(self, const char *why) noexcept nogil:
+        self.fault = why
+        return QUEUE_BROKEN
+
+    cdef int add_buffer(self, chain *c, vring_desc *d) noexcept nogil:
+        cdef int n = c.readable + c.writable
+        cdef uint8_t *host
+        if n >= self.size:
+            return self.broken("descriptor chain longer than the queue")
+        if d.flags & VRING_DESC_F_WRITE:
+            c.writable_bytes += d.len
+        elif c.writable:
+            return self.broken("device-readable descriptor after a device-writable one")
+        else:
+            c.readable_bytes += d.len
+        host = self.memory.span(d.addr, d.len)
+        if host == NULL:
+            return self.broken("descriptor points outside guest memory")
+        c.iov[n].iov_base, c.iov[n].iov_len, c.gpa[n] = host, d.len, d.addr
+        if d.flags & VRING_DESC_F_WRITE:
+            c.writable += 1
+        else:
+            c.readable += 1
+        return QUEUE_CHAIN
+
+    cdef int pop(self, chain *c) noexcept nogil:
+        """The next available chain into `c`: QUEUE_CHAIN, QUEUE_EMPTY, or QUEUE_BROKEN with `fault` set."""
+        cdef vring_desc d
+        cdef vring_desc *table = self.desc
+        cdef uint32_t length = self.size, index, steps = 0
+        cdef bint in_table = False
+        if self.fault != NULL:
+            return QUEUE_BROKEN
+        if self.next_avail == self.cached_avail:
+            self.cached_avail = load_idx(&self.avail[IDX])
+            if self.next_avail == self.cached_avail:
+                return QUEUE_EMPTY
+            if <uint16_t> (self.cached_avail - self.next_avail) > self.size:
+                return self.broken("available index ran ahead by more than the queue's size")
+        index = load_idx(&self.avail[RING + (self.next_avail & (self.size - 1))])
+        c.head = index
+        c.readable = c.writable = 0
+        c.readable_bytes = c.writable_bytes = 0
+        while True:
+            if index >= length:
+                return self.broken("descriptor index beyond its table")
+            # Counts descriptors walked, empty ones too, so that a loop ends.
+            if steps > self.size:
+                return self.broken("descriptor chain longer than the queue")
+            steps += 1
+            copy_once(&d, &table[index])
+            if d.flags & VRING_DESC_F_INDIRECT:
+                # 2.7.5.3: a table of its own, not nested, and no NEXT beside it.
+                if not self.indirect or in_table or d.flags & VRING_DESC_F_NEXT:
+                    return self.broken("indirect descriptor where none is allowed")
+                if d.len == 0 or d.len & 15 or d.len // 16 > MAX_QUEUE_SIZE:
+                    return self.broken("indirect table of a wrong size")
+                table = <vring_desc *> self.memory.span(d.addr, d.len)
+                if table == NULL:
+                    return self.broken("indirect table outside guest memory")
+                length, index, in_table = d.len // 16, 0, True
+                continue
+            if d.len and self.add_buffer(c, &d) == QUEUE_BROKEN:
+                return QUEUE_BROKEN
+            if not d.flags & VRING_DESC_F_NEXT:
+                break
+            index = d.next
+        self.next_avail += 1
+        return QUEUE_CHAIN
+
+    cdef void push(self, uint16_t head, uint32_t length) noexcept nogil:
+        """Note that chain `head` is used, `length` bytes written into it; the driver sees it at the next `publish`."""
+        cdef vring_used_elem *ring = <vring_used_elem *> &self.used[RING]
+        cdef uint32_t slot = self.next_used & (self.size - 1)
+        ring[slot].id, ring[slot].len = head, length
+        self.next_used += 1
+
+    cdef void publish(self) noexcept nogil:
+        store_idx(&self.used[IDX], self.next_used)
+        self.memory.mark_dirty(self.used_gpa, 6 + 8 * <uint64_t> self.size)
+
+    cdef bint wants_interrupt(self) noexcept nogil:
+        """After `publish`: must the driver be interrupted (2.7.7 and 2.7.10)?"""
+        cdef uint16_t old = self.signalled, new = self.next_used, event
+        full_barrier()
+        if not self.event_idx:
+            return not load_idx(&self.avail[FLAGS]) & VRING_AVAIL_F_NO_INTERRUPT
+        event = load_idx(&self.avail[RING + self.size])
+        self.signalled = new
+        if not self.signalled_valid:
+            self.signalled_valid = True
+            return True
+        return <uint16_t> (new - event - 1) < <uint16_t> (new - old)
+
+    cdef bint rearm(self) noexcept nogil:
+        """Ask to be notified of the next chain; False when one has come meanwhile, and pop() must be called again."""
+        if self.event_idx:
+            store_idx(&self.used[RING + 4 * self.size], self.next_avail)
+            full_barrier()
+        return load_idx(&self.avail[IDX]) == self.next_avail
+
+    # -- saved state, and the same operations for tests ----------------------------------------------------------
+
+    def save(self):
+        """QueueState. The device is at rest."""
+        return QueueState(
+            size=self.size,
+            ready=self.ready,
+            desc=self.desc_gpa,
+            avail=self.avail_gpa,
+            used=self.used_gpa,
+            next_avail=self.next_avail,
+            next_used=self.next_used,
+        )
+
+    def restore(self, state, *, bint event_idx, bint indirect):
+        """The reverse of `save`; ValueError when the state does not fit this queue or guest memory."""
+        self.reset()
+        if not 0 < state.size <= self.max_size:
+            raise ValueError(f"saved queue of {state.size} entries, this device has {self.max_size}")
+        self.size, self.desc_gpa, self.avail_gpa, self.used_gpa = state.size, state.desc, state.avail, state.used
+        self.event_idx, self.indirect = event_idx, indirect
+        if state.ready and not self.enable():
+            raise ValueError("saved queue lies outside guest memory")
+        self.next_avail = self.cached_avail = state.next_avail
+        self.next_used = state.next_used
+
+    def take(self):
+        """pop() for tests: None when empty, else (head, [(gpa, length, device-writable)]). ValueError when broken."""
+        cdef chain c
+        cdef int i, found
+        if not self.ready:
+            raise ValueError("the queue is not enabled")
+        with nogil:
+            found = self.pop(&c)
+        if found == QUEUE_BROKEN:
+            raise ValueError(self.fault.decode())
+        if found == QUEUE_EMPTY:
+            return None
+        return c.head, [(c.gpa[i], c.iov[i].iov_len, i >= c.readable) for i in range(c.readable + c.writable)]
+
+    def give(self, uint16_t head, uint32_t length):
+        """push() and publish() for tests; whether the driver is to be interrupted."""
+        if not self.ready:
+            raise ValueError("the queue is not enabled")
+        self.push(head, length)
+        self.publish()
+        return self.wants_interrupt()
+
+
+cdef size_t gather(const iovec *iov, int count, size_t offset, void *out, size_t size) noexcept nogil:
+    cdef size_t done = 0, n
+    cdef int i
+    for i in range(count):
+        if offset >= iov[i].iov_len:
+            offset -= iov[i].iov_len
+            continue
+        if done == size:
+            break
+        n = min(iov[i].iov_len - offset, size - done)
+        memcpy(<char *> out + done, <char *> iov[i].iov_base + offset, n)
+        done += n
+        offset = 0
+    return done
+
+
+cdef size_t scatter(const iovec *iov, int count, size_t offset, const void *data, size_t size) noexcept nogil:
+    cdef size_t done = 0, n
+    cdef int i
+    for i in range(count):
+        if offset >= iov[i].iov_len:
+            offset -= iov[i].iov_len
+            continue
+        if done == size:
+            break
+        n = min(iov[i].iov_len - offset, size - done)
+        memcpy(<char *> iov[i].iov_base + offset, <const char *> data + done, n)
+        done += n
+        offset = 0
+    return done

@@ -1,0 +1,30 @@
+"""What virtio devices save in a snapshot."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class QueueState(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a virtqueue lies in guest memory (guest physical addresses) and how far the device has come in it."""
+
+    size: int
+    ready: bool
+    desc: int
+    avail: int
+    used: int
+    next_avail: int
+    next_used: int
+
+
+class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
+    """What the driver has negotiated with a device, its transport's registers, and its queues."""
+
+    driver_features: int
+    status: int
+    interrupt_status: int
+    config_generation: int
+    device_features_select: int
+    driver_features_select: int
+    queue_select: int
+    queues: tuple[QueueState, ...]
