@@ -32,8 +32,5 @@ class MemoryAccessError(CrackleError):
 
 
 def os_reason(error: OSError) -> str:
-    """What the operating system said.
-
-    With the number that identifies it: ``No such file or directory (os error 2)``.
-    """
+    """What the operating system said, with its number: ``No such file or directory (os error 2)``."""
     return f"{error.strerror or error} (os error {error.errno})"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 
-from crackle.errors import ConfigError, os_reason
+from crackle.errors import ConfigError
 from crackle.telemetry.sink import Sink
 
 TYPE_CHECKING = False
@@ -66,27 +66,33 @@ class Logger:
         self._stamp = ""
 
     def configure(self, config: LoggerConfig) -> None:
-        """Take over ``config``; what it leaves out stays, but the level returns to Info.
+        """:meth:`set` what ``config`` says. Raises ConfigError."""
+        self.set(config.log_path, config.level, config.show_level, config.show_log_origin, config.module)
+
+    def set(
+        self,
+        log_path: str | None = None,
+        level: str | None = None,
+        show_level: bool | None = None,
+        show_log_origin: bool | None = None,
+        module: str | None = None,
+    ) -> None:
+        """Change what is given; the rest stays, but the level returns to Info.
 
         Raises ConfigError.
         """
-        level = INFO if config.level is None else parse_level(config.level)
-        if config.log_path is not None:
-            try:
-                sink = Sink.open(config.log_path)
-            except OSError as error:
-                raise ConfigError(
-                    f"Failed to open target file: {os_reason(error)}: {config.log_path}"
-                ) from None
+        severity = INFO if level is None else parse_level(level)
+        if log_path is not None:
+            sink = Sink.open(log_path, "Failed to open target file")
             self._sink.close()
             self._sink = sink
-        self.level = level
-        if config.show_level is not None:
-            self._show_level = config.show_level
-        if config.show_log_origin is not None:
-            self._show_origin = config.show_log_origin
-        if config.module is not None:
-            self._module = config.module
+        self.level = severity
+        if show_level is not None:
+            self._show_level = show_level
+        if show_log_origin is not None:
+            self._show_origin = show_log_origin
+        if module is not None:
+            self._module = module
 
     def error(self, message: str) -> None:
         """Something failed."""

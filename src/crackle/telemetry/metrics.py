@@ -1,6 +1,4 @@
-"""Metrics: one JSON object a line, with every name there is.
-
-And the growth of each counter since the line before.
+"""Metrics: one JSON object a line, with every name there is and the growth of each counter since the last.
 
 Whoever counts keeps absolute numbers: the control plane in :attr:`Metrics.counters`, devices in a source, a
 callable that returns ``{section: {name: value}}``. The difference is taken here, so a line that could not
@@ -13,7 +11,7 @@ import time
 
 import msgspec
 
-from crackle.errors import ConfigError, CrackleError, os_reason
+from crackle.errors import ConfigError, CrackleError
 from crackle.telemetry.names import PER_DEVICE, SECTIONS, STORED_NAMES, STORED_SECTIONS
 from crackle.telemetry.sink import Sink
 
@@ -30,6 +28,9 @@ if TYPE_CHECKING:
 
 # Seconds between two lines of a running microVM.
 FLUSH_PERIOD_S = 60.0
+
+
+_BAD_INPUT = "Cannot initialize the metrics system due to bad user input"
 
 
 def empty_section(name: str) -> Section:
@@ -66,17 +67,17 @@ class Metrics:
 
     def configure(self, config: MetricsConfig, instance_id: str) -> None:
         """Open the destination, which can be done once; raises ConfigError."""
-        problem = "Cannot initialize the metrics system due to bad user input: "
         if self._sink is not None:
-            raise ConfigError(f"{problem}Reinitialization of metrics not allowed.")
-        try:
-            self._sink = Sink.open(config.metrics_path)
-        except OSError as error:
-            raise ConfigError(f"{problem}{os_reason(error)}: {config.metrics_path}") from None
+            raise ConfigError(f"{_BAD_INPUT}: Reinitialization of metrics not allowed.")
+        self._sink = Sink.open(config.metrics_path, _BAD_INPUT)
         if config.emit_id:
             self._extra["id"] = instance_id
         if config.properties is not None:
             self._extra["properties"] = config.properties
+
+    def attach(self, sink: Sink) -> None:
+        """Write to ``sink``, which is taken over."""
+        self._sink = sink
 
     def collect(self) -> Tree:
         """Every metric there is, as an absolute number."""

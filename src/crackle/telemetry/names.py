@@ -27,7 +27,8 @@ SECTIONS = {
     "write_bytes read_count write_count read_agg write_agg rate_limiter_throttled_events "
     "io_engine_throttled_events remaining_reqs_count",
     "deprecated_api": "deprecated_http_api_calls",
-    "get_api_requests": "instance_info_count machine_cfg_count mmds_count vmm_version_count hotplug_memory_count",
+    "get_api_requests": "instance_info_count machine_cfg_count mmds_count vmm_version_count "
+    "hotplug_memory_count",
     "i8042": "error_count missed_read_count missed_write_count read_count reset_count write_count",
     "uart": "error_count flush_count missed_read_count missed_write_count read_count write_count "
     "rate_limiter_dropped_bytes",
@@ -59,7 +60,8 @@ SECTIONS = {
     "pmem": "activate_fails cfg_fails event_fails queue_event_count rate_limiter_throttled_events "
     "rate_limiter_event_count",
     "interrupts": "triggers config_updates",
-    "memory_hotplug": "activate_fails queue_event_fails queue_event_count plug_agg plug_count plug_bytes plug_fails "
+    "memory_hotplug": "activate_fails queue_event_fails queue_event_count plug_agg plug_count plug_bytes "
+    "plug_fails "
     "unplug_agg unplug_count unplug_bytes unplug_fails unplug_discard_fails unplug_all_agg "
     "unplug_all_count unplug_all_fails state_agg state_count state_fails",
 }

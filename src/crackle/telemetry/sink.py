@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import select
 
+from crackle.errors import ConfigError, os_reason
+
 # What a pipe that polls writable is sure to take at once (pipe(7), PIPE_BUF).
 _PIPE_BUF = 4096
 
@@ -27,10 +29,18 @@ class Sink:
         self._borrowed.register(fd, select.POLLOUT)
 
     @classmethod
-    def open(cls, path: str) -> Sink:
-        """Open ``path`` for appending, made if missing; raises OSError. A pipe needs no reader yet."""
+    def open(cls, path: str, problem: str) -> Sink:
+        """Open ``path`` for appending, made if missing; a named pipe needs no reader yet.
+
+        Raises ConfigError, which begins with ``problem``.
+        """
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
-        sink = cls(os.open(path, flags, 0o644))
+        try:
+            sink = cls(os.open(path, flags, 0o644))
+        except OSError as error:
+            raise ConfigError(f"{problem}: {os_reason(error)}: {path}") from None
+        except ValueError as error:
+            raise ConfigError(f"{problem}: {error}") from None
         sink._borrowed = None
         return sink
 

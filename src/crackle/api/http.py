@@ -1,0 +1,138 @@
+"""HTTP/1.1 on one connection: bytes in, requests out (RFC 9112), by way of llhttp.
+
+Keep-alive, pipelining, ``Expect: 100-continue`` and chunked bodies work; what is malformed or too large
+ends the connection after one answer.
+"""
+
+from __future__ import annotations
+
+from httptools.parser.parser import HttpRequestParser
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    # Method, path, body, whether the connection stays open.
+    Serve = Callable[[str, str, bytes, bool], bytes]
+
+# Bytes of request line and header fields together.
+MAX_HEAD_SIZE = 16384
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\nServer: Crackle API\r\nConnection: keep-alive\r\n\r\n"
+
+_METHODS = frozenset((b"GET", b"PUT", b"PATCH", b"DELETE"))
+
+
+class RefusedError(Exception):
+    """The connection cannot go on; the message is the last answer."""
+
+
+class HttpConnection:
+    """Feeds on the bytes of one client and calls ``serve`` for each complete request.
+
+    Its answers go to ``out``.
+    """
+
+    __slots__ = (
+        "_announced",
+        "_body",
+        "_body_limit",
+        "_expects",
+        "_head_size",
+        "_in_head",
+        "_parser",
+        "_serve",
+        "_url",
+        "out",
+        "refused",
+    )
+
+    def __init__(self, serve: Serve, body_limit: int) -> None:
+        self._serve = serve
+        self._body_limit = body_limit
+        self._parser = HttpRequestParser(self)
+        self._url = b""
+        self._body = b""
+        self._expects = False
+        self._announced = 0
+        self._in_head = False
+        self._head_size = 0
+        self.out = b""
+        # Why the connection ends, once it does.
+        self.refused: str | None = None
+
+    def feed(self, data: bytes) -> None:
+        """Take ``data`` from the client.
+
+        Afterwards ``out`` has what to send, and ``refused`` is set if that is the last.
+        """
+        try:
+            self._parser.feed_data(data)
+        except Exception as error:
+            if self.refused is None:
+                self.refused = f"Invalid request: {error}."
+            return
+        if self._in_head and self.refused is None:
+            self._head_size += len(data)
+            if self._head_size > MAX_HEAD_SIZE:
+                self.refused = f"Invalid request: its header is larger than {MAX_HEAD_SIZE} bytes."
+
+    # Called by the parser
+
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        self._head_size = 0
+        self._url = b""
+        self._body = b""
+        self._expects = False
+        self._announced = 0
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if len(name) == 6 and name.lower() == b"expect" and value.lower() == b"100-continue":
+            self._expects = True
+        elif len(name) == 14 and name.lower() == b"content-length":
+            self._announced = int(value)
+            if self._announced > self._body_limit:
+                self._refuse_body(self._announced)
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        if self._parser.get_method() not in _METHODS:
+            self._refuse("Invalid HTTP Method: Unsupported HTTP method.")
+        if self._parser.get_http_version() not in ("1.1", "1.0"):
+            self._refuse("Invalid HTTP Version: Unsupported HTTP version.")
+        if self._expects and self._announced:
+            self.out += CONTINUE
+
+    def on_body(self, body: bytes) -> None:
+        if len(self._body) + len(body) > self._body_limit:
+            self._refuse_body(len(self._body) + len(body))
+        self._body += body
+
+    def on_message_complete(self) -> None:
+        url = self._url
+        keep = self._parser.should_keep_alive()
+        if not url.startswith(b"/") and b"://" in url:
+            # The absolute form: what counts is the path.
+            url = b"/" + url.partition(b"://")[2].partition(b"/")[2]
+        try:
+            path = url.decode()
+        except UnicodeDecodeError:
+            self._refuse("Invalid URI: Cannot parse URI as UTF-8.")
+        method: str = self._parser.get_method().decode()
+        self.out += self._serve(method, path, self._body, keep)
+        if not keep:
+            self.refused = ""
+
+    def _refuse_body(self, size: int) -> None:
+        self._refuse(
+            f"Request payload with size {size} is larger than the limit of {self._body_limit} "
+            "allowed by server."
+        )
+
+    def _refuse(self, reason: str) -> None:
+        self.refused = reason
+        raise RefusedError(reason)

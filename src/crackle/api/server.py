@@ -1,0 +1,209 @@
+"""The API server: clients on a Unix socket, each request a command to the controller.
+
+Each result an answer.
+
+Everything happens in the main thread's loop without waiting: a client that sends or reads slowly only makes
+itself wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+
+import msgspec
+
+from crackle.api.http import HttpConnection
+from crackle.api.routes import RequestError, find_route, parse
+from crackle.errors import CrackleError
+from crackle.telemetry.logger import INFO
+from crackle.vmm.loop import READABLE, WRITABLE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from _socket import socket
+
+    from crackle.vmm.controller import Controller
+    from crackle.vmm.loop import Loop
+
+DEFAULT_PAYLOAD_LIMIT = 51200
+MAX_CONNECTIONS = 64
+
+_READ_SIZE = 65536
+
+_HEAD = "HTTP/1.1 {}\r\nServer: Crackle API\r\nConnection: {}\r\n"
+_OK = "200 OK"
+_NO_CONTENT = "204 No Content"
+_BAD_REQUEST = "400 Bad Request"
+_BUSY = "503 Service Unavailable"
+_INTERNAL = "500 Internal Server Error"
+
+_LATENCIES = {"pause": "pause_vm", "resume": "resume_vm"}
+
+
+def response(status: str, body: bytes = b"", *, keep: bool = True, deprecated: bool = False) -> bytes:
+    """The bytes of an answer; ``body`` is JSON."""
+    head = _HEAD.format(status, "keep-alive" if keep else "close")
+    if deprecated:
+        head += "Deprecation: true\r\n"
+    if body:
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    return head.encode() + b"\r\n" + body
+
+
+def fault(status: str, message: str, *, keep: bool = True, deprecated: bool = False) -> bytes:
+    """The bytes of an answer that says what went wrong."""
+    body = msgspec.json.encode({"fault_message": message})
+    return response(status, body, keep=keep, deprecated=deprecated)
+
+
+class ApiServer:
+    """Serves ``listener``, which it takes over, in ``loop``."""
+
+    def __init__(
+        self, loop: Loop, listener: socket, controller: Controller, payload_limit: int = DEFAULT_PAYLOAD_LIMIT
+    ) -> None:
+        self._loop = loop
+        self._listener = listener
+        self._controller = controller
+        self._payload_limit = payload_limit
+        self._clients: dict[int, _Client] = {}
+        listener.setblocking(False)
+        loop.watch(listener.fileno(), self._accept)
+
+    def _accept(self, _events: int) -> None:
+        try:
+            fd, _ = self._listener._accept()  # type: ignore[attr-defined]
+        except OSError:
+            return
+        os.set_blocking(fd, False)
+        if len(self._clients) >= MAX_CONNECTIONS:
+            with contextlib.suppress(OSError):
+                os.write(fd, fault(_BUSY, "Too many open connections.", keep=False))
+            os.close(fd)
+            return
+        self._clients[fd] = _Client(self, fd)
+
+    def serve(self, method: str, path: str, body: bytes, keep: bool) -> bytes:
+        """Carry out one request and give the bytes of its answer. Never raises."""
+        controller = self._controller
+        logger = controller.logger
+        if logger.level >= INFO:
+            logger.info(
+                f"The API server received a {method.capitalize()} request on {path!r}{_shown(path, body)}."
+            )
+        deprecated = False
+        counts: dict[str, int] | None = None
+        counter: str | None = None
+        try:
+            route, path_id = find_route(method, path, body)
+            counter = route.counter
+            if counter is not None:
+                counts = controller.metrics.counters[f"{method.lower()}_api_requests"]
+                counts[f"{counter}_count"] += 1
+            request = parse(route, path_id, body)
+            deprecated = request.deprecated
+            if deprecated:
+                controller.metrics.counters["deprecated_api"]["deprecated_http_api_calls"] += 1
+                logger.warning(f"{method} /{path.strip('/')}: the field {route.deprecated} is deprecated.")
+            latency = _LATENCIES.get(request.command.name)
+            if latency is None:
+                result = controller.execute(request.command)
+            else:
+                begin = time.monotonic_ns()
+                result = controller.execute(request.command)
+                controller.metrics.counters["latencies_us"][latency] = (time.monotonic_ns() - begin) // 1000
+        except CrackleError as error:
+            if counts is not None and f"{counter}_fails" in counts:
+                counts[f"{counter}_fails"] += 1
+            message = str(error)
+            if not isinstance(error, RequestError):
+                logger.error(f"Received Error. Status code: {_BAD_REQUEST}. Message: {message}")
+            else:
+                logger.error(message)
+            return fault(_BAD_REQUEST, message, keep=keep, deprecated=deprecated)
+        except Exception as error:
+            message = f"Internal error: {type(error).__name__}: {error}"
+            logger.error(message)
+            return fault(_INTERNAL, message, keep=keep)
+        if result is None:
+            logger.info("The request was executed successfully. Status code: 204 No Content.")
+            return response(_NO_CONTENT, keep=keep, deprecated=deprecated)
+        logger.info("The request was executed successfully. Status code: 200 OK.")
+        return response(_OK, msgspec.json.encode(result), keep=keep)
+
+    def close(self) -> None:
+        """Send what is ready to be sent, close every connection and stop listening; the socket file stays."""
+        for client in list(self._clients.values()):
+            client.close()
+        self._loop.forget(self._listener.fileno())
+        self._listener.close()
+
+
+class _Client:
+    """One connection. Owns its descriptor.
+
+    Reads only while nothing is left to send, which bounds what is kept.
+    """
+
+    __slots__ = ("_fd", "_http", "_sending", "_server")
+
+    def __init__(self, server: ApiServer, fd: int) -> None:
+        self._server = server
+        self._fd = fd
+        self._http = HttpConnection(server.serve, server._payload_limit)
+        self._sending = False
+        server._loop.watch(fd, self._ready)
+
+    def _ready(self, events: int) -> None:
+        if events & WRITABLE:
+            self._send()
+            return
+        try:
+            data = os.read(self._fd, _READ_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        http = self._http
+        http.feed(data)
+        if http.refused:
+            self._server._controller.logger.error(f"API request refused: {http.refused}")
+            http.out += fault(_BAD_REQUEST, http.refused, keep=False)
+        if http.out or http.refused is not None:
+            self._send()
+
+    def _send(self) -> None:
+        http = self._http
+        waited = http.out
+        try:
+            sent = os.write(self._fd, waited)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.close()
+            return
+        http.out = waited[sent:]
+        sending = bool(http.out)
+        if not sending and http.refused is not None:
+            self.close()
+        elif sending is not self._sending:
+            self._sending = sending
+            self._server._loop.change(self._fd, WRITABLE if sending else READABLE)
+
+    def close(self) -> None:
+        """Close the connection; idempotent."""
+        if self._server._clients.pop(self._fd, None) is not None:
+            self._server._loop.forget(self._fd)
+            os.close(self._fd)
+
+
+def _shown(path: str, body: bytes) -> str:
+    """The body as the log may show it: metadata and CPU templates stay out of it."""
+    if not body or path.startswith(("/mmds", "/cpu-config")):
+        return ""
+    return f" with body {body.decode(errors='backslashreplace')!r}"

@@ -1,0 +1,132 @@
+"""The command line of ``crackle-vmm``: Firecracker's options.
+
+Parsed by hand because a parser library costs 8 ms.
+"""
+
+from __future__ import annotations
+
+from crackle.errors import CrackleError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DEFAULT_API_SOCK = "/run/firecracker.socket"
+DEFAULT_INSTANCE_ID = "anonymous-instance"
+
+# Name: what its value is called (None for a switch), default, help.
+OPTIONS: dict[str, tuple[str | None, str | None, str]] = {
+    "api-sock": ("path", DEFAULT_API_SOCK, "Unix socket on which the API is served; it must not exist yet."),
+    "boot-timer": (None, None, "Give the guest a boot timer device and log how long it took to boot."),
+    "config-file": ("path", None, "Configure and start the microVM as this JSON file says."),
+    "describe-snapshot": ("path", None, "Print the format version of a snapshot. Not supported yet."),
+    "enable-pci": (None, None, "Attach devices by PCI. Not supported yet."),
+    "http-api-max-payload-size": ("bytes", "51200", "Largest body of an API request."),
+    "id": ("id", DEFAULT_INSTANCE_ID, "Name of the microVM: 1 to 64 letters, digits and hyphens."),
+    "level": ("level", None, "Least severe level that is logged: Off, Error, Warning, Info, Debug, Trace."),
+    "log-path": ("path", None, "File or named pipe that takes the log; standard output without it."),
+    "metadata": ("path", None, "JSON file with the guest's metadata. Not supported yet."),
+    "metrics-path": ("path", None, "File or named pipe that takes the metrics."),
+    "mmds-size-limit": ("bytes", None, "Largest metadata store."),
+    "module": ("prefix", None, "Log only what modules with this prefix say, as in crackle.vmm."),
+    "no-api": (None, None, "Serve no API; needs --config-file."),
+    "no-seccomp": (None, None, "Install no seccomp filter. None is installed yet in any case."),
+    "parent-cpu-time-us": ("us", None, "CPU time the parent spent, for the start-up metric."),
+    "seccomp-filter": ("path", None, "Seccomp filter of your own. Accepted; no filter is installed yet."),
+    "show-level": (None, None, "Show the level in log lines."),
+    "show-log-origin": (None, None, "Show file and line in log lines."),
+    "snapshot-version": (None, None, "Print the snapshot format version. Not supported yet."),
+    "start-time-cpu-us": ("us", None, "CPU time at the start of the process, for the start-up metric."),
+    "start-time-us": ("us", None, "Monotonic time at the start of the process, for the start-up metric."),
+    "version": (None, None, "Print the version and exit."),
+}
+
+_NUMBERS = (
+    "http-api-max-payload-size",
+    "mmds-size-limit",
+    "parent-cpu-time-us",
+    "start-time-cpu-us",
+    "start-time-us",
+)
+
+
+class UsageError(CrackleError):
+    """A command line that means nothing."""
+
+
+class Options(dict[str, str]):
+    """The options given, by name; a switch that is given has the value ``""``."""
+
+    def value(self, name: str) -> str | None:
+        """What was given, else the default, else None."""
+        return self.get(name, OPTIONS[name][1])
+
+    def number(self, name: str) -> int | None:
+        """The same as a number, which :func:`parse` has checked."""
+        text = self.value(name)
+        return None if text is None else int(text)
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """The options in ``arguments``, those after ``--`` ignored; raises UsageError.
+
+    ``--help`` (or ``-h``) and ``--version`` go before everything else, whatever else is there.
+    """
+    given = list(arguments)
+    if "--" in given:
+        del given[given.index("--") :]
+    if "--help" in given or "-h" in given:
+        return Options(help="")
+    if "--version" in given:
+        return Options(version="")
+    options = Options()
+    rest = iter(given)
+    for argument in rest:
+        name = argument.removeprefix("--")
+        if name == argument or name not in OPTIONS:
+            raise UsageError(
+                f"Found argument '{name}' which wasn't expected, or isn't valid in this context."
+            )
+        if name in options:
+            raise UsageError(f"The argument '{name}' was provided more than once.")
+        if OPTIONS[name][0] is None:
+            options[name] = ""
+            continue
+        value = next(rest, None)
+        if value is None or value.startswith("--"):
+            raise UsageError(f"The argument '{name}' requires a value, but none was supplied.")
+        options[name] = value
+    _check(options)
+    return options
+
+
+def _check(options: Options) -> None:
+    if "no-api" in options and "config-file" not in options:
+        raise UsageError("Argument 'config-file' required, but not found.")
+    if "no-seccomp" in options and "seccomp-filter" in options:
+        raise UsageError("Argument 'seccomp-filter' cannot be used together with argument 'no-seccomp'.")
+    for name in _NUMBERS:
+        value = options.value(name)
+        if value is not None and not (value.isascii() and value.isdecimal()):
+            raise UsageError(f"The argument '{name}' takes a number, not '{value}'.")
+    instance_id = options.value("id") or ""
+    if not 1 <= len(instance_id) <= 64:
+        raise UsageError(
+            f"Invalid instance ID: it has {len(instance_id)} characters, from 1 to 64 are allowed."
+        )
+    for position, character in enumerate(instance_id):
+        if character != "-" and not character.isalnum():
+            raise UsageError(f"Invalid instance ID: invalid character ({character}) at position {position}.")
+
+
+def help_text() -> str:
+    """What ``--help`` prints."""
+    names = {
+        name: f"  --{name}" + (f" <{value}>" if value else "") for name, (value, _, _) in OPTIONS.items()
+    }
+    width = max(map(len, names.values())) + 3
+    lines = [
+        f"{names[name]:<{width}}{text}" + (f" [default: {default}]" if default else "")
+        for name, (_, default, text) in OPTIONS.items()
+    ]
+    return "\n".join(("options:", *lines, f"{'  -h, --help':<{width}}Show this help and exit."))

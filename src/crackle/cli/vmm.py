@@ -1,0 +1,171 @@
+"""``crackle-vmm``: one microVM in one process, with Firecracker's command line and API.
+
+The API socket accepts before anything large is imported; what a client sends meanwhile waits in the socket.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+
+from crackle.cli.options import Options, UsageError, help_text, parse
+from crackle.errors import ConfigError, CrackleError, os_reason
+from crackle.telemetry.logger import Logger
+from crackle.telemetry.sink import Sink
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from _socket import socket
+
+VERSION = "0.1.0"
+
+# Exit statuses, as Firecracker's.
+EXIT_OK = 0
+EXIT_ERROR = 1
+EXIT_BAD_CONFIGURATION = 152
+EXIT_BAD_ARGUMENTS = 153
+
+# Connections that wait to be accepted.
+_BACKLOG = 64
+
+
+class ExitError(CrackleError):
+    """Ends the process with ``status`` after the message is shown."""
+
+    def __init__(self, message: str, status: int = EXIT_ERROR) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def main() -> None:
+    """The console script: runs :func:`run` and exits with its status."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a microVM to its end; the result is the exit status of the process."""
+    # Nothing made during start-up is garbage: collecting then would only cost time.
+    gc.disable()
+    logger = Logger()
+    try:
+        try:
+            options = parse(arguments)
+        except UsageError as error:
+            raise ExitError(
+                f"Arguments parsing error: {error} For more information try --help.", EXIT_BAD_ARGUMENTS
+            ) from None
+        if "help" in options:
+            print(f"Crackle v{VERSION}\n\n{help_text()}")
+            return EXIT_OK
+        if "version" in options:
+            print(f"Crackle v{VERSION}")
+            return EXIT_OK
+        status = _serve(options, logger)
+    except ExitError as error:
+        logger.error(str(error))
+        print(f"Error: {error}", file=sys.stderr)
+        status = error.status
+    if status == EXIT_OK:
+        logger.info("Crackle exiting successfully. exit_code=0")
+    else:
+        logger.error(f"Crackle exiting with error. exit_code={status}")
+    return status
+
+
+def _serve(options: Options, logger: Logger) -> int:
+    _refuse_unsupported(options)
+    _configure_logger(options, logger)
+    logger.info(f"Running Crackle v{VERSION}")
+    metrics_sink = _open_metrics(options)
+    config_path = options.value("config-file")
+    config = None if config_path is None else _read_config(config_path)
+    listener = None
+    if "no-api" not in options:
+        path = options.value("api-sock") or ""
+        listener = _listen(path)
+        logger.info(f"Listening on API socket ({path!r}).")
+
+    # msgspec asks for typing_extensions, which costs 20 ms where it is installed, and does as well without.
+    sys.modules.setdefault("typing_extensions", None)  # type: ignore[arg-type]
+    from crackle.vmm.process import VmmProcess
+
+    if sys.modules["typing_extensions"] is None:
+        del sys.modules["typing_extensions"]
+    process = VmmProcess(options, logger, metrics_sink, listener, config)
+    gc.freeze()
+    gc.enable()
+    try:
+        return process.run()
+    except CrackleError as error:
+        raise ExitError(str(error)) from None
+
+
+def _refuse_unsupported(options: Options) -> None:
+    for name, what in (
+        ("enable-pci", "PCI"),
+        ("metadata", "the metadata service"),
+        ("snapshot-version", "snapshots"),
+        ("describe-snapshot", "snapshots"),
+    ):
+        if name in options:
+            raise ExitError(f"Argument '{name}': Crackle does not support {what} yet.")
+
+
+def _configure_logger(options: Options, logger: Logger) -> None:
+    logger.instance_id = options.value("id") or logger.instance_id
+    level = options.value("level")
+    try:
+        logger.set(
+            None,
+            level,
+            True if "show-level" in options else None,
+            True if "show-log-origin" in options else None,
+            options.value("module"),
+        )
+    except ConfigError as error:
+        raise ExitError(f"Invalid value for logger level: {error}", EXIT_BAD_CONFIGURATION) from None
+    try:
+        logger.set(options.value("log-path"), level)
+    except ConfigError as error:
+        raise ExitError(f"Could not initialize logger: {error}") from None
+
+
+def _open_metrics(options: Options) -> Sink | None:
+    path = options.value("metrics-path")
+    if path is None:
+        return None
+    try:
+        return Sink.open(path, "Could not initialize metrics")
+    except ConfigError as error:
+        raise ExitError(str(error)) from None
+
+
+def _read_config(path: str) -> bytes:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.readall()
+    except OSError as error:
+        raise ExitError(f"Unable to read the configuration file: {os_reason(error)}: {path}") from None
+
+
+def _listen(path: str) -> socket:
+    # The C module itself: the socket module drags in selectors and enum, several milliseconds.
+    import _socket
+
+    listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    try:
+        listener.bind(path)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno == 98:  # EADDRINUSE
+            raise ExitError(
+                f"Failed to open the API socket at: {path}. Check that it is not already used."
+            ) from None
+        raise ExitError(f"Failed to bind the API socket at {path}: {os_reason(error)}.") from None
+    return listener
+
+
+if __name__ == "__main__":
+    os._exit(run(sys.argv[1:]))

@@ -1,0 +1,139 @@
+"""What a microVM can be told: the commands, the states in which each is allowed.
+
+And what is not built yet.
+
+This is the one place that says so. The API, the configuration file, the command line and the library all
+speak in these commands.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from crackle.errors import ConfigError, StateError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+NOT_STARTED = "Not started"
+RUNNING = "Running"
+PAUSED = "Paused"
+STOPPED = "Stopped"
+
+_ALWAYS = frozenset((NOT_STARTED, RUNNING, PAUSED))
+_BEFORE = frozenset((NOT_STARTED,))
+_AFTER = frozenset((RUNNING, PAUSED))
+
+
+class Command(msgspec.Struct, frozen=True):
+    """A name out of :data:`ALLOWED` and, where the command takes one, its resource."""
+
+    name: str
+    resource: Any = None
+
+
+ALLOWED = {
+    "get_instance": _ALWAYS,
+    "get_version": _ALWAYS,
+    "get_machine": _ALWAYS,
+    "get_config": _ALWAYS,
+    "put_machine": _BEFORE,
+    "patch_machine": _BEFORE,
+    "put_cpu_config": _BEFORE,
+    "put_boot_source": _BEFORE,
+    "put_logger": _BEFORE,
+    "put_metrics": _BEFORE,
+    "put_serial": _BEFORE,
+    "put_drive": _BEFORE,
+    "patch_drive": _AFTER,
+    "delete_drive": _AFTER,
+    "put_network": _BEFORE,
+    "patch_network": _AFTER,
+    "delete_network": _AFTER,
+    "put_pmem": _BEFORE,
+    "patch_pmem": _AFTER,
+    "delete_pmem": _AFTER,
+    "put_vsock": _BEFORE,
+    "put_entropy": _BEFORE,
+    "get_balloon": _ALWAYS,
+    "put_balloon": _BEFORE,
+    "patch_balloon": _AFTER,
+    "get_balloon_statistics": _AFTER,
+    "patch_balloon_statistics": _AFTER,
+    "get_balloon_hinting": _AFTER,
+    "start_balloon_hinting": _AFTER,
+    "stop_balloon_hinting": _AFTER,
+    "get_memory_hotplug": _AFTER,
+    "put_memory_hotplug": _BEFORE,
+    "patch_memory_hotplug": _AFTER,
+    "get_mmds": _ALWAYS,
+    "put_mmds": _ALWAYS,
+    "patch_mmds": _ALWAYS,
+    "put_mmds_config": _BEFORE,
+    "create_snapshot": _AFTER,
+    "load_snapshot": _BEFORE,
+    "start": _BEFORE,
+    "pause": _AFTER,
+    "resume": _AFTER,
+    "send_ctrl_alt_del": _AFTER,
+    "flush_metrics": _AFTER,
+}
+
+
+def _has(name: str, *values: object) -> Callable[[Any], bool]:
+    """Whether the field is given, or is one of ``values`` where there are some."""
+
+    def check(resource: Any) -> bool:
+        value = getattr(resource, name)
+        return value in values if values else value is not None
+
+    return check
+
+
+# What answers "not supported yet": command, condition on its resource (None: always), and what it is called.
+NOT_YET: tuple[tuple[str, Callable[[Any], bool] | None, str], ...] = (
+    ("put_machine", _has("cpu_template", "C3", "T2", "T2S", "T2CL", "T2A"), "CPU templates"),
+    ("patch_machine", _has("cpu_template", "C3", "T2", "T2S", "T2CL", "T2A"), "CPU templates"),
+    ("put_cpu_config", None, "CPU templates"),
+    ("put_drive", _has("socket"), "vhost-user drives"),
+    ("put_drive", _has("rate_limiter"), "rate limiters of drives"),
+    ("put_drive", _has("io_engine", "Async"), "the Async io_engine of drives"),
+    ("patch_drive", _has("rate_limiter"), "rate limiters of drives"),
+    ("delete_drive", None, "removing drives"),
+    ("put_serial", _has("rate_limiter"), "rate limiters of the serial console"),
+    *((f"{verb}_network", None, "network interfaces") for verb in ("put", "patch", "delete")),
+    *((f"{verb}_pmem", None, "pmem devices") for verb in ("put", "patch", "delete")),
+    ("put_vsock", None, "the vsock device"),
+    ("put_entropy", None, "the entropy device"),
+    *((name, None, "the balloon device") for name in ALLOWED if "balloon" in name),
+    *((name, None, "memory hotplug") for name in ALLOWED if "memory_hotplug" in name),
+    *((name, None, "the metadata service") for name in ALLOWED if "mmds" in name),
+    ("create_snapshot", None, "snapshots"),
+    ("load_snapshot", None, "snapshots"),
+)
+
+
+_NOT_YET_OF = {
+    command: tuple((condition, what) for name, condition, what in NOT_YET if name == command)
+    for command in {name for name, _, _ in NOT_YET}
+}
+
+
+def check_state(name: str, state: str) -> None:
+    """Raise StateError unless the command is allowed in ``state``."""
+    allowed = ALLOWED[name]
+    if state in allowed:
+        return
+    if state == STOPPED:
+        raise StateError("The requested operation is not supported: the microVM has stopped.")
+    when = "before" if state == NOT_STARTED else "after"
+    raise StateError(f"The requested operation is not supported {when} starting the microVM.")
+
+
+def check_supported(command: Command) -> None:
+    """Raise ConfigError if Crackle cannot do what is asked for yet."""
+    for condition, what in _NOT_YET_OF.get(command.name, ()):
+        if condition is None or condition(command.resource):
+            raise ConfigError(f"Crackle does not support {what} yet.")

@@ -1,0 +1,203 @@
+"""A process that is one microVM: controller, API, metrics timer, signals, terminal and exit status.
+
+In one loop.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+
+import msgspec
+
+from crackle.api.server import ApiServer
+from crackle.errors import CrackleError
+from crackle.schema.codec import decode, explain
+from crackle.schema.config import VmConfig
+from crackle.telemetry.metrics import FLUSH_PERIOD_S, Metrics
+from crackle.vmm.commands import Command
+from crackle.vmm.controller import Controller
+from crackle.vmm.loop import Loop
+from crackle.vmm.terminal import Terminal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from _socket import socket
+
+    from crackle.cli.options import Options
+    from crackle.schema import MachineConfig
+    from crackle.telemetry.logger import Logger
+    from crackle.telemetry.sink import Sink
+    from crackle.vmm.controller import Machine, Shell
+
+# What the process ends with when it intercepts a signal, as Firecracker does.
+SIGNAL_STATUS = {
+    signal.SIGSYS: 148,
+    signal.SIGXFSZ: 151,
+    signal.SIGXCPU: 154,
+    signal.SIGHUP: 156,
+}
+
+# These end it in order, and then by the signal itself, so that the parent sees what it sent.
+_TERMINATE = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+
+
+class VmmProcess:
+    """Runs one microVM until it ends. Takes over ``metrics_sink`` and ``listener``."""
+
+    def __init__(
+        self,
+        options: Options,
+        logger: Logger,
+        metrics_sink: Sink | None,
+        listener: socket | None,
+        config: bytes | None,
+    ) -> None:
+        self._options = options
+        self._logger = logger
+        self._config = config
+        self._status = 0
+        self._signal = 0
+        self._terminal = Terminal(0)
+        self._loop = Loop()
+        self._metrics = Metrics()
+        if metrics_sink is not None:
+            self._metrics.attach(metrics_sink)
+        self._controller = Controller(
+            self._build,
+            self._prepare,
+            instance_id=logger.instance_id,
+            logger=logger,
+            metrics=self._metrics,
+            on_start=self._started,
+        )
+        limit = options.number("http-api-max-payload-size") or 0
+        self._server = None if listener is None else ApiServer(self._loop, listener, self._controller, limit)
+        self._watch_signals()
+
+    def run(self) -> int:
+        """Serve until the microVM or a signal ends it; the result is the exit status. Raises CrackleError."""
+        try:
+            if self._server is not None:
+                self._report_start()
+            if self._config is not None:
+                self._start_from_file(self._config)
+            self._loop.run()
+        finally:
+            self._close()
+        if self._signal:
+            signal.signal(self._signal, signal.SIG_DFL)
+            os.kill(os.getpid(), self._signal)
+        return self._status
+
+    def _start_from_file(self, text: bytes) -> None:
+        problem = "Failed to build MicroVM from Json"
+        try:
+            config = decode(text, VmConfig)
+        except msgspec.DecodeError as error:
+            raise CrackleError(
+                f"{problem}: Configuration for VMM from one single json failed: Invalid JSON: "
+                f"{explain(error, VmConfig)}"
+            ) from None
+        try:
+            self._controller.configure(config)
+        except CrackleError as error:
+            raise CrackleError(
+                f"{problem}: Configuration for VMM from one single json failed: {error}"
+            ) from error
+        try:
+            self._controller.execute(Command("start"))
+        except CrackleError as error:
+            raise CrackleError(f"{problem}: {error}") from error
+        self._logger.info("Successfully started microvm that was configured from one single json")
+
+    def _build(self, config: VmConfig, shell: Shell | None) -> Machine:
+        from crackle.vmm.builder import BuildOptions, build
+
+        machine: Machine = build(config, shell, self._build_options(BuildOptions))
+        return machine
+
+    def _build_options(self, kind: type) -> object:
+        return kind(
+            instance_id=self._logger.instance_id,
+            boot_timer="boot-timer" in self._options,
+            logger=self._logger,
+        )
+
+    def _prepare(self, machine_config: MachineConfig) -> Shell | None:
+        from crackle.vmm.builder import prepare
+
+        shell: Shell | None = prepare(machine_config)
+        return shell
+
+    def _started(self, machine: Machine) -> None:
+        self._terminal.set_raw()
+        self._loop.watch(machine.exit_fd, lambda _events: self._ended())
+        self._flush_periodically()
+        gc.freeze()
+
+    def _ended(self) -> None:
+        machine = self._controller.machine
+        if machine is None:
+            return
+        status = machine.exit_status()
+        if status is None:
+            return
+        self._loop.forget(machine.exit_fd)
+        self._status = status.exit_code
+        (self._logger.info if self._status == 0 else self._logger.error)(
+            f"The microVM ended ({status.reason}): {status.message}"
+        )
+        self._loop.stop()
+
+    def _flush_periodically(self) -> None:
+        self._flush()
+        self._loop.call_later(FLUSH_PERIOD_S, self._flush_periodically)
+
+    def _flush(self) -> None:
+        self._metrics.counters["logger"]["missed_log_count"] = self._logger.lost
+        try:
+            self._metrics.flush()
+        except CrackleError as error:
+            self._logger.error(str(error))
+
+    def _report_start(self) -> None:
+        counters = self._metrics.counters["api_server"]
+        start_us = self._options.number("start-time-us")
+        if start_us is not None:
+            counters["process_startup_time_us"] = max(0, time.monotonic_ns() // 1000 - start_us)
+        start_cpu_us = self._options.number("start-time-cpu-us")
+        if start_cpu_us is not None:
+            own = time.process_time_ns() // 1000 - start_cpu_us
+            counters["process_startup_time_cpu_us"] = max(
+                0, own + (self._options.number("parent-cpu-time-us") or 0)
+            )
+        self._logger.info("API server started.")
+
+    def _watch_signals(self) -> None:
+        for number in (*SIGNAL_STATUS, *_TERMINATE):
+            self._loop.on_signal(number, self._intercept)
+
+    def _intercept(self, number: int) -> None:
+        name = signal.Signals(number).name.lower()
+        if name in self._metrics.counters["signals"]:
+            self._metrics.counters["signals"][name] = 1
+        elif number == signal.SIGSYS:
+            self._metrics.counters["seccomp"]["num_faults"] = 1
+        self._logger.error(f"Shutting down VM after intercepting signal {number}.")
+        if number in _TERMINATE:
+            self._signal = number
+        else:
+            self._status = SIGNAL_STATUS[signal.Signals(number)]
+        self._loop.stop()
+
+    def _close(self) -> None:
+        self._terminal.restore()
+        self._flush()
+        if self._server is not None:
+            self._server.close()
+        self._controller.stop()
+        self._loop.close()
+        self._metrics.close()
