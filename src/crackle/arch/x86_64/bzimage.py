@@ -5,7 +5,9 @@ Header").
 from __future__ import annotations
 
 from struct import pack_into
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from crackle.arch.x86_64.layout import BOOT_DATA, IDENTITY_MAP_END
 from crackle.errors import ConfigError
@@ -44,7 +46,7 @@ _PARAGRAPH = 16
 _DEFAULT_SETUP_SECTORS = 4
 
 
-class BzImage(NamedTuple):
+class BzImage(msgspec.Struct):
     """What the setup header says.
 
     `file_size` bytes at file `offset` go to guest physical `address`; the kernel unpacks itself in

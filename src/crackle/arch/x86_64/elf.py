@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import os
 from struct import Struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from crackle.arch.x86_64.layout import BOOT_DATA, HIMEM_START, IDENTITY_MAP_END
 from crackle.errors import ConfigError
@@ -33,7 +35,7 @@ _MAX_PROGRAM_HEADERS = 256
 _MAX_NOTES_SIZE = 1 << 20
 
 
-class Segment(NamedTuple):
+class Segment(msgspec.Struct, order=True):
     """One PT_LOAD: `file_size` bytes at file `offset` go to guest physical `address`; `size` includes the
     zeroes after.
     """
@@ -49,7 +51,7 @@ class Segment(NamedTuple):
         return self.address + self.size
 
 
-class ElfImage(NamedTuple):
+class ElfImage(msgspec.Struct):
     """What the headers of a vmlinux say. Segments are in ascending order and have memory."""
 
     segments: list[Segment]
