@@ -3,7 +3,7 @@
  * Prints `exits KIND n=N cycles=C` with C the cost of one, for
  *   out     a write to a port nobody claims           in      a read of the serial line status register
  *   mmio    a read of a virtio-mmio magic value       scratch a write to the serial scratch register
- * and, for scale, `loop` (no exit at all).
+ * and, for scale, `loop` (no exit at all). `spin=in` or `spin=mmio`: prints `spin` and then does nothing but such exits for ever.
  */
 #include "bare.h"
 
@@ -17,6 +17,16 @@ static void report(const char *kind, u64 start)
 
 int main(void)
 {
+    if (option_is("spin", "in")) {
+        print("spin\n");
+        for (;;)
+            in8(SERIAL_PORT + 5);
+    }
+    if (option_is("spin", "mmio")) {
+        print("spin\n");
+        for (;;)
+            mmio_read32(VIRTIO_MMIO_BASE);
+    }
     loops = option_number("n", 20000);
     u16 port = (u16)option_number("port", 0x2f0); /* nobody's: the second serial port is not there */
     print("khz %u\n", tsc_khz());
