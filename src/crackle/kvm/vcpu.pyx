@@ -304,6 +304,11 @@ cdef class VcpuBase:
         if self.state != IS_NEW and self.ask == ASK_PAUSE:
             self.request(ASK_RUN)
 
+    def request_stop(self):
+        """Ask the thread to end and return at once; `stop` waits for it."""
+        if self.state != IS_NEW:
+            self.request(ASK_STOP)
+
     def stop(self):
         """End the thread, wherever it is, and wait for it. Idempotent."""
         if self.state == IS_NEW or self.joined:

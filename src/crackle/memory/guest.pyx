@@ -36,6 +36,7 @@ cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *addr, size_t length, int advice)
     enum:
         MADV_DONTFORK
+        MADV_HUGEPAGE
 
 cdef extern from "<linux/mman.h>" nogil:
     enum:
@@ -56,7 +57,7 @@ cdef enum:
     PAGE_SIZE = 1 << PAGE_SHIFT
     HUGE_PAGE_SIZE = 2 << 20
 
-BACKINGS = ("anonymous", "memfd", "file", "hugepages", "hugepages-memfd")
+BACKINGS = ("anonymous", "transparent", "memfd", "file", "hugepages", "hugepages-memfd")
 
 
 cdef class Region:
@@ -102,8 +103,9 @@ cdef class GuestMemory:
     """Guest RAM as a table of regions.
 
     layout: [(gpa, size)] in bytes, page aligned, ascending, without overlap.
-    backing: "anonymous"; "memfd" (shared, can be handed to another process); "file" (a private, copy-on-write mapping
-    of `fd`, regions one after the other from `offset`); "hugepages" and "hugepages-memfd" (2 MiB pages).
+    backing: "anonymous"; "transparent" (anonymous, in huge pages where the kernel finds some); "memfd" (shared, can be
+    handed to another process); "file" (a private, copy-on-write mapping of `fd`, regions one after the other from
+    `offset`); "hugepages" and "hugepages-memfd" (reserved 2 MiB pages).
     shared: with "file", map it shared instead.
     Raises ConfigError when the layout is wrong or the host cannot give the memory.
     """
@@ -143,7 +145,7 @@ cdef class GuestMemory:
         cdef void *address
         cdef Region region
         cdef uint64_t total = sum(size for _, size in layout)
-        if backing == "anonymous":
+        if backing in ("anonymous", "transparent"):
             flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
             fd = -1
         elif backing == "hugepages":
@@ -171,6 +173,8 @@ cdef class GuestMemory:
             region.fd, region.offset = fd, offset
             # A forked helper process must neither keep guest memory alive nor see it.
             madvise(address, size, MADV_DONTFORK)
+            if backing == "transparent":
+                madvise(address, size, MADV_HUGEPAGE)
             self.table[self.count] = region.r
             self.count += 1
             self.size += size

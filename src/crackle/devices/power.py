@@ -1,0 +1,31 @@
+"""The ACPI sleep registers: how a guest switches itself off (ACPI 6.5, sections 4.8.3.7 and 7.4.2.6).
+
+A hardware-reduced platform has one byte to write and one to read. A cold device, called under the GIL.
+"""
+
+from __future__ import annotations
+
+BUS_CONTINUE, BUS_SHUTDOWN = 0, 2
+
+PORTS = 2
+
+_SLEEP_ENABLE = 0x20
+_SLEEP_TYPE = 0x1C
+_SLEEP_TYPE_SHIFT = 2
+SLEEP_TYPE_S5 = 5
+"""The value that the DSDT's \\_S5 object names."""
+
+
+class SleepControl:
+    """Sleep control at offset 0, sleep status at offset 1. Only S5, soft off, is known."""
+
+    def read(self, offset: int, size: int) -> int:
+        """Never woken from anything."""
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> int:
+        """What the vCPU is to do: go on, or be switched off."""
+        wanted = (value & _SLEEP_TYPE) >> _SLEEP_TYPE_SHIFT
+        if offset == 0 and value & _SLEEP_ENABLE and wanted == SLEEP_TYPE_S5:
+            return BUS_SHUTDOWN
+        return BUS_CONTINUE

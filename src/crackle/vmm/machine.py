@@ -1,0 +1,263 @@
+"""A built machine: vCPUs, devices and their threads, from the first instruction to the last descriptor closed."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from crackle.arch import DeviceInfo, layout
+from crackle.devices.boot_timer import SIZE as BOOT_TIMER_SIZE
+from crackle.devices.boot_timer import BootTimer
+from crackle.devices.i8042 import GSI as I8042_GSI
+from crackle.devices.i8042 import I8042
+from crackle.devices.i8042 import PORT as I8042_PORT
+from crackle.devices.i8042 import PORTS as I8042_PORTS
+from crackle.devices.iothread import IoThread
+from crackle.devices.power import PORTS as SLEEP_PORTS
+from crackle.devices.power import SleepControl
+from crackle.devices.serial import SERIAL_GSI, Serial
+from crackle.errors import ConfigError, StateError
+from crackle.kvm import Bus
+from crackle.virtio.block import Block
+from crackle.virtio.mmio import SIZE as MMIO_SIZE
+from crackle.virtio.mmio import MmioTransport
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from crackle.schema.drive import Drive
+    from crackle.virtio.device import VirtioDevice
+    from crackle.vmm.builder import BuildOptions, Parts
+
+# How a vCPU's end is told: the reason, the words, and the exit status of the process, as Firecracker's.
+_CLEAN = {"reset": "the guest asked for a reset", "shutdown": "the guest switched itself off"}
+EXIT_OK = 0
+EXIT_ERROR = 1
+
+_MAX_DEVICES = layout.GSI_LAST - layout.GSI_FIRST + 1
+
+
+class ExitStatus(msgspec.Struct, frozen=True):
+    """Why the guest ended: "reset", "shutdown", or the name of a failure, with a message that says more."""
+
+    reason: str
+    message: str
+    exit_code: int
+
+
+class Machine:
+    """Owns the parts it is made from, its devices and all their descriptors until `stop`.
+
+    `exit_fd` becomes readable when the guest ends by itself. Not thread-safe: one thread gives the orders.
+    """
+
+    def __init__(self, parts: Parts, options: BuildOptions) -> None:
+        assert parts.memory is not None
+        assert parts.vm is not None
+        self.parts = parts
+        self.memory = parts.memory
+        self.vm = parts.vm
+        self.vcpus = parts.vcpus
+        self.pio = Bus("pio")
+        self.mmio = Bus("mmio")
+        self.io = IoThread()
+        self.transports: list[MmioTransport] = []
+        self.device_infos: list[DeviceInfo] = []
+        self.drives: dict[str, Block] = {}
+        self.serial = Serial()
+        self.i8042 = I8042()
+        self.boot_timer: BootTimer | None = None
+        self.sleep_port = layout.SLEEP_PORT
+        self._options = options
+        self._fds: list[int] = []
+        self._power_fd = -1
+        self._stopped = False
+        self.exit_fd = self._eventfd()
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def own_fd(self, fd: int) -> int:
+        """Close `fd` when the machine stops; returns it."""
+        self._fds.append(fd)
+        return fd
+
+    def _eventfd(self) -> int:
+        return self.own_fd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+
+    def _interrupt(self, gsi: int) -> int:
+        fd = self._eventfd()
+        self.vm.irqfd(fd, gsi)
+        return fd
+
+    def add_legacy_devices(self, console_out: int) -> None:
+        """Serial console, keyboard controller, sleep registers, power button and, if asked for, the boot timer."""
+        self.serial = Serial(self._options.console_in, console_out, self._interrupt(SERIAL_GSI))
+        self.serial.attach(self.pio, self.io)
+        self.i8042 = I8042(self._interrupt(I8042_GSI))
+        self.pio.attach_python(I8042_PORT, I8042_PORTS, self.i8042)
+        self.pio.attach_python(self.sleep_port, SLEEP_PORTS, SleepControl())
+        self._power_fd = self._interrupt(layout.GSI_POWER)
+        if self._options.boot_timer:
+            self.boot_timer = BootTimer(self._report_boot_time)
+            self.mmio.attach_python(layout.BOOT_TIMER_ADDR, BOOT_TIMER_SIZE, self.boot_timer)
+
+    def add_drive(self, drive: Drive) -> None:
+        """Attach a block device. ConfigError when its file cannot be used."""
+        assert drive.path_on_host is not None
+        block = Block(
+            self.memory,
+            drive.path_on_host,
+            read_only=bool(drive.is_read_only),
+            writeback=drive.cache_type == "Writeback",
+        )
+        self.drives[drive.drive_id] = block
+        self._attach(block)
+
+    def _attach(self, device: VirtioDevice) -> None:
+        """Give a virtio device its window, its interrupt, and its place on the I/O thread."""
+        index = len(self.transports)
+        if index == _MAX_DEVICES:
+            raise ConfigError(f"a microVM has room for {_MAX_DEVICES} devices; remove one")
+        address = layout.VIRTIO_MMIO_START + index * MMIO_SIZE
+        transport = MmioTransport(device, address, layout.GSI_FIRST + index)
+        self.transports.append(transport)
+        transport.attach(self.mmio)
+        self.vm.irqfd(device.irq_fd, transport.gsi)
+        for queue, fd in enumerate(device.notify_fds):
+            self.vm.ioeventfd(fd, transport.notify_address, 4, datamatch=queue)
+        device.attach(self.io)
+        self.device_infos.append(DeviceInfo(address, MMIO_SIZE, transport.gsi))
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Run the guest."""
+        if self.boot_timer is not None:
+            self.boot_timer.start()
+        self.io.start()
+        for vcpu in self.vcpus:
+            vcpu.start(self.pio, self.mmio, self.exit_fd, profile=self._options.profile)
+
+    def pause(self) -> None:
+        """Stop every vCPU between two instructions, serve what the guest has submitted, and stand still. Idempotent."""
+        self._check_alive()
+        for vcpu in self.vcpus:
+            vcpu.request_pause()
+        for vcpu in self.vcpus:
+            vcpu.wait_paused()
+        self.io.pause()
+
+    def resume(self) -> None:
+        """Go on where `pause` stopped. Idempotent."""
+        self._check_alive()
+        for vcpu in self.vcpus:
+            vcpu.kvmclock_ctrl()
+        self.io.resume()
+        for vcpu in self.vcpus:
+            vcpu.resume()
+
+    def send_ctrl_alt_del(self) -> None:
+        """Press Ctrl-Alt-Del on the guest's keyboard."""
+        self._check_alive()
+        self.i8042.send_ctrl_alt_del()
+
+    def press_power_button(self) -> None:
+        """Press the ACPI power button: a guest with ACPI shuts down as its init is set up to."""
+        self._check_alive()
+        os.eventfd_write(self._power_fd, 1)
+
+    def update_drive(self, drive_id: str, path: str) -> None:
+        """Put another file behind a drive while the guest runs; it learns of the new size. ConfigError keeps the old."""
+        self._check_alive()
+        if drive_id not in self.drives:
+            raise ConfigError(f"there is no drive {drive_id!r}")
+        self.drives[drive_id].update(path)
+
+    def _check_alive(self) -> None:
+        if self._stopped:
+            raise StateError("the microVM has stopped")
+
+    def exit_status(self) -> ExitStatus | None:
+        """Why the guest ended, or None while it has not. A failure outweighs a clean end on another vCPU."""
+        ended: ExitStatus | None = None
+        for vcpu in self.vcpus:
+            status = vcpu.status
+            if status in _CLEAN:
+                ended = ended or ExitStatus(status, _CLEAN[status], EXIT_OK)
+            elif vcpu.failure is not None:
+                return ExitStatus(status, vcpu.description, EXIT_ERROR)
+        return ended
+
+    def stop(self) -> None:
+        """End the vCPUs and the I/O thread and give everything back. Idempotent."""
+        if self._stopped:
+            return
+        self._stopped = True
+        for vcpu in self.vcpus:
+            vcpu.request_stop()
+        for vcpu in self.vcpus:
+            vcpu.stop()
+        self.io.close()
+        for transport in self.transports:
+            transport.device.close()
+        self.parts.close()
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
+
+    # -- what it tells -------------------------------------------------------------------------------------------
+
+    def _report_boot_time(self, wall_us: int, cpu_us: int) -> None:
+        if self._options.logger is not None:
+            self._options.logger.info(
+                f"Guest-boot-time = {wall_us:>6} us {wall_us // 1000} ms, "
+                f"{cpu_us:>6} CPU us {cpu_us // 1000} CPU ms"
+            )
+
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """Counters since the start, under the names of Firecracker's metrics."""
+        exits = [vcpu.exits for vcpu in self.vcpus]
+        tree: dict[str, dict[str, Any]] = {
+            "vcpu": {
+                "exit_io_in": sum(e["pio_in"] for e in exits),
+                "exit_io_out": sum(e["pio_out"] for e in exits),
+                "exit_mmio_read": sum(e["mmio_read"] for e in exits),
+                "exit_mmio_write": sum(e["mmio_write"] for e in exits),
+                "failures": sum(vcpu.failure is not None for vcpu in self.vcpus),
+            },
+            "uart": _counters(self.serial, _UART),
+            "i8042": _counters(self.i8042, _I8042),
+        }
+        for drive_id, block in self.drives.items():
+            tree[f"block_{drive_id}"] = {
+                **{metric: getattr(block, name) for metric, name in _BLOCK.items()},
+                "read_agg": block.read_latency,
+                "write_agg": block.write_latency,
+            }
+        return tree
+
+
+_UART = ("error_count", "flush_count", "missed_read_count", "missed_write_count", "read_count", "write_count")
+_I8042 = ("error_count", "missed_read_count", "missed_write_count", "read_count", "reset_count", "write_count")
+_BLOCK = {
+    "activate_fails": "activate_fails",
+    "cfg_fails": "cfg_fails",
+    "no_avail_buffer": "empty_events",
+    "event_fails": "broken_queues",
+    "execute_fails": "execute_fails",
+    "invalid_reqs_count": "invalid_requests",
+    "flush_count": "flush_count",
+    "queue_event_count": "queue_events",
+    "update_count": "updates",
+    "update_fails": "update_fails",
+    "read_bytes": "read_bytes",
+    "write_bytes": "write_bytes",
+    "read_count": "read_count",
+    "write_count": "write_count",
+}
+
+
+def _counters(device: object, names: tuple[str, ...]) -> dict[str, int]:
+    return {name: getattr(device, name) for name in names}
