@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FILE_MIB = 256
-MILLISECONDS = 100
-SLICES = 3
+MILLISECONDS = 20
+SLICES = 12
 
 
 class Test(NamedTuple):
