@@ -1,4 +1,4 @@
-"""tools/emuhost: the emulated host looks like this machine with a complete KVM, and its command like an ordinary child."""
+"""tools/emuhost: looks like this machine with a complete KVM, and its command like an ordinary child."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ print("files")
 
 def test_status_streams_directory_and_environment_are_passed(tmp_path: Path) -> None:
     script = 'cat; pwd; echo "$1 $GREETING"; echo complaint >&2; exit 7'
-    environment = os.environ | {"GREETING": "it's\na \"test\" $HOME"}
+    environment = os.environ | {"GREETING": 'it\'s\na "test" $HOME'}
     done = emuhost("sh", "-c", script, "sh", "a  b'c", stdin=b"first\n\0line", cwd=tmp_path, env=environment)
     assert done.stdout.decode() == f"first\n\0line{tmp_path}\na  b'c it's\na \"test\" $HOME\n"
     assert done.stderr == b"complaint\n"
@@ -91,7 +91,15 @@ def test_status_streams_directory_and_environment_are_passed(tmp_path: Path) -> 
 def test_offers_what_a_monitor_and_a_jailer_need() -> None:
     done = emuhost("python3", "-c", FACILITIES)
     assert done.stderr == b""
-    assert done.stdout.split() == [b"kvm", b"tun", b"cgroup2", b"netns", b"io_uring", b"userfaultfd", b"files"]
+    assert done.stdout.split() == [
+        b"kvm",
+        b"tun",
+        b"cgroup2",
+        b"netns",
+        b"io_uring",
+        b"userfaultfd",
+        b"files",
+    ]
 
 
 def test_only_shared_directories_are_written_through(tmp_path: Path) -> None:
@@ -124,7 +132,9 @@ def test_the_timeout_ends_it() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left_behind_when_it_is_ended(number: signal.Signals) -> None:
     host = subprocess.Popen(
-        [EMUHOST, "--", "sh", "-c", "echo started; sleep 1000"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+        [EMUHOST, "--", "sh", "-c", "echo started; sleep 1000"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
     )
     assert host.stdout is not None
     assert host.stdout.readline() == b"started\n"
@@ -145,7 +155,9 @@ def test_a_command_that_does_not_exist_gives_127() -> None:
 
 def test_two_run_side_by_side() -> None:
     hosts = [
-        subprocess.Popen([EMUHOST, "--", "echo", str(number)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        subprocess.Popen(
+            [EMUHOST, "--", "echo", str(number)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+        )
         for number in range(2)
     ]
     assert [host.communicate(timeout=200)[0] for host in hosts] == [b"0\n", b"1\n"]

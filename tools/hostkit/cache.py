@@ -1,7 +1,7 @@
 """The user's cache directory: where downloads and built images live, each made once and published whole.
 
-A thing in the cache is either absent or complete. It is made under a temporary name beside its final one, while
-holding a lock, and renamed into place, so that several tools may want it at the same time.
+A thing in the cache is either absent or complete. It is made under a temporary name beside its final one,
+while holding a lock, and renamed into place, so that several tools may want it at the same time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def progress(message: str) -> None:
 
 @contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Hold the cache-wide lock `name`, waiting for whoever has it. Released by the kernel if the holder dies."""
+    """Hold the cache-wide lock `name`, waiting for whoever has it. It ends with the process at the latest."""
     locks = cache_dir() / "locks"
     locks.mkdir(exist_ok=True)
     with open(locks / name.replace("/", "_"), "w") as file:
@@ -41,7 +41,7 @@ def locked(name: str) -> Iterator[None]:
 
 
 def made(path: Path, make: Callable[[Path], None]) -> Path:
-    """Return `path`, calling `make(temporary path)` first if it does not exist; `make` creates a file or a directory."""
+    """Return `path`, made first by `make(temporary path)` if it does not exist. A file or a directory."""
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,9 @@ def key(*parts: str | bytes | Path) -> str:
     """A short name for a combination of inputs: texts, bytes and the contents of files."""
     digest = hashlib.sha256()
     for part in parts:
-        data = part.read_bytes() if isinstance(part, Path) else part.encode() if isinstance(part, str) else part
+        data = (
+            part.read_bytes() if isinstance(part, Path) else part.encode() if isinstance(part, str) else part
+        )
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()[:16]

@@ -1,6 +1,7 @@
 """Archives in the "newc" format of cpio, which is what Linux unpacks as an initial RAM file system.
 
-Documentation/driver-api/early-userspace/buffer-format.rst of Linux. Deterministic: no times, no owners, order as given.
+Documentation/driver-api/early-userspace/buffer-format.rst of Linux. Deterministic: no times, no owners, order
+as given.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import stat
 
 
 class Archive:
-    """An archive in the making. Paths are given without a leading slash; missing parent directories are added."""
+    """An archive in the making. Paths have no leading slash; missing parent directories are added."""
 
     def __init__(self) -> None:
         self._data = bytearray()

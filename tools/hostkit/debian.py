@@ -1,4 +1,4 @@
-"""Debian packages: installed on this machine when a tool is needed, or only downloaded and unpacked into the cache."""
+"""Debian packages: installed on this machine, or only downloaded and unpacked into the cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from pathlib import Path
 from . import cache
 
 # Downloads go to the user's cache, which apt's own unprivileged user cannot enter.
-_APT = ("apt-get", "-q", "-o", "APT::Sandbox::User=root", "-o", "DPkg::Lock::Timeout=300", "-o", "Acquire::Retries=3")
+_APT = (
+    "apt-get",
+    "-q",
+    "-o",
+    "APT::Sandbox::User=root",
+    "-o",
+    "DPkg::Lock::Timeout=300",
+    "-o",
+    "Acquire::Retries=3",
+)
 
 
 class DebianError(Exception):
@@ -20,7 +29,12 @@ class DebianError(Exception):
 def _run(command: Sequence[str], cwd: Path | None = None) -> None:
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
     result = subprocess.run(
-        command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     if result.returncode:
         tail = "\n".join(result.stdout.decode(errors="replace").splitlines()[-8:])
@@ -28,7 +42,7 @@ def _run(command: Sequence[str], cwd: Path | None = None) -> None:
 
 
 def _run_after_update(command: Sequence[str], cwd: Path | None = None) -> None:
-    """Run an apt command; when it fails, refresh the package lists and run it again: they may be absent or stale."""
+    """Run an apt command; if it fails, once more after refreshing the lists, which may be absent or stale."""
     try:
         _run(command, cwd)
     except DebianError:
@@ -69,8 +83,8 @@ def _dependency(package: str) -> str:
 def unpacked(package: str, *, meta: bool = False) -> Path:
     """The directory in the cache that holds the files of `package`; downloaded and unpacked the first time.
 
-    With `meta`, the package that the metapackage `package` depends on is meant. A package in the cache is used without
-    asking whether there is a newer one.
+    With `meta`, the package that the metapackage `package` depends on is meant. A package in the cache is
+    used without asking whether there is a newer one.
     """
     link = cache.cache_dir() / "packages" / package
     if link.exists():

@@ -1,8 +1,8 @@
-"""The emulated KVM host: QEMU emulates a processor with AMD SVM, and the Linux booted in it offers a complete KVM.
+"""The emulated KVM host: QEMU emulates a processor with AMD SVM, and the Linux in it offers a complete KVM.
 
-Its root file system is this machine's, read over 9p, with a layer in RAM on top that takes all writes. Nothing is kept in
-files: sockets and the initial RAM file system are handed to QEMU as open descriptors, and QEMU is killed by the kernel when
-this process ends, however it ends.
+Its root file system is this machine's, read over 9p, with a layer in RAM on top that takes all writes.
+Nothing is kept in files: sockets and the initial RAM file system are handed to QEMU as open descriptors, and
+QEMU is killed by the kernel when this process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ KERNEL_ARGUMENTS = (
     "console=ttyS0 panic=-1 mitigations=off nokaslr no_timer_check nowatchdog random.trust_cpu=on audit=0 "
     "cgroup_no_v1=all"
 )
-# QEMU 7.2 does not intercept XSETBV, so the KVM inside does not learn which XSAVE features a guest turned on. Linux notices
-# (a warning, unless it is given noxsave), and goes without XSAVE. Hiding XSAVE is no way out: monitors insist on it.
+# QEMU 7.2 does not intercept XSETBV, so the KVM inside does not learn which XSAVE features a guest turned on.
+# Linux notices (a warning, unless it is given noxsave), and goes without XSAVE. Hiding XSAVE is no way out:
+# monitors insist on it.
 PROCESSOR = "EPYC,+svm,+npt"
 STATUS_TIMEOUT = 124
 STATUS_FAILED = 125
@@ -51,7 +52,7 @@ class Ended(Exception):  # noqa: N818 - not an error: the way out from a signal
 
 @dataclass(frozen=True)
 class Options:
-    """What to run and in how large a machine. `memory` in MiB, `timeout` in seconds; `console` shows the kernel's."""
+    """What to run and in how large a machine: `memory` in MiB, `timeout` in seconds; `console`: show it."""
 
     command: list[str]
     cpus: int = 1
@@ -90,7 +91,9 @@ def _index_modules(host: kernel.DebianKernel, busybox: Path) -> None:
     if not (host.modules / "modules.alias").exists():
         with cache.locked("emuhost-modules"):
             root = host.modules.parent.parent.parent
-            subprocess.run([busybox, "depmod", "-b", root, host.version], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [busybox, "depmod", "-b", root, host.version], check=True, stdout=subprocess.DEVNULL
+            )
 
 
 def _job(options: Options, host: kernel.DebianKernel, token: str, terminal: os.terminal_size | None) -> bytes:
@@ -98,7 +101,7 @@ def _job(options: Options, host: kernel.DebianKernel, token: str, terminal: os.t
     command = ["/run/emuhost/busybox", "env", "-i"]
     command += [f"{name}={value}" for name, value in os.environ.items()]
     if terminal:
-        # util-linux's script gives the command a terminal; the shell in it sets the size before it starts the command.
+        # util-linux's script gives the command a terminal; the shell in it sets the terminal's size.
         size = f"stty rows {terminal.lines} cols {terminal.columns}; exec {shlex.join(options.command)}"
         command += ["script", "--quiet", "--return", "--flush", "--command", size, "/dev/null"]
     else:
@@ -132,7 +135,15 @@ def _share(path: str, tag: str, *, readonly: bool) -> list[str]:
 
 def _qemu(options: Options, vmlinux: Path, initrd: int, ports: dict[str, socket.socket]) -> list[str]:
     arguments = KERNEL_ARGUMENTS + (" loglevel=7" if options.console else " quiet")
-    command = ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot"]
+    command = [
+        "setpriv",
+        "--pdeathsig",
+        "KILL",
+        "qemu-system-x86_64",
+        "-nodefaults",
+        "-no-user-config",
+        "-no-reboot",
+    ]
     command += ["-display", "none", "-monitor", "none", "-M", "q35,accel=tcg", "-cpu", PROCESSOR]
     command += ["-smp", str(options.cpus), "-m", str(options.memory)]
     command += ["-kernel", str(vmlinux), "-initrd", f"/proc/self/fd/{initrd}", "-append", arguments]

@@ -1,4 +1,4 @@
-"""The files of the Linux guests: one tree of busybox and a few scripts, made into a disk image or an initial RAM disk."""
+"""The files of the Linux guests: busybox and a few scripts, made into a disk image or an initial RAM disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,21 @@ from . import cache, cpio, debian
 ROOTFS = Path(__file__).resolve().parents[2] / "guest" / "rootfs"
 PAYLOAD_SIZE = 8 << 20
 IMAGE_SIZE = 64 << 20
-DIRECTORIES = ("bin", "sbin", "usr/bin", "usr/sbin", "dev", "etc", "proc", "sys", "tmp", "run", "mnt", "root", "data")
+DIRECTORIES = (
+    "bin",
+    "sbin",
+    "usr/bin",
+    "usr/sbin",
+    "dev",
+    "etc",
+    "proc",
+    "sys",
+    "tmp",
+    "run",
+    "mnt",
+    "root",
+    "data",
+)
 # Fixed, so that the same inputs give the same image.
 UUID = "c4ac91e0-0000-4000-8000-000000000001"
 TIME = "1700000000"
@@ -34,7 +48,7 @@ def _applets() -> list[str]:
 
 
 def base_files() -> dict[str, bytes]:
-    """The executable files of every guest, by path; configuration is executable too, which does not matter."""
+    """The files of every guest, by path. All are made executable: configuration does not mind."""
     return {
         "bin/busybox": busybox().read_bytes(),
         "bin/demo": (ROOTFS / "demo").read_bytes(),
@@ -126,4 +140,6 @@ def _mke2fs(image: Path, staging: Path) -> None:
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     environment = os.environ | {"E2FSPROGS_FAKE_TIME": TIME, "SOURCE_DATE_EPOCH": TIME, "PATH": path}
     size = str(IMAGE_SIZE // 4096)
-    subprocess.run([*command, "-d", staging, image, size], check=True, env=environment, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [*command, "-d", staging, image, size], check=True, env=environment, stdout=subprocess.DEVNULL
+    )

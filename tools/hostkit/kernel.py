@@ -1,4 +1,4 @@
-"""Debian's kernel packages: the uncompressed kernel out of the bzImage, and modules in the order they load in.
+"""Debian's kernel packages: the uncompressed kernel out of the bzImage, and modules in loading order.
 
 The bzImage's header is described in Documentation/arch/x86/boot.rst of Linux ("The Real-Mode Kernel Header").
 """
@@ -32,7 +32,7 @@ class DebianKernel:
 
 
 def debian_kernel(package: str) -> DebianKernel:
-    """The kernel that the metapackage `package` (`linux-image-amd64`, `linux-image-cloud-amd64`) stands for."""
+    """The kernel that the metapackage `package` stands for, such as `linux-image-amd64`."""
     root = debian.unpacked(package, meta=True)
     vmlinuz = next((root / "boot").glob("vmlinuz-*"))
     version = vmlinuz.name.removeprefix("vmlinuz-")
@@ -80,7 +80,7 @@ def _unpack(payload: bytes, size: int) -> bytes:
 
 
 def _unpack_lz4(payload: bytes, size: int) -> bytes:
-    """The legacy frame format of lz4: blocks, each preceded by its length. The library is one that apt itself uses."""
+    """Unpack lz4's legacy frames: blocks, each after its length. The library is one that apt itself uses."""
     library = ctypes.CDLL("liblz4.so.1")
     block_size = 8 << 20
     out = ctypes.create_string_buffer(block_size)
@@ -109,9 +109,11 @@ def _unpack_zstd(payload: bytes, size: int) -> bytes:
 
 
 def load_order(kernel: DebianKernel, names: Sequence[str]) -> list[Path]:
-    """The files of the modules `names` and of all they depend on, dependencies first. Built-in ones are left out."""
+    """The modules `names` and all they depend on, dependencies first. Built-in ones are left out."""
     files = {_canonical(path.stem): path for path in kernel.modules.glob("kernel/**/*.ko")}
-    builtin = {_canonical(Path(line).stem) for line in (kernel.modules / "modules.builtin").read_text().split()}
+    builtin = {
+        _canonical(Path(line).stem) for line in (kernel.modules / "modules.builtin").read_text().split()
+    }
     order: list[Path] = []
 
     def visit(name: str) -> None:

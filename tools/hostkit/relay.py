@@ -1,4 +1,4 @@
-"""Moves bytes between this process's standard streams and the emulated host's ports until the command has ended."""
+"""Moves bytes between this process's standard streams and the emulated host's ports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Output:
         self._held = b""
 
     def receive(self) -> None:
-        """Take what has arrived. A tail that may be the beginning of the token is held back until more comes."""
+        """Take what has arrived, holding back a tail that may be the beginning of the token."""
         chunk = self.source.recv(_CHUNK)
         data = self._held + chunk
         self._held = b""
@@ -66,7 +66,7 @@ class Input:
 
 
 class Tail:
-    """The last few KiB of something that is only of interest when things go wrong; `copy` is a file for all of it."""
+    """The last few KiB of what is of interest only when things go wrong; `copy`: a file for all of it."""
 
     def __init__(self, source: socket.socket, copy: int | None = None, size: int = 8192) -> None:
         self.source = source
@@ -95,7 +95,8 @@ def relay(stdin: Input, outputs: list[Output], tails: list[Tail], process: int) 
         poll = select.poll()
         poll.register(process, select.POLLIN)
         readers: dict[int, Output | Tail] = {}
-        for reader in [*outputs, *tails]:
+        sources: list[Output | Tail] = [*outputs, *tails]
+        for reader in sources:
             if not reader.ended:
                 readers[reader.source.fileno()] = reader
                 poll.register(reader.source, select.POLLIN)
