@@ -1,0 +1,203 @@
+"""`MicroVM`: a virtual machine as a Python object, in this process.
+
+A thin front of the `Controller`: every call is one of its commands, as an API request would be.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from crackle.errors import CrackleError, GuestError, StateError
+from crackle.schema.boot import BootSource
+from crackle.schema.drive import Drive
+from crackle.schema.machine import MachineConfigUpdate
+from crackle.telemetry.logger import OFF, Logger
+from crackle.vmm.builder import BuildOptions, Shell, build, prepare
+from crackle.vmm.commands import Command
+from crackle.vmm.console import Console
+from crackle.vmm.controller import Controller
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from crackle.schema.config import VmConfig
+    from crackle.vmm.machine import ExitStatus, Machine
+
+DEFAULT_BOOT_ARGS = "console=ttyS0 reboot=k panic=1 i8042.noaux i8042.nomux"
+
+
+class MicroVM:
+    """A microVM with the given kernel and disks.
+
+    kernel, initrd: paths of a vmlinux or bzImage and of an initial RAM disk.
+    rootfs: path of an image that becomes the root device /dev/vda; `read_only` mounts and opens it so.
+    drives: more disks, as paths or `Drive` resources, from /dev/vdb on (from /dev/vda without rootfs).
+    boot_args: the kernel command line; the default puts the console on the serial port.
+    cpus: 1 to 32. memory: in MiB.
+    console: (input, output) descriptors of the guest's serial port, -1 for none; by default `self.console` holds it.
+    logger: what the controller logs to; by default nothing is logged.
+
+    As a context manager it starts the guest on entry and stops it on exit. Raises ConfigError when what is asked for
+    cannot be had, KvmError when the host cannot run it.
+    """
+
+    def __init__(
+        self,
+        kernel: str | os.PathLike[str],
+        rootfs: str | os.PathLike[str] | None = None,
+        *,
+        initrd: str | os.PathLike[str] | None = None,
+        drives: Sequence[str | os.PathLike[str] | Drive] = (),
+        read_only: bool = False,
+        boot_args: str = DEFAULT_BOOT_ARGS,
+        cpus: int = 1,
+        memory: int = 128,
+        instance_id: str = "anonymous-instance",
+        console: tuple[int, int] | None = None,
+        logger: Logger | None = None,
+        profile: bool = False,
+    ) -> None:
+        self._console = Console() if console is None else None
+        if console is None:
+            assert self._console is not None
+            console = (self._console.guest_in, self._console.guest_out)
+        self._options = BuildOptions(
+            instance_id=instance_id, console_in=console[0], console_out=console[1], logger=logger, profile=profile
+        )
+        self._controller = Controller(
+            self._build, prepare, instance_id=instance_id, logger=logger or Logger(instance_id, level=OFF)
+        )
+        try:
+            execute = self._controller.execute
+            execute(Command("put_machine", MachineConfigUpdate(vcpu_count=cpus, mem_size_mib=memory)))
+            source = BootSource(os.fspath(kernel), None if initrd is None else os.fspath(initrd), boot_args)
+            execute(Command("put_boot_source", source))
+            for drive in _drives(rootfs, drives, read_only):
+                execute(Command("put_drive", drive))
+        except BaseException:
+            self.stop()
+            raise
+
+    def _build(self, config: VmConfig, shell: Any) -> Machine:
+        assert shell is None or isinstance(shell, Shell)
+        return build(config, shell, self._options)
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Boot the guest."""
+        self._controller.execute(Command("start"))
+
+    def pause(self) -> None:
+        """Stop all vCPUs and devices where they are."""
+        self._controller.execute(Command("pause"))
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._controller.execute(Command("resume"))
+
+    def send_ctrl_alt_del(self) -> None:
+        """Press Ctrl-Alt-Del in the guest."""
+        self._controller.execute(Command("send_ctrl_alt_del"))
+
+    def press_power_button(self) -> None:
+        """Press the ACPI power button."""
+        self._machine().press_power_button()
+
+    def update_drive(self, drive_id: str, path: str | os.PathLike[str]) -> None:
+        """Put another file behind a drive; the guest learns of the new size."""
+        from crackle.schema.drive import DriveUpdate
+
+        self._controller.execute(Command("patch_drive", DriveUpdate(drive_id, os.fspath(path))))
+
+    def wait(self, timeout: float | None = None) -> ExitStatus:
+        """Wait until the guest ends by itself, and say how. TimeoutError after `timeout` seconds.
+
+        GuestError, with the registers, when it did not end well.
+        """
+        machine = self._machine()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        poll = select.poll()
+        poll.register(machine.exit_fd, select.POLLIN)
+        while (status := machine.exit_status()) is None:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not poll.poll(None if left is None else left * 1000) and left is not None:
+                raise TimeoutError(f"the guest still runs after {timeout:g} s")
+        if status.exit_code:
+            raise GuestError(status.message)
+        return status
+
+    def stop(self) -> None:
+        """End the guest, however it is, and give everything back. Idempotent."""
+        self._controller.stop()
+        if self._console is not None:
+            self._console.close()
+
+    def __enter__(self) -> MicroVM:
+        try:
+            if self.state == "Not started":
+                self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    # -- what it tells -------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> str:
+        """ "Not started", "Running", "Paused" or "Stopped"."""
+        return self._controller.state
+
+    @property
+    def console(self) -> Console:
+        """The serial console. StateError when descriptors were given for it."""
+        if self._console is None:
+            raise StateError("this microVM's console was given to somebody else")
+        return self._console
+
+    @property
+    def config(self) -> VmConfig:
+        """The configuration, as GET /vm/config gives it."""
+        config: VmConfig = self._controller.execute(Command("get_config"))
+        return config
+
+    def metrics(self) -> dict[str, Any]:
+        """Counters of the devices and vCPUs since the start."""
+        return self._machine().metrics()
+
+    def _machine(self) -> Machine:
+        from crackle.vmm.machine import Machine
+
+        if self._controller.machine is None:
+            raise StateError("the microVM is not running")
+        assert isinstance(self._controller.machine, Machine)
+        return self._controller.machine
+
+
+def _drives(
+    rootfs: str | os.PathLike[str] | None, drives: Sequence[str | os.PathLike[str] | Drive], read_only: bool
+) -> list[Drive]:
+    result = []
+    if rootfs is not None:
+        result.append(Drive("rootfs", True, path_on_host=os.fspath(rootfs), is_read_only=read_only))
+    for index, drive in enumerate(drives):
+        if isinstance(drive, Drive):
+            result.append(drive)
+        else:
+            result.append(Drive(f"drive{index}", False, path_on_host=os.fspath(drive), is_read_only=False))
+    names = [drive.drive_id for drive in result]
+    if len(set(names)) < len(names):
+        raise CrackleError(f"two drives have the same name: {', '.join(sorted(names))}")
+    return result
