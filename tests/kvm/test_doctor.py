@@ -1,0 +1,75 @@
+"""`crackle doctor`: what it says of this host, whatever host that is."""
+
+import os
+import time
+
+import pytest
+
+from crackle.cli import doctor, probe
+
+
+def test_the_probe_sees_user_code_and_interrupts():
+    findings = {finding.name: finding for finding in probe.probe().findings}
+    assert findings["user code"].works
+    assert findings["interrupts"].works
+    assert findings["kernel code"].works
+
+
+def test_the_verdict_rests_on_the_findings():
+    verdict = probe.probe()
+    assert verdict.linux == all(finding.works for finding in verdict.findings)
+    assert verdict.sentence.startswith("yes" if verdict.linux else "no: ")
+
+
+@pytest.mark.skipif(not os.path.isdir("/sys/module/kvm_pvm"), reason="this host's KVM is not that one")
+def test_a_kvm_without_system_calls_is_found_out():
+    verdict = probe.probe()
+    assert not verdict.linux
+    assert "syscall" in verdict.sentence
+    assert "tools/emuhost" in verdict.sentence
+
+
+def test_a_guest_that_hangs_is_stopped(monkeypatch):
+    hang = b"\xeb\xfe"  # jmp $
+    monkeypatch.setattr(probe, "TIME_LIMIT", 0.1)
+    monkeypatch.setattr(probe, "USER_PROGRAM", hang)
+    monkeypatch.setitem(probe.ENTRY, hang, probe.CODE + 0x800)
+    before = time.monotonic()
+    verdict = probe.probe()
+    assert time.monotonic() - before < 10
+    assert not verdict.linux
+    assert "nothing for 0.1 s" in verdict.findings[0].detail
+
+
+def test_code_and_tables_of_the_probe_do_not_overlap():
+    ends = [address + len(program) for program, address in probe.ENTRY.items()]
+    assert all(end <= start for end, start in zip(ends, [*probe.ENTRY.values()][1:], strict=False))
+    assert sum(map(len, probe.PROGRAMS)) <= 200
+
+
+def test_the_report_names_every_area():
+    areas = {row.area for row in doctor.report()}
+    assert {"host", "kvm", "probe", "network", "disk", "memory", "confinement", "limits"} <= areas
+
+
+def test_a_missing_kvm_is_a_problem_with_advice(tmp_path):
+    rows = doctor.report(str(tmp_path / "kvm"))
+    problem = next(row for row in rows if row.state == "problem")
+    assert "does not exist" in problem.value
+    assert problem.advice
+    assert not doctor.runs_linux(rows)
+    assert not any(row.area == "probe" for row in rows)
+
+
+def test_something_else_in_its_place_is_a_problem(tmp_path):
+    path = tmp_path / "kvm"
+    path.write_text("not a device")
+    rows = doctor.report(str(path))
+    assert any(row.state == "problem" for row in rows)
+
+
+def test_the_table_is_printed(capsys):
+    doctor.render(doctor.report())
+    printed = capsys.readouterr().out
+    assert "/dev/kvm" in printed
+    assert "Linux guests" in printed
