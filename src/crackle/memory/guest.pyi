@@ -6,8 +6,10 @@ from typing_extensions import Buffer
 BACKINGS: tuple[str, ...]
 
 class Region:
-    fd: int
-    offset: int
+    @property
+    def fd(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
     @property
     def gpa(self) -> int: ...
     @property
@@ -17,8 +19,12 @@ class Region:
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 class GuestMemory:
-    regions: tuple[Region, ...]
-    size: int
+    @property
+    def regions(self) -> tuple[Region, ...]: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def tracking(self) -> bool: ...
     def __init__(
         self,
         layout: Sequence[tuple[int, int]],
