@@ -158,8 +158,10 @@ VMM = (sys.executable, "-c", "from crackle.cli.vmm import main; main()")
 
 @pytest.fixture
 def vmm(guests: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts crackle-vmm on a configuration file, without an API; its console is the process's output."""
+    """Starts crackle-vmm on a configuration file, without an API; console on its output, log in tmp_path/log."""
     started: list[subprocess.Popen[str]] = []
+    log = tmp_path / "log"
+    log.touch()
 
     def start(guest: str, boot_args: str = "", *arguments: str, **options: Any) -> subprocess.Popen[str]:
         drives, memory_mib = options.get("drives", []), options.get("memory_mib", 64)
@@ -168,7 +170,7 @@ def vmm(guests: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen
         )
         path = tmp_path / f"config{len(started)}.json"
         path.write_text(json.dumps(config))
-        command = [*VMM, "--no-api", "--config-file", str(path), *arguments]
+        command = [*VMM, "--no-api", "--config-file", str(path), "--log-path", str(log), *arguments]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
