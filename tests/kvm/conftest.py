@@ -158,7 +158,7 @@ VMM = (sys.executable, "-c", "from crackle.cli.vmm import main; main()")
 
 @pytest.fixture
 def vmm(guests: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts crackle-vmm on a configuration file, without an API; console on its output, log in tmp_path/log."""
+    """Starts crackle-vmm on a configuration file: console on its output, log in tmp_path/log."""
     started: list[subprocess.Popen[str]] = []
     log = tmp_path / "log"
     log.touch()
