@@ -124,3 +124,16 @@ def test_the_number_of_vcpus_is_limited(vcpus: int) -> None:
 def test_a_command_line_that_would_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match="2048 characters, at most 2047"):
         configure_system(guest(1), kernel=LINUX64, cmdline=b"x" * 2048, initrd=None, vcpu_count=1, devices=[])
+
+
+def test_the_bios_reset_vector_resets_through_the_keyboard_controller() -> None:
+    memory = guest(1)
+    boot.write_reset_vector(memory)
+    assert memory.read(0xFFFF0, 7) == bytes.fromhex("b0 fe e6 64 f4 eb fd")
+
+
+def test_a_kernel_loaded_over_the_reset_vector_keeps_it() -> None:
+    memory = guest(1)
+    memory.write(0xFFFF6, b"k")
+    boot.write_reset_vector(memory)
+    assert memory.read(0xFFFF0, 16) == bytes(6) + b"k" + bytes(9)

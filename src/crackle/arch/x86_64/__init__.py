@@ -90,6 +90,7 @@ def configure_system(
         sleep_port=sleep_port,
     )
     registers.write_tables(memory, pvh=pvh)
+    boot.write_reset_vector(memory)
 
 
 def configure_vcpu(

@@ -36,6 +36,9 @@ _BOOT_FLAG = 0xAA55
 _LOADER_UNDEFINED = 0xFF
 _KERNEL_ALIGNMENT = 16 << 20
 
+# Real-mode code: mov al, I8042_RESET; out I8042_COMMAND_PORT, al; then hlt for ever.
+_RESET_CODE = bytes((0xB0, layout.I8042_RESET, 0xE6, layout.I8042_COMMAND_PORT, 0xF4, 0xEB, 0xFD))
+
 _START_INFO = Struct("<IIIIQQQQII")
 _START_INFO_MAGIC = 0x336EC578
 _START_INFO_VERSION = 1
@@ -103,3 +106,14 @@ def write_start_info(memory: GuestMemory, *, initrd: tuple[int, int] | None) -> 
         0,
     )
     memory.write(layout.PVH_INFO_START, start_info)
+
+
+def write_reset_vector(memory: GuestMemory) -> None:
+    """Make the BIOS's reset vector pulse the keyboard controller's reset line.
+
+    On a hardware-reduced ACPI machine Linux tries EFI and then the BIOS, and neither exists: without this, a
+    guest that reboots and was not told `reboot=k` runs for ever through empty memory. A kernel loaded over
+    the vector keeps it.
+    """
+    if not any(memory.read(layout.RESET_VECTOR, len(_RESET_CODE))):
+        memory.write(layout.RESET_VECTOR, _RESET_CODE)

@@ -8,7 +8,7 @@
 0x0000_9000    page tables, three pages              0xfee0_0000    local APIC
 0x0002_0000    kernel command line                   0xfffb_d000    KVM's TSS, three pages
 0x0009_fc00    MP table, ACPI tables                 0x1_0000_0000  RAM from 4 GiB to 256 GiB
-0x000e_0000    RSDP                                  0x80_0000_0000 RAM from 512 GiB to 1 TiB
+0x000e_0000    RSDP; 0xf_fff0 reset vector           0x80_0000_0000 RAM from 512 GiB to 1 TiB
 ```
 """
 
@@ -39,6 +39,8 @@ section 4).
 """
 RSDP_ADDR = 0xE_0000
 SYSTEM_MEM_SIZE = RSDP_ADDR - SYSTEM_MEM_START
+RESET_VECTOR = 0xF_FFF0
+"""Where a kernel that reboots "through the BIOS" jumps to in real mode."""
 HIMEM_START = 0x10_0000
 
 BOOT_DATA = (
