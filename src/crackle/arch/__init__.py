@@ -26,6 +26,7 @@ from crackle.arch.x86_64 import (  # noqa: E402  (only after the check above)
     load_initrd,
     load_kernel,
     memory_layout,
+    prepare_vcpu,
 )
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "load_initrd",
     "load_kernel",
     "memory_layout",
+    "prepare_vcpu",
 ]

@@ -12,6 +12,7 @@ import msgspec
 from crackle.arch.x86_64 import acpi, boot, cpuid, layout, mptable, msr, registers
 from crackle.arch.x86_64.cmdline import Cmdline
 from crackle.arch.x86_64.cmdline import build as build_cmdline
+from crackle.arch.x86_64.cmdline import build as build_cmdline
 from crackle.arch.x86_64.kernel import PVH, LoadedKernel, load_initrd, load_kernel
 from crackle.arch.x86_64.layout import memory_layout
 from crackle.errors import ConfigError
@@ -103,8 +104,30 @@ def configure_vcpu(
     kernel: LoadedKernel,
     supported_msrs: Container[int] | None = None,
 ) -> None:
-    """Give vCPU `index` of `count` its CPUID and MSRs and, if it is vCPU 0, the registers to start the kernel
-    with.
+    """Give vCPU `index` of `count` all it starts with: `prepare_vcpu`, and for vCPU 0 `enter_kernel`."""
+    prepare_vcpu(
+        vcpu,
+        index=index,
+        count=count,
+        smt=smt,
+        supported_cpuid=supported_cpuid,
+        supported_msrs=supported_msrs,
+    )
+    if index == 0:
+        enter_kernel(vcpu, kernel)
+
+
+def prepare_vcpu(
+    vcpu: Vcpu,
+    *,
+    index: int,
+    count: int,
+    smt: bool,
+    supported_cpuid: Sequence[CpuidEntry],
+    supported_msrs: Container[int] | None = None,
+) -> None:
+    """Give vCPU `index` of `count` its CPUID and MSRs, and vCPU 0 its FPU and local APIC: what needs no
+    kernel yet.
 
     supported_cpuid: of KVM_GET_SUPPORTED_CPUID. supported_msrs: of KVM_GET_MSR_INDEX_LIST; None takes all as
     supported.
@@ -113,8 +136,14 @@ def configure_vcpu(
     vcpu.set_cpuid2(cpuid.normalise(supported_cpuid, index, count, smt))
     vcpu.set_msrs(msr.boot_msrs(supported_msrs))
     if index == 0:
-        pvh = kernel.protocol == PVH
-        vcpu.set_regs(registers.boot_regs(kernel.entry, pvh=pvh))
         vcpu.set_fpu(registers.boot_fpu())
-        vcpu.set_sregs(registers.boot_sregs(vcpu.get_sregs(), pvh=pvh))
         vcpu.set_lapic(registers.boot_lapic(vcpu.get_lapic()))
+
+
+def enter_kernel(vcpu: Vcpu, kernel: LoadedKernel) -> None:
+    """Set the registers of vCPU 0, once prepared, to begin at the kernel's entry as its boot protocol
+    says.
+    """
+    pvh = kernel.protocol == PVH
+    vcpu.set_regs(registers.boot_regs(kernel.entry, pvh=pvh))
+    vcpu.set_sregs(registers.boot_sregs(vcpu.get_sregs(), pvh=pvh))
