@@ -12,7 +12,6 @@ import msgspec
 from crackle.arch.x86_64 import acpi, boot, cpuid, layout, mptable, msr, registers
 from crackle.arch.x86_64.cmdline import Cmdline
 from crackle.arch.x86_64.cmdline import build as build_cmdline
-from crackle.arch.x86_64.cmdline import build as build_cmdline
 from crackle.arch.x86_64.kernel import PVH, LoadedKernel, load_initrd, load_kernel
 from crackle.arch.x86_64.layout import memory_layout
 from crackle.errors import ConfigError
