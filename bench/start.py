@@ -39,7 +39,7 @@ def rows(bench: Bench) -> Iterator[Row]:
 
 def _processor_ms(pid: int) -> float:
     """Processor time a live process has used so far."""
-    # The clock of another process, as clock_getcpuclockid(3) makes it. Some kernels show 0 until the first tick.
+    # Another process's clock, as clock_getcpuclockid(3) makes it. Some kernels show 0 until the first tick.
     while not (seconds := time.clock_gettime((~pid << 3) | 2)):
         time.sleep(0.0001)
     return seconds * 1000
