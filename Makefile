@@ -1,15 +1,57 @@
+# make demo    boot a Linux guest over the API, watch it work, see where the time went
+# make test    everything that can fail
+# Also: setup build lint bench fuzz guest-kernel clean
+SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+FIRECRACKER ?=
 
-.PHONY: setup build
-setup: $(VENV)/.ready build
+.PHONY: demo test setup build lint bench fuzz guest-kernel guest-bare clean
 
+demo: build $(VENV)/.images
+	$(BIN)/python tools/demo
+
+test: setup lint
+	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+setup: build guest-bare guest-kernel $(VENV)/.images
+
+# Debian packages first: one of them may be what `python3 -m venv` needs.
 $(VENV)/.ready: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -U pip
-	$(BIN)/pip install -q msgspec httptools typer rich Cython cython-lint hypothesis mypy pre-commit pytest pytest-timeout ruff 'setuptools>=77'
+	$(PYTHON) tools/setup-host packages
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing Python packages and building the core: a minute or two"
+	$(BIN)/python -m pip install -q --disable-pip-version-check 'Cython>=3.1' 'setuptools>=77'
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	touch $@
 
+# What changed since is compiled in place.
 build: $(VENV)/.ready
-	$(BIN)/python setup.py -q build_ext --inplace
+	@$(BIN)/python setup.py -q build_ext --inplace --parallel 2
+
+$(VENV)/.images: $(VENV)/.ready tools/setup-host $(wildcard tools/hostkit/* guest/rootfs/* guest/kernel/stock*)
+	$(PYTHON) tools/setup-host images
+	touch $@
+
+guest-bare:
+	@$(MAKE) -s -C guest/bare
+
+guest-kernel: $(VENV)/.ready
+	@$(PYTHON) guest/kernel/build
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/cython-lint src
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m bench $(if $(FIRECRACKER),--firecracker $(FIRECRACKER))
+
+fuzz: build
+	$(BIN)/python -m pytest tests/fuzz
+
+clean:
+	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	find src \( -name '*.so' -o -name '*.c' -o -name __pycache__ \) -exec rm -rf {} +

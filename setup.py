@@ -30,10 +30,11 @@ def extensions() -> list[Extension]:
 
 
 setup(
+    options={"build_ext": {"parallel": os.cpu_count() or 1}},
     ext_modules=cythonize(
         extensions(),
         include_path=["src"],
-        nthreads=0,
+        nthreads=os.cpu_count() or 1,
         build_dir="build/cython",
         compiler_directives={
             "language_level": 3,

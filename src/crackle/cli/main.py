@@ -1,0 +1,89 @@
+"""`crackle`: the command for a person. Its subcommands are thin; the work is in the library."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from crackle.errors import CrackleError
+
+app = typer.Typer(
+    name="crackle",
+    help="MicroVMs on Linux KVM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def run(
+    kernel: Annotated[str, typer.Option(help="Kernel: an uncompressed vmlinux or a bzImage.")],
+    rootfs: Annotated[str | None, typer.Option(help="Image of the root file system; becomes /dev/vda.")] = None,
+    initrd: Annotated[str | None, typer.Option(help="Initial RAM disk.")] = None,
+    drive: Annotated[list[str] | None, typer.Option(help="Another disk image; may be repeated.")] = None,
+    cpus: Annotated[int, typer.Option(min=1, max=32, help="Number of vCPUs.")] = 1,
+    memory: Annotated[int, typer.Option(min=1, help="Guest memory in MiB.")] = 256,
+    boot_args: Annotated[str | None, typer.Option(help="Kernel command line instead of the default.")] = None,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Give the guest the root disk read-only.")] = False,
+) -> None:
+    """Boot a microVM with its console on this terminal. Ctrl-] ends it.
+
+    The exit status is 0 when the guest shut itself down, 1 when it failed or could not be started.
+    """
+    from crackle.cli.run import run as run_microvm
+    from crackle.vmm.microvm import DEFAULT_BOOT_ARGS
+
+    def boot(console: tuple[int, int]) -> None:
+        from crackle import MicroVM
+
+        with MicroVM(
+            kernel,
+            rootfs,
+            initrd=initrd,
+            drives=drive or (),
+            cpus=cpus,
+            memory=memory,
+            boot_args=DEFAULT_BOOT_ARGS if boot_args is None else boot_args,
+            read_only=read_only,
+            console=console,
+        ) as vm:
+            vm.wait()
+
+    raise typer.Exit(run_microvm(boot))
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this host offers, and whether Linux guests run on its KVM.
+
+    The exit status is 0 when they do.
+    """
+    from crackle.cli.doctor import render, report, runs_linux
+
+    rows = report()
+    render(rows)
+    raise typer.Exit(0 if runs_linux(rows) else 1)
+
+
+@app.command()
+def version() -> None:
+    """Show the version."""
+    from importlib.metadata import version as installed
+
+    print(f"crackle {installed('crackle')}")
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app()
+    except CrackleError as error:
+        print(f"crackle: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
