@@ -53,10 +53,12 @@ def base_files() -> dict[str, bytes]:
         "bin/busybox": busybox().read_bytes(),
         "bin/demo": (ROOTFS / "demo").read_bytes(),
         "etc/init.d/rcS": (ROOTFS / "rcS").read_bytes(),
+        "etc/init.d/job": (ROOTFS / "job").read_bytes(),
+        "etc/init.d/shell": (ROOTFS / "shell").read_bytes(),
         "etc/inittab": (ROOTFS / "inittab").read_bytes(),
         "etc/passwd": b"root::0:0:root:/root:/bin/sh\n",
         "etc/group": b"root:x:0:\n",
-        "etc/profile": b"export PATH=/bin:/sbin:/usr/bin:/usr/sbin\n",
+        "etc/profile": b"export PATH=/bin:/sbin:/usr/bin:/usr/sbin PS1='\\w # '\n",
     }
 
 
