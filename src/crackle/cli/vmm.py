@@ -6,7 +6,6 @@ The API socket accepts before anything large is imported; what a client sends me
 from __future__ import annotations
 
 import gc
-import os
 import sys
 
 from crackle.cli.options import Options, UsageError, help_text, parse
@@ -168,4 +167,4 @@ def _listen(path: str) -> socket:
 
 
 if __name__ == "__main__":
-    os._exit(run(sys.argv[1:]))
+    main()
