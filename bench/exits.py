@@ -52,7 +52,7 @@ def bare_round_trip(kind: str) -> tuple[float, int]:
             printed = b""
             while not printed.endswith(b"\n"):
                 reason, details = vcpu.run_once()
-                if reason != "io":
+                if reason != "io" or not isinstance(details, tuple):
                     raise RuntimeError(f"the guest printed {printed!r} and ended with {reason} {details}")
                 printed += details[3]
             return min(vcpu.time_exits(EXITS) for _ in range(SLICES)) / EXITS, vcpu.tsc_khz
