@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from crackle.arch.x86_64 import configure_vcpu, memory_layout, msr, registers
+from crackle.arch.x86_64 import enter_kernel, memory_layout, msr, prepare_vcpu, registers
 from crackle.arch.x86_64.kernel import LoadedKernel
 from crackle.memory import GuestMemory
 
@@ -55,9 +55,9 @@ class RecordingVcpu:
 
 def configured(kernel: LoadedKernel, index: int = 0, count: int = 1, **settings: Any) -> RecordingVcpu:
     vcpu = RecordingVcpu()
-    configure_vcpu(
-        vcpu, index=index, count=count, smt=False, supported_cpuid=CPUID, kernel=kernel, **settings
-    )
+    prepare_vcpu(vcpu, index=index, count=count, smt=False, supported_cpuid=CPUID, **settings)
+    if index == 0:
+        enter_kernel(vcpu, kernel)
     return vcpu
 
 

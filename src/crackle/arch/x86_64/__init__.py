@@ -1,6 +1,6 @@
 """x86_64: what lies between the configured microVM and the kernel's first instruction.
 
-`configure_system` writes everything the guest reads from memory, `configure_vcpu` sets one vCPU's registers.
+`configure_system` writes everything the guest reads from memory, `prepare_vcpu` and `enter_kernel` set a vCPU's registers.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ __all__ = [
     "LoadedKernel",
     "build_cmdline",
     "configure_system",
-    "configure_vcpu",
+    "enter_kernel",
     "layout",
     "load_initrd",
     "load_kernel",
     "memory_layout",
+    "prepare_vcpu",
 ]
 
 
@@ -91,29 +92,6 @@ def configure_system(
     )
     registers.write_tables(memory, pvh=pvh)
     boot.write_reset_vector(memory)
-
-
-def configure_vcpu(
-    vcpu: Vcpu,
-    *,
-    index: int,
-    count: int,
-    smt: bool,
-    supported_cpuid: Sequence[CpuidEntry],
-    kernel: LoadedKernel,
-    supported_msrs: Container[int] | None = None,
-) -> None:
-    """Give vCPU `index` of `count` all it starts with: `prepare_vcpu`, and for vCPU 0 `enter_kernel`."""
-    prepare_vcpu(
-        vcpu,
-        index=index,
-        count=count,
-        smt=smt,
-        supported_cpuid=supported_cpuid,
-        supported_msrs=supported_msrs,
-    )
-    if index == 0:
-        enter_kernel(vcpu, kernel)
 
 
 def prepare_vcpu(
