@@ -20,6 +20,8 @@ MAX_HEAD_SIZE = 16384
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\nServer: Crackle API\r\nConnection: keep-alive\r\n\r\n"
 
+_HEAD_TOO_LARGE = f"Invalid request: its header is larger than {MAX_HEAD_SIZE} bytes."
+
 _METHODS = frozenset((b"GET", b"PUT", b"PATCH", b"DELETE"))
 
 
@@ -35,6 +37,7 @@ class HttpConnection:
 
     __slots__ = (
         "_announced",
+        "_began",
         "_body",
         "_body_limit",
         "_expects",
@@ -52,12 +55,13 @@ class HttpConnection:
         self._body_limit = body_limit
         self._parser = HttpRequestParser(self)
         self._url = b""
-        self._body = b""
+        self._body = bytearray()
         self._expects = False
         self._announced = 0
+        self._began = False
         self._in_head = False
         self._head_size = 0
-        self.out = b""
+        self.out = bytearray()
         # Why the connection ends, once it does.
         self.refused: str | None = None
 
@@ -66,6 +70,7 @@ class HttpConnection:
 
         Afterwards ``out`` has what to send, and ``refused`` is set if that is the last.
         """
+        self._began = False
         try:
             self._parser.feed_data(data)
         except Exception as error:
@@ -73,24 +78,29 @@ class HttpConnection:
                 self.refused = f"Invalid request: {error}."
             return
         if self._in_head and self.refused is None:
-            self._head_size += len(data)
+            # What the parser keeps of an unfinished header it has not told us of yet.
+            if not self._began:
+                self._head_size += len(data)
             if self._head_size > MAX_HEAD_SIZE:
-                self.refused = f"Invalid request: its header is larger than {MAX_HEAD_SIZE} bytes."
+                self.refused = _HEAD_TOO_LARGE
 
     # Called by the parser
 
     def on_message_begin(self) -> None:
+        self._began = True
         self._in_head = True
         self._head_size = 0
         self._url = b""
-        self._body = b""
+        self._body = bytearray()
         self._expects = False
         self._announced = 0
 
     def on_url(self, url: bytes) -> None:
         self._url += url
+        self._grow_head(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        self._grow_head(len(name) + len(value))
         if len(name) == 6 and name.lower() == b"expect" and value.lower() == b"100-continue":
             self._expects = True
         elif len(name) == 14 and name.lower() == b"content-length":
@@ -123,9 +133,14 @@ class HttpConnection:
         except UnicodeDecodeError:
             self._refuse("Invalid URI: Cannot parse URI as UTF-8.")
         method: str = self._parser.get_method().decode()
-        self.out += self._serve(method, path, self._body, keep)
+        self.out += self._serve(method, path, bytes(self._body), keep)
         if not keep:
             self.refused = ""
+
+    def _grow_head(self, size: int) -> None:
+        self._head_size += size
+        if self._head_size > MAX_HEAD_SIZE:
+            self._refuse(_HEAD_TOO_LARGE)
 
     def _refuse_body(self, size: int) -> None:
         self._refuse(

@@ -73,10 +73,14 @@ class ApiServer:
         loop.watch(listener.fileno(), self._accept)
 
     def _accept(self, _events: int) -> None:
-        try:
-            fd, _ = self._listener._accept()  # type: ignore[attr-defined]
-        except OSError:
-            return
+        for _ in range(MAX_CONNECTIONS):
+            try:
+                fd, _ = self._listener._accept()  # type: ignore[attr-defined]
+            except OSError:
+                return
+            self._admit(fd)
+
+    def _admit(self, fd: int) -> None:
         os.set_blocking(fd, False)
         if len(self._clients) >= MAX_CONNECTIONS:
             with contextlib.suppress(OSError):
@@ -179,15 +183,14 @@ class _Client:
 
     def _send(self) -> None:
         http = self._http
-        waited = http.out
         try:
-            sent = os.write(self._fd, waited)
+            sent = os.write(self._fd, http.out)
         except BlockingIOError:
             sent = 0
         except OSError:
             self.close()
             return
-        http.out = waited[sent:]
+        del http.out[:sent]
         sending = bool(http.out)
         if not sending and http.refused is not None:
             self.close()

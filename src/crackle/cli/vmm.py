@@ -26,7 +26,7 @@ EXIT_BAD_CONFIGURATION = 152
 EXIT_BAD_ARGUMENTS = 153
 
 # Connections that wait to be accepted.
-_BACKLOG = 64
+_BACKLOG = 128
 
 
 class ExitError(CrackleError):

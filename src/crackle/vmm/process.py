@@ -25,6 +25,7 @@ from crackle.vmm.terminal import Terminal
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket
+    from typing import Any
 
     from crackle.cli.options import Options
     from crackle.schema import MachineConfig
@@ -113,24 +114,20 @@ class VmmProcess:
             raise CrackleError(f"{problem}: {error}") from error
         self._logger.info("Successfully started microvm that was configured from one single json")
 
-    def _build(self, config: VmConfig, shell: Shell | None) -> Machine:
+    def _build(self, config: VmConfig, shell: Any) -> Machine:
         from crackle.vmm.builder import BuildOptions, build
 
-        machine: Machine = build(config, shell, self._build_options(BuildOptions))
-        return machine
-
-    def _build_options(self, kind: type) -> object:
-        return kind(
+        options = BuildOptions(
             instance_id=self._logger.instance_id,
             boot_timer="boot-timer" in self._options,
             logger=self._logger,
         )
+        return build(config, shell, options)
 
     def _prepare(self, machine_config: MachineConfig) -> Shell | None:
         from crackle.vmm.builder import prepare
 
-        shell: Shell | None = prepare(machine_config)
-        return shell
+        return prepare(machine_config)
 
     def _started(self, machine: Machine) -> None:
         self._terminal.set_raw()

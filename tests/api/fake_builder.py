@@ -1,0 +1,79 @@
+"""Runs crackle-vmm with a machine that only notes what it is told: what happens after boot, without KVM.
+
+The machine writes each order as a line to the file named like its kernel with ``.told`` appended, and ends
+when it is told ``ctrl-alt-del``. A drive update to a path that ends in ``refused`` is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from typing import Any
+
+import msgspec
+
+from crackle.cli.vmm import run
+from crackle.errors import ConfigError
+
+
+class ExitStatus(msgspec.Struct):
+    reason: str
+    message: str
+    exit_code: int
+
+
+class Machine:
+    def __init__(self, config: Any) -> None:
+        self.exit_fd = os.eventfd(0)
+        self._told = config.boot_source.kernel_image_path + ".told"
+        self._ended: ExitStatus | None = None
+        self._reads = 0
+
+    def _note(self, *words: object) -> None:
+        with open(self._told, "a") as told:
+            print(*words, file=told)
+
+    def start(self) -> None:
+        self._note("start")
+
+    def pause(self) -> None:
+        self._note("pause")
+
+    def resume(self) -> None:
+        self._note("resume")
+
+    def send_ctrl_alt_del(self) -> None:
+        self._note("ctrl-alt-del")
+        self._ended = ExitStatus("reset", "the guest asked for a reset", 0)
+        os.eventfd_write(self.exit_fd, 1)
+
+    def update_drive(self, drive_id: str, path: str) -> None:
+        if path.endswith("refused"):
+            raise ConfigError("this file is refused")
+        self._note("update", drive_id, path)
+
+    def metrics(self) -> dict[str, dict[str, int]]:
+        self._reads += 10
+        return {"block_root": {"read_count": self._reads}}
+
+    def exit_status(self) -> ExitStatus | None:
+        return self._ended
+
+    def stop(self) -> None:
+        self._note("stop")
+
+
+def build(config: Any, _shell: object, _options: object) -> Machine:
+    if config.boot_source.boot_args == "unbootable":
+        raise ConfigError("this kernel does not boot")
+    return Machine(config)
+
+
+builder: Any = types.ModuleType("crackle.vmm.builder")
+builder.build = build
+builder.prepare = lambda _config: None
+builder.BuildOptions = dict
+sys.modules["crackle.vmm.builder"] = builder
+
+sys.exit(run(sys.argv[1:]))
