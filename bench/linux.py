@@ -1,7 +1,7 @@
 """boot.vmm_share: how much of a Linux boot the monitor itself takes, and in which of its threads.
 
-Debian's stock kernel to its first program, on this host if it runs Linux guests, else in the emulated host, where
-every monitor is slower by the same factor: only shares and ratios mean something there.
+Debian's stock kernel to its first program, on this host if it runs Linux guests, else in the emulated host,
+where every monitor is slower by the same factor: only shares and ratios mean something there.
 """
 
 from __future__ import annotations
@@ -58,5 +58,5 @@ def rows(bench: Bench) -> Iterator[Row]:
     if theirs:
         other = median(share(times, *ROLES) for times in theirs)
         yield absolute("boot.vmm_share.reference", other, "%", None, bench.reference_name)
-    seconds = [[times["boot"] for times in many] for many in (ours, theirs)]
-    yield paired("boot.linux", "s", *seconds, bench.reference_name)
+    our_seconds, their_seconds = ([times["boot"] for times in many] for many in (ours, theirs))
+    yield paired("boot.linux", "s", our_seconds, their_seconds, bench.reference_name)
