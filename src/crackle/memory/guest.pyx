@@ -24,6 +24,8 @@ from posix.mman cimport (
 )
 from posix.unistd cimport close, ftruncate
 
+import os
+
 from crackle.errors import ConfigError, MemoryAccessError
 
 
@@ -152,6 +154,13 @@ cdef class GuestMemory:
             flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | MAP_HUGE_2MB
             fd = -1
         elif backing == "file":
+            # A page beyond the file's end can be mapped, but not touched: that is a SIGBUS.
+            try:
+                length = os.fstat(fd).st_size
+            except OSError as error:
+                raise ConfigError(f"cannot map the file of guest memory: {error.strerror}") from None
+            if offset + total > length:
+                raise ConfigError(f"the file of guest memory has {length} bytes, {offset + total} are needed")
             flags = MAP_SHARED if shared else MAP_PRIVATE | MAP_NORESERVE
         else:
             flags = MAP_SHARED

@@ -188,7 +188,8 @@ cdef class Virtqueue:
     def restore(self, state, *, bint event_idx, bint indirect):
         """The reverse of `save`; ValueError when the state does not fit this queue or guest memory."""
         self.reset()
-        if not 0 < state.size <= self.max_size:
+        # A queue that is not enabled may have any size: the driver has written it and nothing has looked at it.
+        if not 0 <= state.size <= (self.max_size if state.ready else 0xffff):
             raise ValueError(f"saved queue of {state.size} entries, this device has {self.max_size}")
         self.size, self.desc_gpa, self.avail_gpa, self.used_gpa = state.size, state.desc, state.avail, state.used
         self.event_idx, self.indirect = event_idx, indirect
@@ -201,7 +202,7 @@ cdef class Virtqueue:
         """pop() for tests: None when empty, else (head, [(gpa, length, device-writable)]). ValueError when broken."""
         cdef chain c
         cdef int i, found
-        if not self.ready:
+        if not self.ready or not self.memory.count:
             raise ValueError("the queue is not enabled")
         with nogil:
             found = self.pop(&c)
@@ -213,7 +214,7 @@ cdef class Virtqueue:
 
     def give(self, uint16_t head, uint32_t length):
         """push() and publish() for tests; whether the driver is to be interrupted."""
-        if not self.ready:
+        if not self.ready or not self.memory.count:
             raise ValueError("the queue is not enabled")
         self.push(head, length)
         self.publish()
