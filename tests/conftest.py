@@ -1,7 +1,7 @@
 """What all tests share: the modules of `support`, and how hard hypothesis tries.
 
-Profiles, chosen by CRACKLE_HYPOTHESIS: "test" (the default) tries the same examples every time, so that a run says something
-about the change and not about luck; "fuzz" tries many new ones (`make fuzz`).
+Profiles, chosen by CRACKLE_HYPOTHESIS: "test" (the default) tries the same examples every time, so that a
+run says something about the change and not about luck; "fuzz" tries many new ones (`make fuzz`).
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def fds() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-# -- access -----------------------------------------------------------------------------------------------------------
+# -- access --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gpa", [0, 1, LOW - 3, HIGH, HIGH + LOW - 3])
@@ -115,7 +115,7 @@ def test_a_region_is_a_writable_buffer(memory: GuestMemory) -> None:
     assert memory.read(HIGH + 10, 3) == b"xyz"
 
 
-# -- life -------------------------------------------------------------------------------------------------------------
+# -- life ----------------------------------------------------------------------------------------------------
 
 
 def test_memory_is_not_unmapped_under_a_view(memory: GuestMemory) -> None:
@@ -169,7 +169,7 @@ def test_closing_gives_mapping_and_descriptor_back() -> None:
     assert fds() == before
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------
+# -- what is refused -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -197,9 +197,9 @@ def test_what_the_host_cannot_give_is_refused_and_nothing_is_left() -> None:
     before = fds()
     with pytest.raises(ConfigError, match="unknown memory backing 'floppy': expected one of anonymous"):
         GuestMemory([(0, LOW)], backing="floppy")
-    with pytest.raises(ConfigError, match="cannot map .* of guest memory"):
+    with pytest.raises(ConfigError, match=r"cannot map .* of guest memory"):
         GuestMemory([(0, LOW), (HIGH, 1 << 51)])
-    with pytest.raises(ConfigError, match="cannot make a memfd|cannot map"):
+    with pytest.raises(ConfigError, match=r"cannot make a memfd|cannot map"):
         GuestMemory([(0, LOW), (HIGH, 1 << 51)], backing="memfd")
     with pytest.raises(ConfigError, match="not a multiple of 0x200000"):
         GuestMemory([(0, LOW)], backing="hugepages")
@@ -211,7 +211,7 @@ def test_memory_is_laid_out_once() -> None:
         memory.__init__([(0, LOW)])
 
 
-# -- backings ---------------------------------------------------------------------------------------------------------
+# -- backings ------------------------------------------------------------------------------------------------
 
 
 def test_memfd_memory_is_shared_with_who_maps_the_descriptor() -> None:
@@ -257,7 +257,7 @@ def test_transparent_huge_pages_behave_as_memory() -> None:
         assert memory.read(3 << 20, 3) == b"abc"
 
 
-# -- dirty pages ------------------------------------------------------------------------------------------------------
+# -- dirty pages ---------------------------------------------------------------------------------------------
 
 
 def test_every_page_touched_by_a_write_is_dirty_until_it_is_taken(memory: GuestMemory) -> None:

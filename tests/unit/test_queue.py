@@ -1,15 +1,15 @@
-"""The device's side of a split virtqueue, against a driver's side written from the specification (virtio 1.2, 2.7)."""
+"""The device's side of a split virtqueue, against a driver's side written from virtio 1.2, section 2.7."""
 
 from __future__ import annotations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.driver import INDIRECT, NEXT, NO_INTERRUPT, WRITE, Buffer, Ring
 
 from crackle.memory import GuestMemory
 from crackle.virtio.queue import Virtqueue
 from crackle.virtio.state import QueueState
+from support.driver import INDIRECT, NEXT, NO_INTERRUPT, WRITE, Buffer, Ring
 
 RING, TABLES, DATA, SIZE = 0x1000, 0x8000, 0x10000, 0x40000
 HIGH = 1 << 32
@@ -55,7 +55,7 @@ def chains(draw: st.DrawFn, longest: int) -> list[Buffer]:
     return [Buffer(gpa, size, i >= first_writable) for i, (gpa, size) in enumerate(found)]
 
 
-# -- what a driver may do ---------------------------------------------------------------------------------------------
+# -- what a driver may do ------------------------------------------------------------------------------------
 
 
 @given(data=st.data(), order=st.integers(0, 5), start=st.integers(0, 0xFFFF))
@@ -141,7 +141,7 @@ def test_the_saved_state_goes_on_where_it_stopped(memory: GuestMemory) -> None:
     assert ring.reap() == [(heads[0], 1), (heads[1], 2), (heads[2], 3)]
 
 
-# -- interrupts (2.7.7, 2.7.10) ---------------------------------------------------------------------------------------
+# -- interrupts (2.7.7, 2.7.10) ------------------------------------------------------------------------------
 
 
 def test_without_event_index_the_driver_suppresses_interrupts_by_a_flag(memory: GuestMemory) -> None:
@@ -182,7 +182,7 @@ def test_with_event_index_an_interrupt_comes_when_the_used_index_passes_the_even
             ring.reap()
 
 
-# -- what a driver may not do -----------------------------------------------------------------------------------------
+# -- what a driver may not do --------------------------------------------------------------------------------
 
 
 def broken_by(queue: Virtqueue) -> str:
@@ -334,7 +334,7 @@ def test_an_available_index_that_goes_back_breaks_the_queue(memory: GuestMemory)
     assert broken_by(queue) == "available index ran ahead by more than the queue's size"
 
 
-# -- set-up -----------------------------------------------------------------------------------------------------------
+# -- set-up --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [0, 3, 257, 512])
