@@ -1,6 +1,7 @@
 """x86_64: what lies between the configured microVM and the kernel's first instruction.
 
-`configure_system` writes everything the guest reads from memory, `prepare_vcpu` and `enter_kernel` set a vCPU's registers.
+`configure_system` writes everything the guest reads from memory, `prepare_vcpu` and `enter_kernel` set a
+vCPU's registers.
 """
 
 from __future__ import annotations
