@@ -1,7 +1,7 @@
 """Boots Debian's stock kernel in one monitor after the other; prints where the time went. Run by bench.linux.
 
-`python -m bench.linux_boot TIMES VMLINUX INITRD MONITOR...`, on a host that runs Linux guests; prints a line of
-JSON for each boot, the monitors by turns.
+`python -m bench.linux_boot TIMES VMLINUX INITRD MONITOR...`, on a host that runs Linux guests; prints JSON
+lines, one for each boot, the monitors by turns.
 
 User time outside KVM_RUN is what proc(5) calls utime less guest_time: a guest's time is charged to both.
 """

@@ -4,7 +4,8 @@
  *   out     a write to a port nobody claims           in      a read of the serial line status register
  *   mmio    a read of a virtio-mmio magic value       scratch a write to the serial scratch register
  * and, for scale, `loop` (no exit at all). `kinds=in,mmio` chooses some.
- * `spin=in` or `spin=mmio`: prints `spin` and then does nothing but such exits for ever.
+ * `kernel`: from CPL 0 instead, where a host that interprets that level need not leave it for the exit.
+ * `spin=KIND`: prints `spin` and then does nothing but such exits for ever, in the same loop.
  */
 #include "bare.h"
 
@@ -12,7 +13,7 @@ static u64 loops, slices;
 
 static bool chosen(const char *kind)
 {
-    const char *list = option("kinds");
+    const char *list = option("spin") ? option("spin") : option("kinds");
     if (!list)
         return 1;
     for (; *list && *list != ' '; list++)
@@ -35,26 +36,31 @@ static bool chosen(const char *kind)
         print("exits %s n=%u cycles=%u\n", kind, loops, best / loops); \
     }
 
-int main(void)
+static u64 measure(u64 argument, struct service_frame *frame)
 {
-    if (option_is("spin", "in")) {
-        print("spin\n");
-        for (;;)
-            in8(SERIAL_PORT + 5);
-    }
-    if (option_is("spin", "mmio")) {
-        print("spin\n");
-        for (;;)
-            mmio_read32(VIRTIO_MMIO_BASE);
-    }
-    loops = option_number("n", 1000);
-    slices = option_number("slices", 20);
+    (void)argument, (void)frame;
     u16 port = (u16)option_number("port", 0x2f0); /* nobody's: the second serial port is not there */
-    print("khz %u\n", tsc_khz());
     MEASURE("loop", barrier());
     MEASURE("out", out8(port, 0));
     MEASURE("in", in8(SERIAL_PORT + 5));
     MEASURE("scratch", out8(SERIAL_PORT + 7, 0));
     MEASURE("mmio", mmio_read32(VIRTIO_MMIO_BASE));
+    return 0;
+}
+
+int main(void)
+{
+    loops = option_number("n", 1000);
+    slices = option_number("slices", 20);
+    if (option("spin")) {
+        loops = ~0ul;
+        print("spin\n");
+    } else {
+        print("khz %u\n", tsc_khz());
+    }
+    if (option("kernel"))
+        call_kernel(measure, 0);
+    else
+        measure(0, 0);
     finish();
 }
