@@ -72,9 +72,13 @@ cdef class IoThread:
         if epoll_ctl(self.epoll_fd, EPOLL_CTL_ADD, self.wake_fd, &event) < 0:
             raise KvmError(f"cannot watch the I/O thread's wake-up: {strerror(errno).decode()}")
 
+    def __del__(self):
+        # Before the collector takes anything away that the thread still uses.
+        self.stop()
+
     def __dealloc__(self):
         cdef int i
-        if self.state != IS_NEW and not self.joined:
+        if self.sync != NULL:
             self.stop()
         for i in range(self.count):
             free(self.sources[i])
@@ -145,12 +149,13 @@ cdef class IoThread:
             if asked and not busy:
                 asked = False
                 pthread_mutex_lock(&sync.mutex)
-                while self.ask == ASK_PAUSE:
-                    if self.state != IS_PAUSED:
-                        self.state = IS_PAUSED
-                        pthread_cond_broadcast(&sync.changed)
-                    pthread_cond_wait(&sync.changed, &sync.mutex)
-                self.state = IS_RUNNING
+                if self.ask == ASK_PAUSE:
+                    self.state = IS_PAUSED
+                    pthread_cond_broadcast(&sync.changed)
+                    # Who lets it go on sets the state: a pause soon after finds it running, and waits for it to be
+                    # at rest anew.
+                    while self.state == IS_PAUSED:
+                        pthread_cond_wait(&sync.changed, &sync.mutex)
                 pthread_mutex_unlock(&sync.mutex)
                 if load_acquire(&self.ask) == ASK_STOP:
                     break
@@ -165,6 +170,8 @@ cdef class IoThread:
         with nogil:
             pthread_mutex_lock(&sync.mutex)
             store_ordered(&self.ask, ask)
+            if ask != ASK_PAUSE and self.state == IS_PAUSED:
+                self.state = IS_RUNNING
             pthread_cond_broadcast(&sync.changed)
             pthread_mutex_unlock(&sync.mutex)
             write(self.wake_fd, &one, sizeof(one))
@@ -174,6 +181,8 @@ cdef class IoThread:
         cdef int error
         if self.state != IS_NEW:
             raise StateError("the I/O thread has been started already")
+        if self.epoll_fd < 0:
+            raise StateError("the I/O thread is closed")
         self.state = IS_RUNNING
         error = start_thread(<thread_sync *> self.sync, thread_entry, <void *> self, b"io")
         if error:

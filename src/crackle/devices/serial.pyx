@@ -87,18 +87,21 @@ cdef class Serial:
 
     def feed(self, bytes data not None):
         """Put input into the receive FIFO as if it had arrived on the line; returns how many bytes fitted."""
-        cdef Py_ssize_t i
-        cdef uint32_t before
-        pthread_mutex_lock(&self.lock)
-        before = self.used
-        for i in range(len(data)):
-            if self.used == FIFO:
-                break
-            self.fifo[(self.head + self.used) % FIFO] = data[i]
-            self.used += 1
-        self.received(before)
-        taken = self.used - before
-        pthread_mutex_unlock(&self.lock)
+        cdef const char *bytes_in = data
+        cdef Py_ssize_t i, size = len(data)
+        cdef uint32_t before, taken
+        # The lock's holder may wait for a reader of the output that needs the GIL.
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+            before = self.used
+            for i in range(size):
+                if self.used == FIFO:
+                    break
+                self.fifo[(self.head + self.used) % FIFO] = bytes_in[i]
+                self.used += 1
+            self.received(before)
+            taken = self.used - before
+            pthread_mutex_unlock(&self.lock)
         return taken
 
     cdef int access(self, uint64_t offset, uint8_t *data, uint32_t size, bint is_write) noexcept nogil:

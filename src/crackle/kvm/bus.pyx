@@ -88,10 +88,10 @@ cdef class Bus:
             r = &table.ranges[low - 1]
             if address - r.base < r.size and size <= r.size - (address - r.base):
                 return r.handler(r.device, address - r.base, data, size, is_write)
-        # Nobody answers: reads float high, as on a PC's bus.
+        # Nobody answers. Zeros, as in Firecracker: all ones from the CMOS clock would be "busy", for ever.
         self.unclaimed += 1
         if not is_write:
-            memset(data, 0xff, size)
+            memset(data, 0, size)
         return BUS_CONTINUE
 
     def read(self, uint64_t address, uint32_t size):

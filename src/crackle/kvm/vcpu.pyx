@@ -56,29 +56,34 @@ cdef class VcpuBase:
     """
 
     def __cinit__(self, int fd, int index, size_t run_size, *args):
+        # Nothing is ours before this succeeds: __dealloc__ looks at it first.
+        self.sync = calloc(1, sizeof(thread_sync))
+        if self.sync == NULL:
+            raise MemoryError
         self.fd = fd
         self.index = index
         self.exit_fd = -1
         self.run_size = run_size
-        self.sync = calloc(1, sizeof(thread_sync))
-        if self.sync == NULL:
-            raise MemoryError
         init_sync(<thread_sync *> self.sync)
         cdef void *page = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
         if page == MAP_FAILED:
             raise KvmError(f"cannot map the kvm_run page of vCPU {index}: {strerror(errno).decode()}")
         self.run = <kvm_run *> page
 
+    def __del__(self):
+        # Before the collector takes anything away that the thread still uses.
+        self.stop()
+
     def __dealloc__(self):
-        if self.state != IS_NEW and not self.joined:
-            self.join()
+        if self.sync == NULL:
+            return
+        self.stop()
         if self.run != NULL:
             munmap(self.run, self.run_size)
         if self.fd >= 0:
             close(self.fd)
-        if self.sync != NULL:
-            destroy_sync(<thread_sync *> self.sync)
-            free(self.sync)
+        destroy_sync(<thread_sync *> self.sync)
+        free(self.sync)
 
     def close(self):
         """Stop the thread and give the descriptor and the kvm_run page back. Idempotent."""
@@ -245,11 +250,13 @@ cdef class VcpuBase:
             raise KvmError(f"cannot start the thread of vCPU {self.index}: {strerror(error).decode()}")
 
     cdef join(self):
+        cdef bint first = not self.joined
+        self.joined = True
         self.request(ASK_STOP)
         with nogil:
             self.wait_settled(<uint64_t> -1 >> 1)
-            pthread_join((<thread_sync *> self.sync).thread, NULL)
-        self.joined = True
+            if first:
+                pthread_join((<thread_sync *> self.sync).thread, NULL)
 
     cdef request(self, int what):
         cdef thread_sync *sync = <thread_sync *> self.sync
@@ -311,16 +318,17 @@ cdef class VcpuBase:
 
     def stop(self):
         """End the thread, wherever it is, and wait for it. Idempotent."""
-        if self.state == IS_NEW or self.joined:
-            return
-        self.join()
+        if self.state != IS_NEW:
+            self.join()
 
     @property
     def status(self):
         """"new", "running", "paused", or why it ended: "stopped", "reset", "shutdown", "triple-fault", ..."""
-        if self.state == IS_STOPPED:
+        # Looked at once: the thread may end meanwhile.
+        cdef int state = load_acquire(&self.state)
+        if state == IS_STOPPED:
             return END_NAMES[self.end.why]
-        return ("new", "running", "paused")[self.state]
+        return ("new", "running", "paused")[state]
 
     @property
     def exits(self):
@@ -379,6 +387,8 @@ cdef class VcpuBase:
         """Give the guest `data` as the result of the port or MMIO read that the last `run_once` returned."""
         cdef uint8_t *place
         cdef Py_ssize_t room, i
+        if self.run == NULL:
+            raise StateError(f"vCPU {self.index} is closed")
         if self.run.exit_reason == KVM_EXIT_IO:
             place, room = <uint8_t *> self.run + self.run.io.data_offset, self.run.io.size * self.run.io.count
         elif self.run.exit_reason == KVM_EXIT_MMIO:

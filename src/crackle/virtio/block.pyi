@@ -1,8 +1,6 @@
 from crackle.memory.guest import GuestMemory
 from crackle.virtio.device import VirtioDevice
 
-BLKGETSIZE64: int
-
 class Block(VirtioDevice):
     @property
     def read_only(self) -> bool: ...

@@ -37,10 +37,9 @@ cdef enum:
     # A request is a header, the data and a status byte: what remains of a chain for data (5.2.4, seg_max).
     SEG_MAX = QUEUE_SIZE - 2
     HEADER = 16
-    # A driver that never stops submitting must not keep the I/O thread from other devices.
+    # A driver that never stops submitting must not keep the I/O thread from other devices, and from who wants to stop it.
     MAX_BATCH = 4 * QUEUE_SIZE
-
-BLKGETSIZE64 = 0x80081272   # linux/fs.h
+    MAX_BATCH_NS = 20_000_000
 
 
 cdef struct latency:
@@ -59,9 +58,12 @@ cdef void note_latency(latency *l, uint64_t us) noexcept nogil:
 cdef open_backing(str path, bint read_only):
     """(descriptor, size in bytes) of a regular file or block device; ConfigError otherwise."""
     try:
-        fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+        # Without waiting, or a named pipe would be waited for; for files that are drives it means nothing.
+        fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise ConfigError(f"cannot open the drive's file {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"cannot open the drive's file {path!r}: {error}") from None
     try:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
@@ -107,34 +109,39 @@ cdef class Block(VirtioDevice):
         self.use(path)
 
     def __dealloc__(self):
-        if self.fd >= 0:
+        if self.made and self.fd >= 0:
             close(self.fd)
 
     def close(self):
         """Give the descriptors back; the I/O thread is stopped. Idempotent."""
-        self.close_fds()
+        VirtioDevice.close(self)
         if self.fd >= 0:
             close(self.fd)
             self.fd = -1
 
     cdef use(self, str path):
-        """Put `path` behind the disk, with the lock held or before it is shared."""
+        """Put `path` behind the disk; once the disk is the guest's, tell it."""
         cdef int fd, old = self.fd
         cdef virtio_blk_config config
+        cdef char identity[VIRTIO_BLK_ID_BYTES]
         fd, size = open_backing(path, self.read_only)
         # GET_ID: like a disk's serial number, it tells one backing file from another (5.2.6).
         status = os.fstat(fd)
         serial = f"{status.st_dev}{status.st_rdev}{status.st_ino}".encode()[:VIRTIO_BLK_ID_BYTES]
+        memset(identity, 0, VIRTIO_BLK_ID_BYTES)
+        memcpy(identity, <const char *> serial, len(serial))
         memset(&config, 0, sizeof(config))
         config.capacity = size >> SECTOR_SHIFT
         config.seg_max = SEG_MAX
         with nogil:
             pthread_mutex_lock(&self.lock)
-        memset(self.serial, 0, VIRTIO_BLK_ID_BYTES)
-        memcpy(self.serial, <const char *> serial, len(serial))
-        memcpy(self.config, &config, sizeof(config))
-        self.sectors, self.fd, self.path = config.capacity, fd, path
-        pthread_mutex_unlock(&self.lock)
+            memcpy(self.serial, identity, VIRTIO_BLK_ID_BYTES)
+            memcpy(self.config, &config, sizeof(config))
+            self.sectors, self.fd = config.capacity, fd
+            if old >= 0:
+                self.config_changed()
+            pthread_mutex_unlock(&self.lock)
+        self.path = path
         if old >= 0:
             close(old)
 
@@ -146,7 +153,6 @@ cdef class Block(VirtioDevice):
             self.update_fails += 1
             raise
         self.updates += 1
-        self.config_changed()
 
     @property
     def read_latency(self):
@@ -166,7 +172,7 @@ cdef class Block(VirtioDevice):
     # -- on the I/O thread, with the lock held -------------------------------------------------------------------
 
     cdef void handle_queue(self, int index, Virtqueue queue) noexcept nogil:
-        cdef uint64_t before = now_ns(), after
+        cdef uint64_t begin = now_ns(), before = begin
         cdef uint32_t served = 0
         cdef int found
         if not queue.ready:
@@ -183,7 +189,7 @@ cdef class Block(VirtioDevice):
             queue.push(self.request.head, self.serve(&self.request, &before))
             queue.publish()
             served += 1
-            if served == MAX_BATCH:
+            if served == MAX_BATCH or before - begin >= MAX_BATCH_NS:
                 self.notify_again(index)
                 break
         if served == 0:
@@ -216,8 +222,10 @@ cdef class Block(VirtioDevice):
         elif header.type == VIRTIO_BLK_T_FLUSH:
             self.flush_count += 1
             result = VIRTIO_BLK_S_OK
-            if self.writeback and fdatasync(self.fd) < 0:
-                result = VIRTIO_BLK_S_IOERR
+            if self.writeback:
+                if fdatasync(self.fd) < 0:
+                    result = VIRTIO_BLK_S_IOERR
+                clock[0] = now_ns()
         elif header.type == VIRTIO_BLK_T_GET_ID:
             length = scatter(&c.iov[c.readable], c.writable, 0, self.serial, VIRTIO_BLK_ID_BYTES)
             result = VIRTIO_BLK_S_OK
@@ -285,6 +293,9 @@ cdef class Block(VirtioDevice):
 
     cdef void note_written(self, chain *c) noexcept nogil:
         cdef int i
+        cdef uint8_t *begin
         if self.memory.tracking:
             for i in range(c.readable, c.readable + c.writable):
-                self.memory.mark_dirty(c.gpa[i], c.iov[i].iov_len + 1)
+                # A transfer in parts has moved the start of a buffer, never its end; the status byte is one beyond it.
+                begin = self.memory.span(c.gpa[i], 1)
+                self.memory.mark_dirty(c.gpa[i], <uint8_t *> c.iov[i].iov_base + c.iov[i].iov_len + 1 - begin)

@@ -16,6 +16,7 @@ cdef struct queue_source:
 
 cdef class VirtioDevice:
     cdef pthread_mutex_t lock
+    cdef bint made                  # __cinit__ has run, and the descriptors below are ours
     cdef readonly uint32_t device_id
     cdef readonly GuestMemory memory
     cdef readonly uint64_t device_features
@@ -34,7 +35,7 @@ cdef class VirtioDevice:
     cdef readonly uint64_t queue_events, broken_queues, activate_fails, cfg_fails, irq_fails
 
     cdef set_up(self, uint32_t device_id, uint64_t features, queue_sizes)
-    cdef close_fds(self)
+    cdef void close_fds(self) noexcept
     cdef void activate(self) noexcept nogil
     cdef void notify_again(self, int index) noexcept nogil
     cdef void set_status(self, uint32_t value) noexcept nogil
@@ -43,6 +44,7 @@ cdef class VirtioDevice:
     cdef bint running(self) noexcept nogil
     cdef void interrupt(self, int cause) noexcept nogil
     cdef void notified(self, int index) noexcept nogil
+    cdef void config_changed(self) noexcept nogil
     # A device's own part; each runs with the lock held, without the GIL.
     cdef bint on_activate(self) noexcept nogil
     cdef void on_reset(self) noexcept nogil

@@ -54,32 +54,39 @@ cdef class VirtioDevice:
         pthread_mutex_init(&self.lock, NULL)
         self.memory = memory
         self.irq_fd = -1
+        self.made = True
         self.queues = self.notify_fds = ()
 
     cdef set_up(self, uint32_t device_id, uint64_t features, queue_sizes):
         """Called by the subclass once. VERSION_1, EVENT_IDX and INDIRECT are offered by every device."""
+        if self.irq_fd >= 0:
+            raise ValueError("this device is set up already")
         if len(queue_sizes) > MAX_QUEUES:
             raise ValueError(f"{len(queue_sizes)} queues, at most {MAX_QUEUES}")
         self.device_id = device_id
         self.device_features = features | VERSION_1 | EVENT_IDX | INDIRECT
         self.irq_fd = new_eventfd()
         for index, size in enumerate(queue_sizes):
-            fd = new_eventfd()
-            self.notify_fds += (fd,)
             queue = Virtqueue(self.memory, size)
             self.queues += (queue,)
+            fd = new_eventfd()
             self.table[index] = <void *> queue
-            self.queue_count += 1
             self.sources[index].device, self.sources[index].index, self.sources[index].fd = <void *> self, index, fd
+            self.queue_count += 1
+            self.notify_fds += (fd,)
 
     def __dealloc__(self):
-        self.close_fds()
-        pthread_mutex_destroy(&self.lock)
+        if self.made:
+            self.close_fds()
+            pthread_mutex_destroy(&self.lock)
 
-    cdef close_fds(self):
-        for fd in self.notify_fds:
-            close(fd)
-        self.notify_fds = ()
+    cdef void close_fds(self) noexcept:
+        cdef int i
+        for i in range(self.queue_count):
+            if self.sources[i].fd >= 0:
+                close(self.sources[i].fd)
+                # A number that another descriptor may get must not be written to.
+                self.sources[i].fd = -1
         if self.irq_fd >= 0:
             close(self.irq_fd)
             self.irq_fd = -1
@@ -87,6 +94,7 @@ cdef class VirtioDevice:
     def close(self):
         """Give the descriptors back; the I/O thread is stopped. Idempotent."""
         self.close_fds()
+        self.notify_fds = ()
 
     def attach(self, IoThread io not None):
         """Serve the queues on `io` when they are notified."""
@@ -178,8 +186,8 @@ cdef class VirtioDevice:
             self.handle_queue(index, <Virtqueue> self.table[index])
         pthread_mutex_unlock(&self.lock)
 
-    def config_changed(self):
-        """Tell the driver that the configuration space has changed (2.5)."""
+    cdef void config_changed(self) noexcept nogil:
+        """The configuration space has just changed, with the lock held since before: tell the driver (2.5)."""
         self.config_generation += 1
         if self.running():
             self.interrupt(VIRTIO_MMIO_INT_CONFIG)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from crackle.arch import DeviceInfo, LoadedKernel
-    from crackle.kvm import CpuidEntry, Kvm, Vcpu, Vm
+    from crackle.kvm import Kvm, Vcpu, Vm
     from crackle.memory import GuestMemory
     from crackle.schema.config import VmConfig
     from crackle.schema.drive import Drive
@@ -53,8 +53,6 @@ class Parts(msgspec.Struct):
     kvm: Kvm | None = None
     vm: Vm | None = None
     vcpus: list[Vcpu] = msgspec.field(default_factory=list)
-    cpuid: list[CpuidEntry] = msgspec.field(default_factory=list)
-    msrs: frozenset[int] = frozenset()
 
     def close(self) -> None:
         """Idempotent."""
@@ -110,7 +108,7 @@ def prepare(config: MachineConfig) -> Shell:
 
 
 def _make(config: MachineConfig, parts: Parts) -> None:
-    from crackle.arch import layout, memory_layout
+    from crackle.arch import layout, memory_layout, prepare_vcpu
     from crackle.kvm import MEM_LOG_DIRTY_PAGES, Kvm
     from crackle.memory import GuestMemory
 
@@ -127,8 +125,16 @@ def _make(config: MachineConfig, parts: Parts) -> None:
     vm.create_pit2()
     for index in range(config.vcpu_count):
         parts.vcpus.append(vm.create_vcpu(index))
-    parts.cpuid = kvm.supported_cpuid()
-    parts.msrs = frozenset(kvm.msr_index_list())
+    cpuid, msrs = kvm.supported_cpuid(), frozenset(kvm.msr_index_list())
+    for index, vcpu in enumerate(parts.vcpus):
+        prepare_vcpu(
+            vcpu,
+            index=index,
+            count=config.vcpu_count,
+            smt=config.smt,
+            supported_cpuid=cpuid,
+            supported_msrs=msrs,
+        )
     memory.track_dirty(config.track_dirty_pages)
     flags = MEM_LOG_DIRTY_PAGES if config.track_dirty_pages else 0
     for slot, region in enumerate(memory.regions):
@@ -160,9 +166,8 @@ def build(config: VmConfig, shell: Shell | None, options: BuildOptions) -> Machi
 
 def _furnish(machine: Machine, config: VmConfig, options: BuildOptions) -> None:
     """Add the devices and the kernel."""
-    from crackle.arch import build_cmdline, configure_system, configure_vcpu
+    from crackle.arch import build_cmdline, configure_system, enter_kernel
 
-    assert config.machine_config is not None
     machine.add_legacy_devices(_console_output(machine, config, options))
     root: Drive | None = None
     for drive in config.drives:
@@ -186,16 +191,7 @@ def _furnish(machine: Machine, config: VmConfig, options: BuildOptions) -> None:
         devices=machine.device_infos,
         sleep_port=machine.sleep_port,
     )
-    for index, vcpu in enumerate(machine.vcpus):
-        configure_vcpu(
-            vcpu,
-            index=index,
-            count=len(machine.vcpus),
-            smt=config.machine_config.smt,
-            supported_cpuid=machine.parts.cpuid,
-            supported_msrs=machine.parts.msrs,
-            kernel=kernel,
-        )
+    enter_kernel(machine.vcpus[0], kernel)
 
 
 def _console_output(machine: Machine, config: VmConfig, options: BuildOptions) -> int:

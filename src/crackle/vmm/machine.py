@@ -187,7 +187,7 @@ class Machine:
             if status in _CLEAN:
                 ended = ended or ExitStatus(status, _CLEAN[status], EXIT_OK)
             elif vcpu.failure is not None:
-                return ExitStatus(status, vcpu.description, EXIT_ERROR)
+                return ExitStatus(status, str(vcpu.description), EXIT_ERROR)
         return ended
 
     def stop(self) -> None:

@@ -1,0 +1,234 @@
+"""Linux guests: kernels and disks for the tests, and a KVM that runs them.
+
+Where this host's /dev/kvm does not run Linux guests, the tests marked `linux` run in emulated hosts, two side by side, each
+a pytest session of its own; their results are reported here, test by test, as if they had run here.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from crackle import MicroVM
+
+ROOT = Path(__file__).resolve().parents[2]
+REPORTS = "CRACKLE_TEST_REPORTS"
+FILES = "CRACKLE_TEST_FILES"
+HOSTS = 2
+HOST_TIMEOUT = 1500
+BOOT_ARGS = "console=ttyS0 reboot=k panic=1 i8042.noaux i8042.nomux i8042.dumbkbd quiet"
+
+# -- where the tests run -------------------------------------------------------------------------------------------
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything here that asks for a guest needs a KVM that runs Linux, and time."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents and "boot" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.linux)
+            if not any(item.iter_markers("timeout")):
+                item.add_marker(pytest.mark.timeout(180))
+
+
+class Delegate:
+    """Runs tests in emulated hosts and hands out their reports."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.reports: dict[str, list[pytest.TestReport]] = {}
+        self.output: list[str] = []
+        self.wanted: set[str] = set()
+
+    def run(self, items: list[pytest.Item]) -> None:
+        self.wanted = {item.nodeid for item in items}
+        directory = ROOT / "build" / "linux-tests"
+        shutil.rmtree(directory, ignore_errors=True)
+        writer = self.config.get_terminal_writer()
+        writer.line(f"\n{len(items)} tests of Linux guests run in {HOSTS} emulated hosts ...", flush=True)
+        threads = []
+        for number in range(HOSTS):
+            share = directory / str(number)
+            share.mkdir(parents=True)
+            names = [item.nodeid for item in items[number::HOSTS]]
+            threads.append(threading.Thread(target=self._run_host, args=(names, share)))
+            threads[-1].start()
+        for thread in threads:
+            thread.join()
+
+    def _run_host(self, names: list[str], share: Path) -> None:
+        if not names:
+            return
+        reports = share / "reports"
+        command = [ROOT / "tools" / "emuhost", "--timeout", str(HOST_TIMEOUT), "--memory", "6144", "--share", share]
+        inner = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names]
+        with open(share / "output", "wb") as output:
+            subprocess.run(
+                [*command, "--", *inner],
+                cwd=self.config.rootpath,
+                env=os.environ | {REPORTS: str(reports), FILES: json.dumps(guest_files())},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        self.output.append((share / "output").read_text(errors="replace")[-4000:])
+        for line in reports.read_text().splitlines() if reports.exists() else ():
+            report = self.config.hook.pytest_report_from_serializable(config=self.config, data=json.loads(line))
+            self.reports.setdefault(report.nodeid, []).append(report)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        """Report what happened to the test in the emulated host."""
+        if item.nodeid not in self.wanted:
+            return None
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        for report in self.reports.get(item.nodeid) or [self._missing(item)]:
+            item.ihook.pytest_runtest_logreport(report=report)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def _missing(self, item: pytest.Item) -> pytest.TestReport:
+        text = "the emulated host ended before this test did:\n" + "\n".join(self.output)
+        return pytest.TestReport(item.nodeid, item.location, {}, "failed", text, "call")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
+    """Before the tests: run those that need it elsewhere."""
+    if REPORTS not in os.environ and not session.config.option.collectonly:
+        items = [item for item in session.items if item.get_closest_marker("linux")]
+        if items and not _runs_linux():
+            delegate = Delegate(session.config)
+            delegate.run(items)
+            session.config.pluginmanager.register(delegate)
+    return (yield)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """In an emulated host: pass the report on as soon as there is one."""
+    path = os.environ.get(REPORTS)
+    if path is not None and _config is not None:
+        data = _config.hook.pytest_report_to_serializable(config=_config, report=report)
+        with open(path, "a") as file:
+            file.write(json.dumps(data) + "\n")
+
+
+_config: pytest.Config | None = None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Remember the configuration for the hook that is not given it."""
+    global _config
+    _config = config
+
+
+def _runs_linux() -> bool:
+    from crackle.cli.doctor import report, runs_linux
+
+    return runs_linux(report())
+
+
+# -- what the tests use --------------------------------------------------------------------------------------------
+
+
+SCRIPTS = {
+    # Debian's cloud kernel: vmlinux, vmlinuz (a bzImage), and an initial RAM disk with its drivers.
+    "stock": ("kernel/stock", ("vmlinux", "vmlinuz", "initrd"), ("vmlinux", "vmlinuz", "initrd")),
+    # The small kernel, with ACPI and without.
+    "kernels": ("kernel/build", (), ("acpi", "acpi-bzimage", "mptable", "mptable-bzimage")),
+    # Root file systems, and the payload file that the ext4 image holds.
+    "images": ("rootfs/build", ("ext4", "initramfs", "payload"), ("ext4", "initramfs", "payload")),
+}
+
+
+@functools.cache
+def guest_files() -> dict[str, dict[str, str]]:
+    """Paths of the guest kit's files, made where they are missing. An emulated host is told them: it could make none."""
+    if FILES in os.environ:
+        found: dict[str, dict[str, str]] = json.loads(os.environ[FILES])
+        return found
+    files = {}
+    for kind, (script, arguments, names) in SCRIPTS.items():
+        command = [ROOT / "guest" / script, *arguments]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        files[kind] = dict(zip(names, done.stdout.split(), strict=True))
+    return files
+
+
+def _paths(kind: str) -> dict[str, Path]:
+    return {name: Path(path) for name, path in guest_files()[kind].items()}
+
+
+@pytest.fixture(scope="session")
+def stock() -> dict[str, Path]:
+    """Debian's cloud kernel."""
+    return _paths("stock")
+
+
+@pytest.fixture(scope="session")
+def kernels() -> dict[str, Path]:
+    """The small kernel."""
+    return _paths("kernels")
+
+
+@pytest.fixture(scope="session")
+def images() -> dict[str, Path]:
+    """Root file systems."""
+    return _paths("images")
+
+
+@pytest.fixture
+def rootfs(images: dict[str, Path], tmp_path: Path) -> Path:
+    """A root disk of this test's own."""
+    return Path(shutil.copyfile(images["ext4"], tmp_path / "root.ext4"))
+
+
+PROMPT = "/ # "
+
+
+class Guest:
+    """A Linux guest with a shell on its console."""
+
+    def __init__(self, vm: MicroVM) -> None:
+        self.vm = vm
+        self.console = vm.console
+
+    def wait_shell(self) -> Guest:
+        """Until the shell waits for a command."""
+        self.console.expect("user space after .*\n", 120)
+        self.console.expect(PROMPT, 60)
+        return self
+
+    def sh(self, command: str, timeout: float = 60.0) -> str:
+        """Run a command in the shell; what it printed, without the echoed command line and the prompt."""
+        # The marker is spelled so that the echo of the command does not match it.
+        self.console.write(f'{command}; echo "<$?"">"\n')
+        found = self.console.expect(rb"(?s)(.*?)<(\d+)>\r?\n", timeout)
+        output = found.group(1).decode(errors="replace").partition("\n")[2].replace("\r", "")
+        assert found.group(2) == b"0", f"{command!r} ended with status {found.group(2)!r}: {output}"
+        return output.strip()
+
+
+@pytest.fixture
+def boot(kernels: dict[str, Path]) -> Iterator[Callable[..., Guest]]:
+    """Starts guests: boot(kernel=, rootfs=, boot_args=, **options of MicroVM); the small ACPI kernel by default."""
+    running: list[MicroVM] = []
+
+    def start(kernel: Path | None = None, boot_args: str = "", **options: object) -> Guest:
+        kernel = kernel or kernels["acpi"]
+        vm = MicroVM(kernel, boot_args=f"{BOOT_ARGS} {boot_args}".strip(), **options)  # type: ignore[arg-type]
+        running.append(vm)
+        vm.start()
+        return Guest(vm)
+
+    yield start
+    for vm in running:
+        vm.stop()
