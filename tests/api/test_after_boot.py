@@ -1,0 +1,156 @@
+"""A microVM that runs: what it allows, what it is told, how it ends. Its machine only takes notes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.api.conftest import Vmm
+
+AFTER = "The requested operation is not supported after starting the microVM."
+
+
+def action(vmm: Vmm, name: str) -> int:
+    return vmm.request("PUT", "/actions", {"action_type": name}).status
+
+
+def state(vmm: Vmm, name: str) -> int:
+    return vmm.request("PATCH", "/vm", {"state": name}).status
+
+
+def test_start_pause_and_resume(started: Vmm, told: Callable[[], list[str]]) -> None:
+    shown = [started.request("GET", "/").json["state"]]
+    for name in ("Paused", "Paused", "Resumed", "Resumed", "Paused"):
+        assert state(started, name) == 204
+        shown.append(started.request("GET", "/").json["state"])
+    assert shown == ["Running", "Paused", "Paused", "Running", "Running", "Paused"]
+    assert told() == ["start", "pause", "pause", "resume", "resume", "pause"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 64}),
+        ("PATCH", "/machine-config", {"vcpu_count": 1}),
+        ("PUT", "/boot-source", {"kernel_image_path": "/dev/null"}),
+        ("PUT", "/drives/x", {"drive_id": "x", "is_root_device": False, "path_on_host": "/dev/null"}),
+        ("PUT", "/logger", {"level": "Error"}),
+        ("PUT", "/metrics", {"metrics_path": "/tmp/x"}),
+        ("PUT", "/serial", {}),
+        ("PUT", "/actions", {"action_type": "InstanceStart"}),
+        ("PUT", "/vsock", {"guest_cid": 3, "uds_path": "/tmp/v"}),
+        ("PUT", "/snapshot/load", {"snapshot_path": "s", "mem_file_path": "m"}),
+    ],
+)
+def test_what_is_configured_before_boot_is_refused_after(
+    started: Vmm, method: str, path: str, body: dict[str, Any]
+) -> None:
+    before = started.request("GET", "/vm/config").body
+    for name in ("Resumed", "Paused"):
+        assert state(started, name) == 204
+        answer = started.request(method, path, body)
+        assert (answer.status, answer.fault) == (400, AFTER)
+    assert started.request("GET", "/vm/config").body == before
+
+
+def test_a_drive_gets_another_file(started: Vmm, tmp_path: Path, told: Callable[[], list[str]]) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(bytes(512))
+    assert (
+        started.request("PATCH", "/drives/root", {"drive_id": "root", "path_on_host": str(other)}).status
+        == 204
+    )
+    assert told()[-1] == f"update root {other}"
+    assert started.request("GET", "/vm/config").json["drives"][0]["path_on_host"] == str(other)
+
+
+@pytest.mark.parametrize(
+    ("drive", "body", "fault"),
+    [
+        ("none", {"path_on_host": "/dev/null"}, "There is no drive 'none'"),
+        ("root", {}, "There is nothing to change"),
+        ("root", {"path_on_host": "/none"}, "No such file or directory (os error 2) /none"),
+        ("root", {"path_on_host": "refused"}, "this file is refused"),
+        ("root", {"rate_limiter": {}}, "Crackle does not support rate limiters of drives yet."),
+    ],
+)
+def test_a_drive_keeps_its_file_when_the_other_cannot_be_used(
+    started: Vmm, tmp_path: Path, drive: str, body: dict[str, Any], fault: str
+) -> None:
+    (tmp_path / "refused").touch()
+    if body.get("path_on_host") == "refused":
+        body = {"path_on_host": str(tmp_path / "refused")}
+    before = started.request("GET", "/vm/config").body
+    answer = started.request("PATCH", f"/drives/{drive}", {"drive_id": drive, **body})
+    assert answer.status == 400
+    assert fault in answer.fault
+    assert started.request("GET", "/vm/config").body == before
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("PUT", "/snapshot/create", {"snapshot_path": "s", "mem_file_path": "m"}),
+        ("PATCH", "/network-interfaces/e0", {"iface_id": "e0"}),
+        ("DELETE", "/drives/root", None),
+        ("GET", "/balloon/statistics", None),
+        ("GET", "/hotplug/memory", None),
+    ],
+)
+def test_an_endpoint_of_later_work_says_so_after_boot_too(
+    started: Vmm, method: str, path: str, body: dict[str, Any] | None
+) -> None:
+    assert started.request(method, path, body).fault.endswith(" yet.")
+
+
+def test_a_start_that_fails_can_be_tried_again(vmm: Vmm, kernel: Path) -> None:
+    for boot_args, status in (("unbootable", 400), ("good", 204)):
+        source = {"kernel_image_path": str(kernel), "boot_args": boot_args}
+        assert vmm.request("PUT", "/boot-source", source).status == 204
+        answer = vmm.request("PUT", "/actions", {"action_type": "InstanceStart"})
+        assert answer.status == status
+        if status == 400:
+            assert answer.fault == "Start microvm error: this kernel does not boot"
+            assert vmm.request("GET", "/").json["state"] == "Not started"
+    assert vmm.request("GET", "/").json["state"] == "Running"
+
+
+def test_a_guest_that_ends_ends_the_process_with_success(started: Vmm, told: Callable[[], list[str]]) -> None:
+    assert action(started, "SendCtrlAltDel") == 204
+    assert started.wait() == 0
+    assert told() == ["start", "ctrl-alt-del", "stop"]
+    assert "exit_code=0" in started.log.read_text()
+    assert os.path.exists(started.socket), "the socket file stays, as Firecracker's does"
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        (signal.SIGHUP, 156),
+        (signal.SIGXCPU, 154),
+        (signal.SIGXFSZ, 151),
+        (signal.SIGSYS, 148),
+        (signal.SIGTERM, -signal.SIGTERM),
+        (signal.SIGINT, -signal.SIGINT),
+    ],
+)
+def test_a_signal_ends_the_process_in_order(
+    started: Vmm, told: Callable[[], list[str]], number: int, status: int
+) -> None:
+    assert state(started, "Paused") == 204
+    started.process.send_signal(number)
+    assert started.wait() == status
+    assert told()[-1] == "stop"
+    assert f"intercepting signal {int(number)}" in started.log.read_text()
+
+
+def test_a_broken_pipe_ends_nothing(started: Vmm) -> None:
+    started.process.send_signal(signal.SIGPIPE)
+    assert started.request("GET", "/").status == 200

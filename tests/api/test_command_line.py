@@ -1,0 +1,224 @@
+"""crackle-vmm's arguments and configuration file, and the status it ends with."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.api.conftest import Vmm
+
+    Run = Callable[..., subprocess.CompletedProcess[str]]
+
+LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9} \[[^]]*\] ")
+
+
+def test_help_and_version(run_to_end: Run) -> None:
+    version = run_to_end("--version")
+    assert (version.returncode, version.stdout) == (0, "Crackle v0.1.0\n")
+    told = run_to_end("--help", "--nonsense")
+    assert told.returncode == 0
+    assert "--api-sock <path>" in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--nonsense"], 153, "Found argument 'nonsense' which wasn't expected"),
+        (["--id"], 153, "The argument 'id' requires a value, but none was supplied."),
+        (["--no-api"], 153, "Argument 'config-file' required, but not found."),
+        (["--id", "a_b"], 153, "Invalid instance ID: invalid character (_) at position 1."),
+        (["--level", "loud"], 152, "Invalid value for logger level: 'loud' is not a log level"),
+        (
+            ["--log-path", "/none/log"],
+            1,
+            "Could not initialize logger: Failed to open target file: No such file",
+        ),
+        (["--metrics-path", "/none/m"], 1, "Could not initialize metrics: No such file or directory"),
+        (
+            ["--config-file", "/none.json"],
+            1,
+            "Unable to read the configuration file: No such file or directory",
+        ),
+        (["--api-sock", "/none/socket"], 1, "Failed to bind the API socket at /none/socket: No such file"),
+        (["--api-sock", "x" * 200], 1, "Failed to bind the API socket at xxx"),
+        (["--enable-pci"], 1, "Argument 'enable-pci': Crackle does not support PCI yet."),
+        (["--metadata", "m"], 1, "Argument 'metadata': Crackle does not support the metadata service yet."),
+        (["--snapshot-version"], 1, "Crackle does not support snapshots yet."),
+        (["--describe-snapshot", "s"], 1, "Crackle does not support snapshots yet."),
+    ],
+)
+def test_a_bad_command_line_ends_with_one_sentence(
+    run_to_end: Run, arguments: list[str], status: int, message: str
+) -> None:
+    done = run_to_end(*arguments)
+    assert done.returncode == status
+    assert done.stderr.startswith("Error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert message in done.stdout, "the log has it too"
+    assert f"exit_code={status}" in done.stdout
+    assert all(LOG_LINE.match(line) for line in done.stdout.splitlines())
+
+
+def test_a_socket_that_exists_is_left_alone(run_to_end: Run, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "taken"))
+        other.listen()
+        done = run_to_end("--api-sock", "taken")
+        assert done.returncode == 1
+        assert "Failed to open the API socket at: taken. Check that it is not already used." in done.stderr
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(tmp_path / "taken"))
+
+
+def test_a_file_in_the_place_of_the_socket_is_left_alone(run_to_end: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    assert run_to_end("--api-sock", "file").returncode == 1
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_the_id_is_shown(start: Callable[..., Vmm]) -> None:
+    vmm = start("--id", "vm-17", "--show-level", fake=True)
+    assert vmm.request("GET", "/").json["id"] == "vm-17"
+    assert "[vm-17:main:INFO] Running Crackle v0.1.0" in vmm.log.read_text()
+
+
+def test_switches_that_change_nothing_yet_are_accepted(start: Callable[..., Vmm]) -> None:
+    arguments = ["--no-seccomp", "--boot-timer", "--start-time-us", "1", "--start-time-cpu-us", "1"]
+    assert (
+        start(*arguments, "--parent-cpu-time-us", "2", "--mmds-size-limit", "9", fake=True)
+        .request("GET", "/")
+        .status
+        == 200
+    )
+
+
+def test_the_log_goes_to_its_file_with_level_and_origin(start: Callable[..., Vmm], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    vmm = start("--log-path", str(log), "--level", "Debug", "--show-level", "--show-log-origin", fake=True)
+    vmm.request("GET", "/floppy")
+    assert vmm.log.read_text() == ""
+    lines = log.read_text().splitlines()
+    assert any(
+        re.search(r"\[anonymous-instance:main:ERROR:.*server\.py:\d+\] Invalid request", line)
+        for line in lines
+    )
+
+
+# Configuration files
+
+
+@pytest.fixture
+def config(kernel: Path, disk: Path) -> dict[str, Any]:
+    return {
+        "boot-source": {"kernel_image_path": str(kernel), "boot_args": "good"},
+        "drives": [{"drive_id": "root", "is_root_device": True, "path_on_host": str(disk)}],
+        "machine-config": {"vcpu_count": 2, "mem_size_mib": 64},
+    }
+
+
+def write(directory: Path, config: Any) -> str:
+    path = directory / "config.json"
+    path.write_text(config if isinstance(config, str) else json.dumps(config))
+    return str(path)
+
+
+def test_a_configuration_file_starts_the_microvm_and_the_api_serves_it(
+    start: Callable[..., Vmm], tmp_path: Path, config: dict[str, Any], told: Callable[[], list[str]]
+) -> None:
+    vmm = start("--config-file", write(tmp_path, config), fake=True)
+    assert vmm.request("GET", "/").json["state"] == "Running"
+    assert vmm.request("GET", "/machine-config").json["vcpu_count"] == 2
+    assert vmm.request("GET", "/vm/config").json["drives"][0]["drive_id"] == "root"
+    assert told() == ["start"]
+
+
+def test_what_the_api_shows_is_a_configuration_file(
+    start: Callable[..., Vmm], started: Vmm, tmp_path: Path
+) -> None:
+    shown = started.request("GET", "/vm/config")
+    started.end()
+    (tmp_path / "api.socket").unlink()
+    vmm = start("--config-file", write(tmp_path, shown.body.decode()), fake=True)
+    assert vmm.request("GET", "/vm/config").body == shown.body
+
+
+@pytest.mark.parametrize("api", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"boot-source": None}, "Invalid JSON: Expected `object`, got `null`, at `$.boot-source`"),
+        (
+            {"boot-source": {"kernel_image_path": "/none"}},
+            "Boot source error: The kernel file cannot be opened",
+        ),
+        ({"drives": [{"drive_id": "x", "is_root_device": 1}]}, "Expected `bool`, got `int`, at `$.drives[0]"),
+        (
+            {"machine-config": {"vcpu_count": 33, "mem_size_mib": 64}},
+            "Machine config error: The number of vCPUs",
+        ),
+        ({"machine-config": {"cpus": 1}}, "unknown field `cpus`"),
+        ({"logger": {"log_path": "/none/log"}}, "Logger error: Failed to open target file"),
+        ({"metrics": {"metrics_path": "/none/m"}}, "Metrics error: Cannot initialize the metrics system"),
+        ({"vsock": {"guest_cid": 3, "uds_path": "/v"}}, "Crackle does not support the vsock device yet."),
+        (
+            {"boot-source": {"kernel_image_path": "/dev/null", "boot_args": "unbootable"}},
+            "Start microvm error: this",
+        ),
+    ],
+)
+def test_a_configuration_file_that_cannot_be_honoured_ends_the_process(
+    run_to_end: Run, tmp_path: Path, config: dict[str, Any], change: dict[str, Any], message: str, api: bool
+) -> None:
+    door = ["--api-sock", "s"] if api else ["--no-api"]
+    done = run_to_end(*door, "--config-file", write(tmp_path, {**config, **change}))
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "no json", "[]", '{"drives": []}'])
+def test_a_configuration_file_that_is_none(run_to_end: Run, tmp_path: Path, text: str) -> None:
+    done = run_to_end("--no-api", "--config-file", write(tmp_path, text))
+    assert done.returncode == 1
+    assert "Invalid JSON: " in done.stderr
+
+
+def test_two_root_drives_in_a_configuration_file(
+    run_to_end: Run, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    config["drives"].append({**config["drives"][0], "drive_id": "other"})
+    done = run_to_end("--no-api", "--config-file", write(tmp_path, config))
+    assert done.returncode == 1
+    assert "A root block device already exists!" in done.stderr
+
+
+def test_a_host_without_kvm_is_told_of_in_one_sentence(tmp_path: Path, config: dict[str, Any]) -> None:
+    # A process that may open nothing new has no /dev/kvm either.
+    script = (
+        "import os, sys; import crackle.vmm.builder, crackle.vmm.machine; real = os.open\n"
+        "from crackle.kvm import Kvm; import crackle.kvm\n"
+        "crackle.kvm.Kvm = lambda: Kvm('/none/kvm')\n"
+        "from crackle.cli.vmm import run; sys.exit(run(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--no-api", "--config-file", write(tmp_path, config)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Start microvm error: " in done.stderr
+    assert "/none/kvm" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
