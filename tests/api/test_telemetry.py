@@ -1,4 +1,4 @@
-"""Log and metrics of a real process: what is counted, when it is written, and that a full pipe is no obstacle."""
+"""Log and metrics of a real process: what is counted, when it is written, that a full pipe is no obstacle."""
 
 from __future__ import annotations
 
