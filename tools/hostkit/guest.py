@@ -27,7 +27,7 @@ DIRECTORIES = (
     "root",
     "data",
 )
-# Fixed, so that the same inputs give the same image.
+# Fixed, so that images made of the same files differ in nothing a guest can tell.
 UUID = "c4ac91e0-0000-4000-8000-000000000001"
 TIME = "1700000000"
 
