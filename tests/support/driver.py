@@ -53,8 +53,8 @@ def ring_bytes(size: int) -> int:
 class Ring:
     """The driver's side of a queue of `size` entries whose parts lie one after the other from `base`.
 
-    `start`: the value from which both indices count, as after that many chains. The descriptors in use are the
-    driver's business: `add` takes free ones, `reap` frees those of the chains that the device has used.
+    `start`: the value from which both indices count, as after that many chains. The descriptors in use are
+    the driver's business: `add` takes free ones, `reap` frees those of the chains that the device has used.
     """
 
     def __init__(self, memory: GuestMemory, base: int, size: int, start: int = 0) -> None:
@@ -83,8 +83,8 @@ class Ring:
     def add(self, buffers: Sequence[Buffer], *, direct: int | None = None, table: int = -1) -> int:
         """Make `buffers` a chain and return its head; the device sees it after `offer`.
 
-        direct: how many of them take descriptors of the queue's own table; the others go into an indirect table
-        that is written at `table`. None for all.
+        direct: how many of them take descriptors of the queue's own table; the others go into an indirect
+        table that is written at `table`. None for all.
         """
         if direct is None:
             direct = len(buffers)

@@ -214,12 +214,20 @@ cdef class IoThread:
 
     def stop(self):
         """End the thread and wait for it. Idempotent."""
-        if self.state == IS_NEW or self.joined:
+        cdef thread_sync *sync = <thread_sync *> self.sync
+        cdef bint first = not self.joined
+        if self.state == IS_NEW:
             return
+        self.joined = True
         self.wake(ASK_STOP)
         with nogil:
-            pthread_join((<thread_sync *> self.sync).thread, NULL)
-        self.joined = True
+            if first:
+                pthread_join(sync.thread, NULL)
+            else:
+                pthread_mutex_lock(&sync.mutex)
+                while self.state != IS_STOPPED:
+                    pthread_cond_wait(&sync.changed, &sync.mutex)
+                pthread_mutex_unlock(&sync.mutex)
 
     def close(self):
         """Stop, and give the descriptors back. Idempotent."""
