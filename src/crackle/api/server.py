@@ -39,6 +39,9 @@ _BAD_REQUEST = "400 Bad Request"
 _BUSY = "503 Service Unavailable"
 _INTERNAL = "500 Internal Server Error"
 
+# Bytes of a request's body that the log shows.
+_SHOWN_BODY = 1024
+
 _LATENCIES = {"pause": "pause_vm", "resume": "resume_vm"}
 
 
@@ -160,8 +163,8 @@ class _Client:
         self._sending = False
         server._loop.watch(fd, self._ready)
 
-    def _ready(self, events: int) -> None:
-        if events & WRITABLE:
+    def _ready(self, _events: int) -> None:
+        if self._sending:
             self._send()
             return
         try:
@@ -209,4 +212,5 @@ def _shown(path: str, body: bytes) -> str:
     """The body as the log may show it: metadata and CPU templates stay out of it."""
     if not body or path.startswith(("/mmds", "/cpu-config")):
         return ""
-    return f" with body {body.decode(errors='backslashreplace')!r}"
+    text = body[:_SHOWN_BODY].decode(errors="backslashreplace")
+    return f" with body {text!r}" + ("..." if len(body) > _SHOWN_BODY else "")

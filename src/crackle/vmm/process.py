@@ -5,6 +5,7 @@ In one loop.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -139,6 +140,8 @@ class VmmProcess:
         machine = self._controller.machine
         if machine is None:
             return
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(machine.exit_fd)
         status = machine.exit_status()
         if status is None:
             return

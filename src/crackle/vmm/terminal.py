@@ -37,8 +37,10 @@ class Terminal:
         termios.tcsetattr(self._fd, termios.TCSANOW, before)
 
     def _is_ours(self) -> bool:
-        # A background process that sets the terminal is stopped by SIGTTOU.
-        try:
-            return os.isatty(self._fd) and os.tcgetpgrp(self._fd) == os.getpgrp()
-        except OSError:
+        if not os.isatty(self._fd):
             return False
+        # A background process that sets the terminal it belongs to is stopped by SIGTTOU.
+        try:
+            return os.tcgetpgrp(self._fd) == os.getpgrp()
+        except OSError:
+            return True
