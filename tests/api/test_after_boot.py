@@ -78,7 +78,11 @@ def test_a_drive_gets_another_file(started: Vmm, tmp_path: Path, told: Callable[
         ("root", {}, "There is nothing to change"),
         ("root", {"path_on_host": "/none"}, "No such file or directory (os error 2) /none"),
         ("root", {"path_on_host": "refused"}, "this file is refused"),
-        ("root", {"rate_limiter": {}}, "Crackle does not support rate limiters of drives yet."),
+        (
+            "root",
+            {"rate_limiter": {"ops": {"size": 1, "refill_time": 1}}},
+            "Crackle does not support rate limiters of drives yet.",
+        ),
     ],
 )
 def test_a_drive_keeps_its_file_when_the_other_cannot_be_used(

@@ -1,4 +1,4 @@
-"""The terminal of a process that shows a guest's console: raw while the guest runs, restored whatever happens."""
+"""The terminal of a process that shows a guest's console: raw while it runs, restored whatever happens."""
 
 from __future__ import annotations
 

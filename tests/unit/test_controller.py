@@ -53,7 +53,8 @@ class FakeMachine:
         self.told.append((drive_id, path))
 
     def metrics(self) -> dict[str, dict[str, int]]:
-        return {}
+        assert "stop" not in self.told, "a stopped machine knows nothing"
+        return {"block_data": {"read_count": 7}}
 
     def exit_status(self) -> None:
         return None
@@ -188,6 +189,12 @@ def test_stopping_twice_stops_the_machine_once(bench: Bench) -> None:
     bench.controller.stop()
     bench.controller.stop()
     assert machine.told == ["start", "stop"]
+
+
+def test_the_metrics_of_a_stopped_machine_are_its_last(bench: Bench) -> None:
+    bench.start()
+    bench.controller.stop()
+    assert bench.controller.metrics.collect()["block_data"]["read_count"] == 7
 
 
 # Starting
@@ -372,13 +379,18 @@ def test_a_drive_needs_a_file(bench: Bench, path: str, message: str) -> None:
     ("fields", "what"),
     [
         ({"socket": "/tmp/s"}, "vhost-user"),
-        ({"rate_limiter": schema.RateLimiter()}, "rate limiters"),
+        ({"rate_limiter": schema.RateLimiter(ops=schema.TokenBucket(1, 1))}, "rate limiters"),
         ({"io_engine": "Async"}, "Async"),
     ],
 )
 def test_what_drives_cannot_do_yet(bench: Bench, fields: dict[str, Any], what: str) -> None:
     with pytest.raises(ConfigError, match=f"Crackle does not support .*{what}.* yet"):
         bench.do("put_drive", bench.drive("data", **fields))
+
+
+def test_a_rate_limiter_that_limits_nothing_is_as_good_as_none(bench: Bench) -> None:
+    bench.do("put_drive", bench.drive("data", rate_limiter=schema.RateLimiter()))
+    assert bench.controller.config.drives[0].rate_limiter is None
 
 
 def test_a_running_drive_gets_another_file(bench: Bench, tmp_path: Path) -> None:

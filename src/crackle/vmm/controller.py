@@ -179,7 +179,9 @@ class Controller:
                 )
             read_only = bool(drive.is_read_only)
             _check_backing_file(drive.path_on_host, read_only)
-        complete: Drive = msgspec.structs.replace(drive, is_read_only=read_only, io_engine="Sync")
+        complete: Drive = msgspec.structs.replace(
+            drive, is_read_only=read_only, io_engine="Sync", rate_limiter=None
+        )
         if at is not None:
             del drives[at]
         # The root device comes first: the guest's /dev/vda is the first device.
@@ -254,6 +256,9 @@ class Controller:
         machine, self.machine = self.machine, None
         self._drop_shell()
         if machine is not None:
+            # What it counted stays to be told when it is gone.
+            last = machine.metrics()
+            self.metrics.sources[:] = [lambda: last]
             machine.stop()
 
     def _running_machine(self) -> Machine:
