@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from crackle.cli.options import OPTIONS, UsageError, help_text, parse
+from crackle.version import VERSION
 
 
 def test_nothing_given_means_the_defaults() -> None:
@@ -58,6 +62,11 @@ def test_version_goes_before_errors() -> None:
 def test_a_command_line_that_means_nothing_is_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse(arguments)
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    project = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text())["project"]
+    assert project["version"] == VERSION
 
 
 def test_help_tells_of_every_option() -> None:

@@ -13,8 +13,8 @@ import msgspec
 from crackle import schema
 from crackle.api.routes import ROUTES, Route
 from crackle.schema.instance import Fault
+from crackle.version import VERSION
 from crackle.vmm.commands import NOT_YET
-from crackle.vmm.controller import VERSION
 
 # What a command answers with; all others answer 204 without a body.
 _RESULTS = {

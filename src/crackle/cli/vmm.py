@@ -12,12 +12,11 @@ from crackle.cli.options import Options, UsageError, help_text, parse
 from crackle.errors import ConfigError, CrackleError, os_reason
 from crackle.telemetry.logger import Logger
 from crackle.telemetry.sink import Sink
+from crackle.version import VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket
-
-VERSION = "0.1.0"
 
 # Exit statuses, as Firecracker's.
 EXIT_OK = 0

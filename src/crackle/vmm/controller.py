@@ -18,6 +18,7 @@ from crackle.schema.instance import InstanceInfo, Version
 from crackle.schema.machine import default_machine_config, updated
 from crackle.telemetry.logger import DEFAULT_INSTANCE_ID, Logger
 from crackle.telemetry.metrics import Metrics
+from crackle.version import VERSION
 from crackle.vmm.commands import NOT_STARTED, PAUSED, RUNNING, STOPPED, Command, check_state, check_supported
 
 TYPE_CHECKING = False
@@ -70,7 +71,6 @@ if TYPE_CHECKING:
     Build = Callable[[VmConfig, "Shell | None"], "Machine"]
     Prepare = Callable[[MachineConfig], "Shell | None"]
 
-VERSION = "0.1.0"
 APP_NAME = "Crackle"
 
 # The kernel command line's room, its final NUL included (Documentation/arch/x86/boot.rst, cmdline_size).
