@@ -196,19 +196,23 @@ class Registers:
 
 
 class Bench:
-    """A device on a bus and an I/O thread, and the guest's hands on it. A context manager."""
+    """A device on a bus and an I/O thread, and the guest's hands on it. A context manager.
+
+    io: a thread to share, which the caller starts; by default it has its own.
+    """
 
     ADDRESS = 0xC0001000
 
-    def __init__(self, device: VirtioDevice) -> None:
+    def __init__(self, device: VirtioDevice, io: IoThread | None = None) -> None:
         self.device, self.memory = device, device.memory
         self.bus = Bus("mmio")
         self.transport = MmioTransport(device, self.ADDRESS, 5)
         self.transport.attach(self.bus)
-        self.io = IoThread()
+        self.io = IoThread() if io is None else io
         device.attach(self.io)
         self.registers = Registers(self.bus, self.ADDRESS)
-        self.io.start()
+        if io is None:
+            self.io.start()
 
     def begin(self, base: int, size: int, features: int = F_VERSION_1, *, drive: bool = True) -> Ring:
         """Take the device through its whole initialisation with one queue at `base`."""

@@ -1,0 +1,394 @@
+"""The 16550A as a driver finds it: registers, FIFO, interrupts, input and output (PC16550D, section 8)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crackle.devices.iothread import IoThread
+from crackle.devices.serial import SERIAL_PORT, Serial
+from crackle.kvm.bus import Bus
+
+DATA, IER, IIR, FCR, LCR, MCR, LSR, MSR, SCR = 0, 1, 2, 2, 3, 4, 5, 6, 7
+RX_INTERRUPT, TX_INTERRUPT = 0x01, 0x02  # IER
+NO_INTERRUPT, TX_EMPTY, RX_DATA = 0x01, 0x02, 0x04  # IIR
+DATA_READY, TRANSMITTER_EMPTY = 0x01, 0x60  # LSR
+DIVISOR_LATCH = 0x80  # LCR
+LOOP = 0x10  # MCR
+FIFO = 64
+
+
+class Line:
+    """A serial port on a bus, with its interrupt line and a guest's hands on its registers."""
+
+    def __init__(self, in_fd: int = -1, out_fd: int = -1, *, threaded: bool = False) -> None:
+        self.irq = os.eventfd(0, os.EFD_NONBLOCK)
+        self.device = Serial(in_fd, out_fd, self.irq)
+        self.bus = Bus("pio")
+        self.io = IoThread() if threaded else None
+        self.device.attach(self.bus, self.io)
+        if self.io:
+            self.io.start()
+
+    def __getitem__(self, register: int) -> int:
+        return self.bus.read(SERIAL_PORT + register, 1)
+
+    def __setitem__(self, register: int, value: int) -> None:
+        assert self.bus.write(SERIAL_PORT + register, 1, value) == 0
+
+    def interrupts(self) -> int:
+        try:
+            return os.eventfd_read(self.irq)
+        except BlockingIOError:
+            return 0
+
+    def wait_interrupt(self) -> None:
+        assert select.select([self.irq], [], [], 10)[0], "no interrupt in 10 s"
+        os.eventfd_read(self.irq)
+
+    def receive(self) -> bytes:
+        """What a driver's loop gets: all that is ready."""
+        found = bytearray()
+        while self[LSR] & DATA_READY:
+            found.append(self[DATA])
+        return bytes(found)
+
+    def close(self) -> None:
+        if self.io:
+            self.io.close()
+        os.close(self.irq)
+
+    def __enter__(self) -> Line:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@pytest.fixture
+def line() -> Iterator[Line]:
+    with Line() as line:
+        yield line
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    yield ends
+    for fd in ends:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+# -- registers -----------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_port_is_idle(line: Line) -> None:
+    assert line[IIR] == NO_INTERRUPT
+    assert line[LSR] == TRANSMITTER_EMPTY
+    assert line[LCR] == 0x03
+    assert line[DATA] == 0
+    assert line.interrupts() == 0
+
+
+def test_the_scratch_register_holds_any_byte(line: Line) -> None:
+    for value in range(256):
+        line[SCR] = value
+        assert line[SCR] == value
+
+
+def test_the_divisor_hides_behind_its_latch(line: Line) -> None:
+    line[IER] = RX_INTERRUPT
+    line[LCR] = DIVISOR_LATCH | 0x03
+    line[DATA], line[IER] = 0x34, 0x12
+    assert (line[DATA], line[IER]) == (0x34, 0x12)
+    assert line.device.save().divisor == 0x1234
+    line[LCR] = 0x03
+    assert line[IER] == RX_INTERRUPT
+    assert line[DATA] == 0
+
+
+def test_reserved_bits_read_back_as_zero(line: Line) -> None:
+    line[IER] = 0xFF
+    line[MCR] = 0xFF
+    assert (line[IER], line[MCR]) == (0x0F, 0x1F)
+
+
+def test_the_fifo_says_that_it_is_there_once_enabled(line: Line) -> None:
+    assert line[IIR] & 0xC0 == 0
+    line[FCR] = 0x01
+    assert line[IIR] & 0xC0 == 0xC0
+
+
+def test_the_modem_reports_a_connected_line(line: Line) -> None:
+    assert line[MSR] == 0xB0  # carrier, data set ready, clear to send
+    line[MSR] = 0xFF
+    line[LSR] = 0xFF
+    assert (line[MSR], line[LSR]) == (0xB0, TRANSMITTER_EMPTY)
+
+
+@pytest.mark.parametrize(
+    ("control", "status"),
+    [(0x01, 0x20), (0x02, 0x10), (0x04, 0x40), (0x08, 0x80), (0x0A, 0x90), (0x0F, 0xF0)],
+)
+def test_loopback_ties_the_modem_lines_together(line: Line, control: int, status: int) -> None:
+    """Linux finds the chip by the case 0x0A."""
+    line[MCR] = LOOP | control
+    assert line[MSR] == status
+
+
+def test_loopback_returns_what_is_sent_and_sends_nothing(pipe: tuple[int, int]) -> None:
+    reading, writing = pipe
+    with Line(out_fd=writing) as line:
+        line[IER] = RX_INTERRUPT
+        line[MCR] = LOOP
+        for byte in b"echo":
+            line[DATA] = byte
+        assert line.interrupts() == 4
+        assert line.receive() == b"echo"
+        line[MCR] = 0
+        line[DATA] = ord("x")
+        assert os.read(reading, 100) == b"x"
+
+
+def test_a_wide_access_reaches_one_register(line: Line) -> None:
+    line.bus.write(SERIAL_PORT + SCR - 3, 4, 0xAABBCCDD)
+    assert line[MCR] == 0xDD & 0x1F
+    assert line[SCR] == 0
+    assert line.bus.read(SERIAL_PORT + MCR, 4) == 0x1D
+
+
+# -- interrupts ----------------------------------------------------------------------------------------------
+
+
+def test_enabling_the_transmitter_interrupt_raises_it_at_once(line: Line) -> None:
+    line[IER] = TX_INTERRUPT
+    assert line.interrupts() == 1
+    line[IER] = TX_INTERRUPT
+    assert line.interrupts() == 0
+    line[IER] = 0
+    line[IER] = TX_INTERRUPT
+    assert line.interrupts() == 1
+
+
+def test_reading_its_cause_takes_the_transmitter_interrupt_back(line: Line) -> None:
+    line[IER] = TX_INTERRUPT
+    assert [line[IIR], line[IIR]] == [TX_EMPTY, NO_INTERRUPT]
+    line[DATA] = 0x41
+    assert line.interrupts() == 2
+    assert [line[IIR], line[IIR]] == [TX_EMPTY, NO_INTERRUPT]
+
+
+def test_no_interrupt_comes_that_was_not_enabled(line: Line) -> None:
+    line[DATA] = 0x41
+    line.device.feed(b"typed")
+    assert line.interrupts() == 0
+    assert line[IIR] == NO_INTERRUPT
+
+
+def test_received_data_interrupts_until_it_is_read(line: Line) -> None:
+    line[IER] = RX_INTERRUPT
+    assert line.interrupts() == 0
+    assert line.device.feed(b"ab") == 2
+    assert line.interrupts() == 1
+    assert [line[IIR], line[IIR]] == [RX_DATA, RX_DATA]
+    assert line[DATA] == ord("a")
+    assert line[IIR] == RX_DATA
+    assert line[DATA] == ord("b")
+    assert line[IIR] == NO_INTERRUPT
+
+
+def test_enabling_the_receiver_interrupt_announces_what_waits_already(line: Line) -> None:
+    line.device.feed(b"early")
+    line[IER] = RX_INTERRUPT
+    assert line.interrupts() == 1
+
+
+def test_received_data_comes_before_the_transmitter(line: Line) -> None:
+    line[IER] = RX_INTERRUPT | TX_INTERRUPT
+    line.device.feed(b"a")
+    assert line[IIR] == RX_DATA
+    line[DATA]
+    assert [line[IIR], line[IIR]] == [TX_EMPTY, NO_INTERRUPT]
+
+
+# -- input ---------------------------------------------------------------------------------------------------
+
+
+def test_the_fifo_takes_what_it_has_room_for_in_order(line: Line) -> None:
+    text = bytes(range(100))
+    assert line.device.feed(text) == FIFO
+    assert line.device.feed(b"more") == 0
+    assert line[DATA] == 0
+    assert line.device.feed(b"more") == 1
+    assert line.receive() == text[1:FIFO] + b"m"
+    assert line.device.read_count == FIFO + 1
+
+
+def test_clearing_the_fifo_throws_the_input_away(line: Line) -> None:
+    line.device.feed(b"unwanted")
+    line[FCR] = 0x02
+    assert not line[LSR] & DATA_READY
+    line.device.feed(b"new")
+    assert line.receive() == b"new"
+
+
+def test_what_is_typed_into_a_pipe_arrives_and_interrupts(pipe: tuple[int, int]) -> None:
+    reading, writing = pipe
+    with Line(reading, threaded=True) as line:
+        line[IER] = RX_INTERRUPT
+        for text in (b"first", b"second"):
+            os.write(writing, text)
+            line.wait_interrupt()
+            assert line.receive() == text
+
+
+@pytest.mark.parametrize("regular", [False, True])
+def test_input_larger_than_the_fifo_arrives_whole_as_it_is_read(regular: bool, tmp_path, pipe) -> None:
+    text = os.urandom(FIFO * 20 + 7)
+    reading, writing = pipe
+    if regular:
+        path = tmp_path / "input"
+        path.write_bytes(text)
+        reading = os.open(path, os.O_RDONLY)
+    else:
+        os.write(writing, text)
+        os.close(writing)
+    with Line(reading, threaded=True) as line:
+        line[IER] = RX_INTERRUPT
+        received = line.receive()
+        while len(received) < len(text):
+            line.wait_interrupt()
+            received += line.receive()
+        assert received == text
+        assert line.receive() == b""
+        assert line.io is not None
+        line.io.pause()  # the end of the input has been seen, and does not keep the thread awake
+        line.io.resume()
+        line.io.pause()
+        before = line.io.wakeups
+        line.io.resume()
+        assert not threading.Event().wait(0.1)
+        line.io.pause()
+        assert line.io.wakeups - before <= 2
+    if regular:
+        os.close(reading)
+
+
+def test_input_waits_in_the_pipe_while_the_fifo_is_full(pipe: tuple[int, int]) -> None:
+    reading, writing = pipe
+    with Line(reading, threaded=True) as line:
+        assert line.io is not None
+        os.write(writing, bytes(FIFO) + b"later")
+        line.io.pause()
+        line.io.resume()
+        assert len(os.read(reading, 100)) == 5
+        os.write(writing, b"again")
+        assert [line[DATA] for _ in range(FIFO)] == [0] * FIFO
+        line.io.pause()
+        assert line.receive() == b"again"
+
+
+# -- output --------------------------------------------------------------------------------------------------
+
+
+def test_what_the_guest_sends_comes_out_byte_by_byte(pipe: tuple[int, int]) -> None:
+    reading, writing = pipe
+    with Line(out_fd=writing) as line:
+        for byte in range(256):
+            line[DATA] = byte
+            assert os.read(reading, 10) == bytes([byte])
+        assert line[LSR] == TRANSMITTER_EMPTY
+        assert (line.device.write_count, line.device.missed_write_count) == (256, 0)
+
+
+def test_bytes_for_a_full_pipe_are_lost_and_counted_and_the_guest_goes_on(pipe: tuple[int, int]) -> None:
+    reading, writing = pipe
+    os.set_blocking(writing, False)
+    with Line(out_fd=writing) as line:
+        filled = 0
+        while select.select([], [writing], [], 0)[1]:
+            filled += os.write(writing, bytes(65536))
+        line[IER] = TX_INTERRUPT
+        line.interrupts()
+        for _ in range(3):
+            line[DATA] = 0x41
+        assert line.interrupts() == 3
+        assert (line.device.write_count, line.device.missed_write_count) == (0, 3)
+        while filled:
+            filled -= len(os.read(reading, filled))
+        line[DATA] = 0x42
+        assert os.read(reading, 10) == b"B"
+        assert line.device.write_count == 1
+
+
+def test_without_an_output_the_guest_notices_nothing(line: Line) -> None:
+    line[IER] = TX_INTERRUPT
+    line.interrupts()
+    line[DATA] = 0x41
+    assert line.interrupts() == 1
+    assert line.device.missed_write_count == 0
+
+
+STUCK_OUTPUT = """
+import os, select, threading
+from crackle.devices.serial import Serial
+from crackle.kvm.bus import Bus
+
+reading, writing = os.pipe()
+os.set_blocking(writing, False)
+size = 0
+while select.select([], [writing], [], 0)[1]:
+    size += os.write(writing, bytes(65536))
+os.set_blocking(writing, True)
+serial, bus = Serial(-1, writing), Bus("pio")
+serial.attach(bus)
+threading.Thread(target=bus.write, args=(0x3F8, 1, 0x41)).start()  # stuck, until somebody reads
+threading.Thread(target=serial.feed, args=(b"t",)).start()
+found = b""
+while len(found) < size + 1:
+    found += os.read(reading, 65536)
+while not bus.read(0x3FD, 1) & 1:
+    pass
+print(found[-1:], chr(bus.read(0x3F8, 1)))
+"""
+
+
+def test_typing_while_the_output_is_stuck_does_not_stop_the_interpreter() -> None:
+    """Whoever is to read the output may be a Python thread of this process."""
+    run = subprocess.run([sys.executable, "-c", STUCK_OUTPUT], capture_output=True, text=True, timeout=60)
+    assert run.stdout.split() == ["b'A'", "t"], run.stderr
+
+
+# -- saved state ---------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 255)), max_size=30), st.binary(max_size=80))
+def test_the_saved_state_restores_to_the_same_port(writes: list[tuple[int, int]], typed: bytes) -> None:
+    with Line() as line, Line() as other:
+        for register, value in writes:
+            line[register] = value
+        line.device.feed(typed)
+        state = line.device.save()
+        other.device.restore(state)
+        assert other.device.save() == state
+        for register in (SCR, MCR, LCR, MSR, LSR, IIR, IER, DATA, DATA):
+            assert other[register] == line[register]
+
+
+def test_input_that_was_received_before_a_save_is_announced_after_the_restore(line: Line) -> None:
+    line[IER] = RX_INTERRUPT
+    line.device.feed(b"waiting")
+    with Line() as other:
+        other.device.restore(line.device.save())
+        assert other.interrupts() == 1
+        assert other.receive() == b"waiting"
