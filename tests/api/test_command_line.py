@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -85,6 +86,19 @@ def test_a_file_in_the_place_of_the_socket_is_left_alone(run_to_end: Run, tmp_pa
     (tmp_path / "file").write_text("precious")
     assert run_to_end("--api-sock", "file").returncode == 1
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_an_interrupt_during_start_up_shows_no_traceback() -> None:
+    script = (
+        "import os, signal; import crackle.cli.vmm as vmm\n"
+        "vmm._serve = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "vmm.run([])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == ""
 
 
 def test_the_id_is_shown(start: Callable[..., Vmm]) -> None:

@@ -5,6 +5,7 @@ The API socket accepts before anything large is imported; what a client sends me
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # the signal module drags in enum
 import gc
 import sys
 
@@ -45,6 +46,8 @@ def run(arguments: list[str]) -> int:
     """Run a microVM to its end; the result is the exit status of the process."""
     # Nothing made during start-up is garbage: collecting then would only cost time.
     gc.disable()
+    # Until the loop takes signals, Ctrl-C ends the process and shows no traceback.
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
     logger = Logger()
     try:
         try:
