@@ -184,7 +184,7 @@ cdef class Vcpu(VcpuBase):
 
     cdef set_bytes(self, unsigned long request, size_t size, bytes data, str what):
         if data is None or <size_t> len(data) != size:
-            raise ValueError(f"the {what} is {size} bytes, not {data and len(data)}")
+            raise ValueError(f"the {what} is {size} bytes, not {len(data or b"")}")
         self.ioctl(request, PyBytes_AS_STRING(data), "set the " + what)
 
     def get_lapic(self):
