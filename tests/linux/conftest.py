@@ -68,8 +68,16 @@ class Delegate:
         if not names:
             return
         reports = share / "reports"
-        command = [ROOT / "tools" / "emuhost", "--timeout", str(HOST_TIMEOUT), "--memory", "6144", "--share", share]
-        inner = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names]
+        command = [
+            ROOT / "tools" / "emuhost",
+            "--timeout",
+            str(HOST_TIMEOUT),
+            "--memory",
+            "6144",
+            "--share",
+            share,
+        ]
+        inner = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=150", *names]
         with open(share / "output", "wb") as output:
             subprocess.run(
                 [*command, "--", *inner],
@@ -81,7 +89,9 @@ class Delegate:
             )
         self.output.append((share / "output").read_text(errors="replace")[-4000:])
         for line in reports.read_text().splitlines() if reports.exists() else ():
-            report = self.config.hook.pytest_report_from_serializable(config=self.config, data=json.loads(line))
+            report = self.config.hook.pytest_report_from_serializable(
+                config=self.config, data=json.loads(line)
+            )
             self.reports.setdefault(report.nodeid, []).append(report)
 
     @pytest.hookimpl(tryfirst=True)
@@ -191,7 +201,7 @@ def rootfs(images: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copyfile(images["ext4"], tmp_path / "root.ext4"))
 
 
-PROMPT = "/ # "
+PROMPT = " # "
 
 
 class Guest:
@@ -202,17 +212,18 @@ class Guest:
         self.console = vm.console
 
     def wait_shell(self) -> Guest:
-        """Until the shell waits for a command."""
+        """Until the shell waits for a command; it echoes nothing and shows no prompt from then on."""
         self.console.expect("user space after .*\n", 120)
-        self.console.expect(PROMPT, 60)
+        self.console.expect(PROMPT, 30)
+        self.console.write("stty -echo; PS1= PS2=; echo re''ady\n")
+        self.console.expect("ready\r\n", 30)
         return self
 
     def sh(self, command: str, timeout: float = 60.0) -> str:
-        """Run a command in the shell; what it printed, without the echoed command line and the prompt."""
-        # The marker is spelled so that the echo of the command does not match it.
-        self.console.write(f'{command}; echo "<$?"">"\n')
-        found = self.console.expect(rb"(?s)(.*?)<(\d+)>\r?\n", timeout)
-        output = found.group(1).decode(errors="replace").partition("\n")[2].replace("\r", "")
+        """What a command run in the shell printed; it must succeed."""
+        self.console.write(f'{command}\necho "<$?>"\n')
+        found = self.console.expect(rb"(?s)(.*?)<(\d+)>\r\n", timeout)
+        output = found.group(1).decode(errors="replace").replace("\r", "")
         assert found.group(2) == b"0", f"{command!r} ended with status {found.group(2)!r}: {output}"
         return output.strip()
 

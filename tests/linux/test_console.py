@@ -89,7 +89,7 @@ def crackle_run(kernel: Path, rootfs: Path) -> Terminal:
     """`crackle run` on a terminal, at the guest's prompt."""
     arguments = ["--kernel", kernel, "--rootfs", rootfs, "--boot-args", BOOT_ARGS]
     terminal = Terminal(sys.executable, "-m", "crackle.cli.main", "run", *arguments)
-    terminal.expect("/ # ")
+    terminal.expect(" # ")
     return terminal
 
 

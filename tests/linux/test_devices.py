@@ -44,7 +44,9 @@ def test_what_the_guest_writes_is_in_the_file_and_what_is_in_the_file_the_guest_
 
 def test_a_file_system_survives(boot: Boot, rootfs: Path) -> None:
     guest = boot(rootfs=rootfs).wait_shell()
-    guest.sh("mkdir /made && for i in $(seq 100); do echo $i > /made/$i; done; cp /data/payload /made/copy; sync")
+    guest.sh(
+        "mkdir /made && for i in $(seq 100); do echo $i > /made/$i; done; cp /data/payload /made/copy; sync"
+    )
     guest.console.write("reboot -f\n")
     guest.vm.wait(60)
     checked = subprocess.run(["/sbin/e2fsck", "-f", "-n", str(rootfs)], capture_output=True, text=True)
@@ -83,7 +85,9 @@ def test_a_paused_guest_stands_still_and_goes_on_where_it_was(boot: Boot, rootfs
     last = int(guest.console.output.rsplit(b"tick ", 1)[1].split()[0] or b"0")
     guest.vm.resume()
     guest.console.expect(f"tick {last + 20}\r")
-    ticks = [int(line.split()[1]) for line in guest.console.text.split("\r\n") if line.startswith("tick ")][:-1]
+    ticks = [int(line.split()[1]) for line in guest.console.text.split("\r\n") if line.startswith("tick ")][
+        :-1
+    ]
     assert ticks == list(range(len(ticks)))
 
 
@@ -138,13 +142,15 @@ def test_the_whole_life_of_a_guest_over_the_api(
         assert put("/drives/root", {**drive, "is_read_only": False}) == 204
         assert put("/serial", {"serial_out_path": str(serial)}) == 204
         assert put("/actions", {"action_type": "InstanceStart"}) == 204
-        wait_in(serial, "/ # ")
+        wait_in(serial, " # ")
         assert api.request("GET", "/")[1]["state"] == "Running"
         assert put("/boot-source", source) == 400
         assert api.request("PATCH", "/vm", {"state": "Paused"})[0] == 204
         assert api.request("GET", "/")[1]["state"] == "Paused"
         assert api.request("PATCH", "/vm", {"state": "Resumed"})[0] == 204
-        assert api.request("PATCH", "/drives/root", {"drive_id": "root", "path_on_host": str(rootfs)})[0] == 204
+        assert (
+            api.request("PATCH", "/drives/root", {"drive_id": "root", "path_on_host": str(rootfs)})[0] == 204
+        )
         assert put("/actions", {"action_type": "FlushMetrics"}) == 204
         line = json.loads(metrics.read_text().splitlines()[-1])
         assert line["block_root"]["read_count"] > 0
