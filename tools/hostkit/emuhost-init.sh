@@ -28,9 +28,15 @@ $b hostname emuhost
 
 # The command gets pipes, as under a shell: a port can be opened only once, which would break /dev/stdout.
 $b mkfifo in out err
-port=$(echo /dev/vport*p1)
-port=${port%1}
-[ -c ${port}1 ] || $b poweroff -f
+# The ports appear some time after the driver does.
+tries=100
+until [ -c /dev/vport*p4 ]; do
+    [ $tries -gt 0 ] || $b poweroff -f
+    tries=$((tries - 1))
+    $b sleep 0.1
+done
+port=$(echo /dev/vport*p4)
+port=${port%4}
 exec 6>${port}2 7>${port}3 8>${port}4
 { $b cat out >&6; } & relays=$!
 { $b cat err >&7; } & relays="$relays $!"
