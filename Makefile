@@ -28,7 +28,8 @@ $(VENV)/.ready: pyproject.toml
 
 # What changed since is compiled in place.
 build: $(VENV)/.ready
-	@$(BIN)/python setup.py -q build_ext --inplace --parallel 2
+	@$(BIN)/python setup.py -q build_ext --inplace
+	@$(BIN)/python -m compileall -q src
 
 $(VENV)/.images: $(VENV)/.ready tools/setup-host $(wildcard tools/hostkit/* guest/rootfs/* guest/kernel/stock*)
 	$(PYTHON) tools/setup-host images
@@ -43,7 +44,7 @@ guest-kernel: $(VENV)/.ready
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/cython-lint src
+	PATH=$(CURDIR)/$(BIN):$$PATH cython-lint src
 	$(BIN)/mypy
 
 bench: setup

@@ -1,7 +1,7 @@
 """Linux guests: kernels and disks for the tests, and a KVM that runs them.
 
-Where this host's /dev/kvm does not run Linux guests, the tests marked `linux` run in emulated hosts, two side by side, each
-a pytest session of its own; their results are reported here, test by test, as if they had run here.
+Where this host's /dev/kvm does not run Linux guests, the tests marked `linux` run in emulated hosts, two side by side,
+each a pytest session of its own; their results are reported here, test by test, as if they had run here.
 """
 
 from __future__ import annotations
@@ -77,7 +77,17 @@ class Delegate:
             "--share",
             share,
         ]
-        inner = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=150", *names]
+        inner = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-o",
+            "faulthandler_timeout=150",
+            *names,
+        ]
         with open(share / "output", "wb") as output:
             subprocess.run(
                 [*command, "--", *inner],
@@ -161,7 +171,7 @@ SCRIPTS = {
 
 @functools.cache
 def guest_files() -> dict[str, dict[str, str]]:
-    """Paths of the guest kit's files, made where they are missing. An emulated host is told them: it could make none."""
+    """Paths of the guest kit's files, made where they are missing. An emulated host is told; it could make none."""
     if FILES in os.environ:
         found: dict[str, dict[str, str]] = json.loads(os.environ[FILES])
         return found

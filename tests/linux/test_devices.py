@@ -14,9 +14,9 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
+from tests.linux.conftest import BOOT_ARGS, Guest
 
 from crackle import ConfigError
-from tests.linux.conftest import BOOT_ARGS, Guest
 
 Boot = Callable[..., Guest]
 MIB = 1 << 20
@@ -105,7 +105,8 @@ class Api:
         connection.sock = socket.socket(socket.AF_UNIX)
         deadline = time.monotonic() + 30
         while connection.sock.connect_ex(str(self.socket)):
-            assert time.monotonic() < deadline and self.process.poll() is None
+            assert time.monotonic() < deadline
+            assert self.process.poll() is None
             time.sleep(0.01)
         connection.request(method, path, None if body is None else json.dumps(body))
         answer = connection.getresponse()

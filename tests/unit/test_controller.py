@@ -73,6 +73,9 @@ class FakeShell:
     def close(self) -> None:
         self.closed = True
 
+    def abandon(self) -> None:
+        self.closed = True
+
 
 class Bench:
     """A controller whose machines are fake, and what is needed to configure it."""

@@ -41,10 +41,3 @@ def test_a_running_microvm_does_without_the_heavy_libraries(module: str) -> None
         *("socket", "subprocess", "tempfile", "threading", "traceback", "rich", "typer", "pyroute2"),
     }
     assert modules & heavy == set()
-
-
-def test_nothing_of_kvm_is_imported_before_it_is_needed() -> None:
-    modules = imported_by("import crackle.vmm.process")
-    assert not [
-        name for name in modules if name.startswith(("crackle.kvm", "crackle.arch", "crackle.virtio"))
-    ]

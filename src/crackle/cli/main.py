@@ -21,13 +21,17 @@ app = typer.Typer(
 @app.command()
 def run(
     kernel: Annotated[str, typer.Option(help="Kernel: an uncompressed vmlinux or a bzImage.")],
-    rootfs: Annotated[str | None, typer.Option(help="Image of the root file system; becomes /dev/vda.")] = None,
+    rootfs: Annotated[
+        str | None, typer.Option(help="Image of the root file system; becomes /dev/vda.")
+    ] = None,
     initrd: Annotated[str | None, typer.Option(help="Initial RAM disk.")] = None,
     drive: Annotated[list[str] | None, typer.Option(help="Another disk image; may be repeated.")] = None,
     cpus: Annotated[int, typer.Option(min=1, max=32, help="Number of vCPUs.")] = 1,
     memory: Annotated[int, typer.Option(min=1, help="Guest memory in MiB.")] = 256,
     boot_args: Annotated[str | None, typer.Option(help="Kernel command line instead of the default.")] = None,
-    read_only: Annotated[bool, typer.Option("--read-only", help="Give the guest the root disk read-only.")] = False,
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="Give the guest the root disk read-only.")
+    ] = False,
 ) -> None:
     """Boot a microVM with its console on this terminal. Ctrl-] ends it.
 

@@ -1,7 +1,7 @@
 """`crackle run`: a guest whose console is this terminal.
 
-The guest runs in a child process, and this one keeps the terminal: however the child ends, killed included, the terminal
-is put back as it was. On a terminal the keys go through a pipe, so that Ctrl-] can be caught; without one the guest reads
+The guest runs in a child process, and this one keeps the terminal: however the child ends, killed included, it is put
+back as it was. On a terminal the keys go through a pipe, so that Ctrl-] can be caught; without one the guest reads
 standard input itself.
 """
 

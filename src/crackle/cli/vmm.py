@@ -89,14 +89,14 @@ def _serve(options: Options, logger: Logger) -> int:
 
     # msgspec asks for typing_extensions, which costs 20 ms where it is installed, and does as well without.
     sys.modules.setdefault("typing_extensions", None)  # type: ignore[arg-type]
-    from crackle.vmm.process import VmmProcess
-
-    if sys.modules["typing_extensions"] is None:
-        del sys.modules["typing_extensions"]
-    process = VmmProcess(options, logger, metrics_sink, listener, config)
-    gc.freeze()
-    gc.enable()
     try:
+        from crackle.vmm.process import VmmProcess
+
+        if sys.modules["typing_extensions"] is None:
+            del sys.modules["typing_extensions"]
+        process = VmmProcess(options, logger, metrics_sink, listener, config)
+        gc.freeze()
+        gc.enable()
         return process.run()
     except CrackleError as error:
         raise ExitError(str(error)) from None

@@ -10,13 +10,13 @@ first, before KVM_RUN or inside it, makes the ioctl return EINTR; none can be lo
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset, strerror
+from libc.string cimport strerror
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.unistd cimport close, write
 
 from crackle.includes.kvm cimport *
 from crackle.includes.threads cimport *
-from crackle.kvm.bus cimport BUS_CONTINUE, BUS_RESET, BUS_SHUTDOWN, Bus
+from crackle.kvm.bus cimport BUS_CONTINUE, BUS_RESET, Bus
 
 from crackle.errors import KvmError, StateError
 
@@ -407,13 +407,13 @@ cdef class VcpuBase:
 
     def time_exits(self, uint64_t count):
         """Nanoseconds for `count` KVM_RUN round trips that do nothing with the exit: the floor an exit can cost here."""
-        cdef uint64_t i, start
+        cdef uint64_t _i, start
         cdef int result = 0
         if self.state != IS_NEW or self.fd < 0:
             raise StateError(f"vCPU {self.index} has a thread or is closed")
         with nogil:
             start = now_ns()
-            for i in range(count):
+            for _i in range(count):
                 result = c_ioctl(self.fd, KVM_RUN, 0)
                 if result < 0:
                     break

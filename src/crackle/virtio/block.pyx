@@ -5,8 +5,8 @@ and guest memory. Owns the descriptor of the backing file.
 """
 
 from libc.errno cimport EINTR, errno
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset, strerror
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
 from posix.unistd cimport close
 
 from crackle.includes.threads cimport *

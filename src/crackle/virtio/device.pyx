@@ -10,7 +10,7 @@ a disk does, and a vCPU that only acknowledges an interrupt must not wait for th
 
 from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memset, strerror
+from libc.string cimport strerror
 from posix.unistd cimport close, read, write
 
 from crackle.devices.iothread cimport IoThread

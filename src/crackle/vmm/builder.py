@@ -1,8 +1,8 @@
 """From a configuration to a machine that is ready to start.
 
-`Shell` is the part that needs only the machine configuration: memory and its slots, interrupt controllers, timer, vCPUs.
-Making it takes milliseconds, nearly all of them KVM waiting for grace periods, so it is made on a helper thread as soon as
-the configuration is known. `build` adds the rest: kernel, devices, tables, registers. Whatever fails, everything made so
+`Shell` is the part that needs only the machine configuration: memory and its slots, interrupt controllers, timer,
+vCPUs. Making it takes milliseconds, nearly all of them KVM waiting for grace periods, so it is made on a helper thread
+before it is asked for. `build` adds the rest: kernel, devices, tables, registers. Whatever fails, everything made so
 far is given back.
 """
 
@@ -13,20 +13,30 @@ from _thread import allocate_lock, start_new_thread
 
 import msgspec
 
+from crackle.arch import (
+    LoadedKernel,
+    build_cmdline,
+    configure_system,
+    enter_kernel,
+    layout,
+    load_initrd,
+    load_kernel,
+    memory_layout,
+    prepare_vcpu,
+)
 from crackle.errors import ConfigError
+from crackle.kvm import MEM_LOG_DIRTY_PAGES, Kvm, Vcpu, Vm
+from crackle.memory import GuestMemory
+from crackle.vmm.machine import Machine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from crackle.arch import DeviceInfo, LoadedKernel
-    from crackle.kvm import Kvm, Vcpu, Vm
-    from crackle.memory import GuestMemory
     from crackle.schema.config import VmConfig
     from crackle.schema.drive import Drive
     from crackle.schema.machine import MachineConfig
     from crackle.telemetry.logger import Logger
-    from crackle.vmm.machine import Machine
 
 _BACKINGS = {"None": "anonymous", "Transparent": "transparent", "2M": "hugepages"}
 
@@ -66,14 +76,14 @@ class Parts(msgspec.Struct):
 class Shell:
     """A virtual machine without devices or kernel, being made on a thread of its own.
 
-    One thread makes it; `take` and `close` wait for that thread, and after either the shell owns nothing.
+    `take` waits for that thread and hands the parts over; `close` waits too and gives them back; `abandon` gives
+    them back in the background. After any of them the shell owns nothing.
     """
 
     def __init__(self, config: MachineConfig) -> None:
         self.config = config
         self._parts = Parts()
         self._error: BaseException | None = None
-        self._taken = False
         self._made = allocate_lock()
         self._made.acquire()
         start_new_thread(self._run, ())
@@ -88,8 +98,7 @@ class Shell:
 
     def take(self) -> Parts:
         """The finished parts, which the caller now owns. Raises what making them raised."""
-        with self._made:
-            parts, self._parts = self._parts, Parts()
+        parts = self._release()
         if self._error is not None:
             parts.close()
             raise self._error
@@ -97,9 +106,16 @@ class Shell:
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
+        self._release().close()
+
+    def abandon(self) -> None:
+        """Give everything back in the background: closing a VM takes as long as making one."""
+        start_new_thread(self.close, ())
+
+    def _release(self) -> Parts:
         with self._made:
             parts, self._parts = self._parts, Parts()
-        parts.close()
+        return parts
 
 
 def prepare(config: MachineConfig) -> Shell:
@@ -108,10 +124,6 @@ def prepare(config: MachineConfig) -> Shell:
 
 
 def _make(config: MachineConfig, parts: Parts) -> None:
-    from crackle.arch import layout, memory_layout, prepare_vcpu
-    from crackle.kvm import MEM_LOG_DIRTY_PAGES, Kvm
-    from crackle.memory import GuestMemory
-
     backing = _BACKINGS[config.huge_pages]
     parts.memory = memory = GuestMemory(memory_layout(config.mem_size_mib << 20), backing=backing)
     parts.kvm = kvm = Kvm()
@@ -139,8 +151,6 @@ def _make(config: MachineConfig, parts: Parts) -> None:
     flags = MEM_LOG_DIRTY_PAGES if config.track_dirty_pages else 0
     for slot, region in enumerate(memory.regions):
         vm.set_user_memory_region(slot, region.gpa, region.size, region.hva, flags)
-    # Imported here so that it costs the start of the microVM nothing.
-    import crackle.vmm.machine  # noqa: F401
 
 
 def build(config: VmConfig, shell: Shell | None, options: BuildOptions) -> Machine:
@@ -148,11 +158,9 @@ def build(config: VmConfig, shell: Shell | None, options: BuildOptions) -> Machi
 
     ConfigError or KvmError when it cannot be made.
     """
-    from crackle.vmm.machine import Machine
-
     assert config.machine_config is not None, "the controller fills it in"
     if shell is not None and shell.config != config.machine_config:
-        shell.close()
+        shell.abandon()
         shell = None
     parts = (shell or Shell(config.machine_config)).take()
     machine = Machine(parts, options)
@@ -166,8 +174,6 @@ def build(config: VmConfig, shell: Shell | None, options: BuildOptions) -> Machi
 
 def _furnish(machine: Machine, config: VmConfig, options: BuildOptions) -> None:
     """Add the devices and the kernel."""
-    from crackle.arch import build_cmdline, configure_system, enter_kernel
-
     machine.add_legacy_devices(_console_output(machine, config, options))
     root: Drive | None = None
     for drive in config.drives:
@@ -209,8 +215,6 @@ def _console_output(machine: Machine, config: VmConfig, options: BuildOptions) -
 
 
 def _load(memory: GuestMemory, config: VmConfig) -> tuple[LoadedKernel, tuple[int, int] | None]:
-    from crackle.arch import load_initrd, load_kernel
-
     source = config.boot_source
     fd = _open(source.kernel_image_path, "kernel")
     try:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         """The part of a machine that needs only the machine configuration, being made ahead of time."""
 
         def close(self) -> None: ...
+        def abandon(self) -> None: ...
 
     class ExitStatus(Protocol):
         """Why a machine ended, and the process's exit status that follows."""
@@ -80,10 +81,10 @@ CMDLINE_MAX_SIZE = 2048
 class Controller:
     """Executes commands on one microVM. Not thread-safe: one thread gives all commands.
 
-    ``build`` makes the machine out of the configuration when it starts. ``prepare``, if given, is called as
-    soon as the first configuration has arrived, and again when the machine configuration changes, to make
-    ahead of time what needs only that; what it returns goes to ``build``, or is closed when it no longer
-    fits.
+    ``build`` makes the machine out of the configuration when it starts. ``prepare``, if given, makes ahead of
+    time what needs only the machine configuration; it is called when :meth:`prepare` is, with the first
+    configuration command at the latest, and again when the machine configuration changes. What it returns
+    goes to ``build``, or is abandoned when it no longer fits.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class Controller:
         check_supported(command)
         result = getattr(self, f"_{command.name}")(*(() if command.resource is None else (command.resource,)))
         if command.name in _CONFIGURES:
-            self._prepare_shell()
+            self.prepare()
         return result
 
     def configure(self, config: VmConfig) -> None:
@@ -254,7 +255,9 @@ class Controller:
         """End the microVM, whatever its state, and let go of everything it holds; idempotent."""
         self.state = STOPPED
         machine, self.machine = self.machine, None
-        self._drop_shell()
+        shell, self._shell, self._shell_for = self._shell, None, None
+        if shell is not None:
+            shell.close()
         if machine is not None:
             # What it counted stays to be told when it is gone.
             last = machine.metrics()
@@ -274,10 +277,13 @@ class Controller:
 
     # Making ready ahead of time
 
-    def _prepare_shell(self) -> None:
+    def prepare(self) -> None:
+        """Make ahead of time what needs only the machine configuration, unless that is done or being done."""
         if self._prepare is None or self._shell_for == self.config.machine_config:
             return
-        self._drop_shell()
+        if self._shell is not None:
+            self._shell.abandon()
+            self._shell = None
         assert self.config.machine_config is not None
         self._shell_for = self.config.machine_config
         try:
@@ -285,11 +291,6 @@ class Controller:
         except Exception as error:
             # What cannot be made ahead of time fails again, with its reason, when the microVM starts.
             self.logger.debug(f"Nothing was made ahead of time: {error}")
-
-    def _drop_shell(self) -> None:
-        shell, self._shell, self._shell_for = self._shell, None, None
-        if shell is not None:
-            shell.close()
 
 
 _CONFIGURES = frozenset(("put_machine", "patch_machine", "put_boot_source", "put_drive"))

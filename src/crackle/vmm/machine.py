@@ -169,7 +169,7 @@ class Machine:
         os.eventfd_write(self._power_fd, 1)
 
     def update_drive(self, drive_id: str, path: str) -> None:
-        """Put another file behind a drive while the guest runs; it learns of the new size. ConfigError keeps the old."""
+        """Put another file behind a drive; the running guest learns of the new size. ConfigError keeps the old."""
         self._check_alive()
         if drive_id not in self.drives:
             raise ConfigError(f"there is no drive {drive_id!r}")
@@ -240,7 +240,14 @@ class Machine:
 
 
 _UART = ("error_count", "flush_count", "missed_read_count", "missed_write_count", "read_count", "write_count")
-_I8042 = ("error_count", "missed_read_count", "missed_write_count", "read_count", "reset_count", "write_count")
+_I8042 = (
+    "error_count",
+    "missed_read_count",
+    "missed_write_count",
+    "read_count",
+    "reset_count",
+    "write_count",
+)
 _BLOCK = {
     "activate_fails": "activate_fails",
     "cfg_fails": "cfg_fails",

@@ -11,8 +11,6 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from crackle.errors import CrackleError, GuestError, StateError
 from crackle.schema.boot import BootSource
 from crackle.schema.drive import Drive
@@ -68,7 +66,11 @@ class MicroVM:
             assert self._console is not None
             console = (self._console.guest_in, self._console.guest_out)
         self._options = BuildOptions(
-            instance_id=instance_id, console_in=console[0], console_out=console[1], logger=logger, profile=profile
+            instance_id=instance_id,
+            console_in=console[0],
+            console_out=console[1],
+            logger=logger,
+            profile=profile,
         )
         self._controller = Controller(
             self._build, prepare, instance_id=instance_id, logger=logger or Logger(instance_id, level=OFF)

@@ -18,6 +18,7 @@ from crackle.errors import CrackleError
 from crackle.schema.codec import decode, explain
 from crackle.schema.config import VmConfig
 from crackle.telemetry.metrics import FLUSH_PERIOD_S, Metrics
+from crackle.vmm import builder
 from crackle.vmm.commands import Command
 from crackle.vmm.controller import Controller
 from crackle.vmm.loop import Loop
@@ -75,6 +76,9 @@ class VmmProcess:
             metrics=self._metrics,
             on_start=self._started,
         )
+        if config is None:
+            # Most clients are quick to configure and start a machine: begin with the default one now.
+            self._controller.prepare()
         limit = options.number("http-api-max-payload-size") or 0
         self._server = None if listener is None else ApiServer(self._loop, listener, self._controller, limit)
         self._watch_signals()
@@ -116,19 +120,15 @@ class VmmProcess:
         self._logger.info("Successfully started microvm that was configured from one single json")
 
     def _build(self, config: VmConfig, shell: Any) -> Machine:
-        from crackle.vmm.builder import BuildOptions, build
-
-        options = BuildOptions(
+        options = builder.BuildOptions(
             instance_id=self._logger.instance_id,
             boot_timer="boot-timer" in self._options,
             logger=self._logger,
         )
-        return build(config, shell, options)
+        return builder.build(config, shell, options)
 
     def _prepare(self, machine_config: MachineConfig) -> Shell | None:
-        from crackle.vmm.builder import prepare
-
-        return prepare(machine_config)
+        return builder.prepare(machine_config)
 
     def _started(self, machine: Machine) -> None:
         self._terminal.set_raw()
