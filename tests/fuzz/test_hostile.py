@@ -11,6 +11,7 @@ import os
 import random
 import struct
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,15 +36,17 @@ END = GPA + SIZE
 RING, HEADERS, TABLES, DATA = GPA, GPA + 0x3000, GPA + 0x4000, GPA + 0x8000
 SECTORS = 16
 
-edges = [0, 1, GPA - 16, GPA - 1, GPA, END - 17, END - 16, END - 1, END, END + 1, 1 << 32, (1 << 64) - 1]
+EDGES = [0, 1, GPA - 16, GPA - 1, GPA, END - 17, END - 16, END - 1, END, END + 1, 1 << 32, (1 << 64) - 1]
+LENGTHS = [0, 1, 15, 16, 17, 512, SIZE - 1, SIZE, SIZE + 1, 1 << 31, (1 << 32) - 1]
+
 words = st.integers(0, (1 << 64) - 1)
 widths = st.sampled_from([1, 2, 4, 8])
-addresses = st.sampled_from(edges) | st.integers(GPA, END) | words
-sizes = st.sampled_from([0, 1, 15, 16, 17, 32, 512, SIZE - 1, SIZE, SIZE + 1, 1 << 31, (1 << 32) - 1])
-lengths = sizes | st.integers(0, 64) | st.integers(0, (1 << 32) - 1)
-flags = st.integers(0, 7) | st.integers(0, 0xFFFF)
-indices = st.integers(0, 9) | st.integers(0, 0xFFFF)
-descriptors = st.tuples(addresses, lengths, flags, indices)
+inside = st.integers(GPA, END - 64)
+addresses = inside | inside | st.sampled_from(EDGES) | words
+sizes = st.integers(0, 64) | st.integers(0, 64) | st.sampled_from(LENGTHS) | st.integers(0, (1 << 32) - 1)
+flags = st.integers(0, 15).map(lambda n: n & 3 if n < 12 else (4, 4, 7, 0xFFFF)[n & 3])
+indices = st.integers(0, 63).map(lambda n: n & 7 if n < 60 else (8, 255, 0x8000, 0xFFFF)[n & 3])
+descriptors = st.tuples(addresses, sizes, flags, indices)
 seeds = st.integers(0, (1 << 32) - 1)
 
 
@@ -88,12 +91,13 @@ def test_the_core_under_test_is_the_one_that_was_asked_for() -> None:
     assert (Path("build/asan") in [Path(*Path(crackle.virtio.queue.__file__).parts[-6:-4])]) == SANITIZED
 
 
-def drain(queue: Virtqueue) -> None:
+def drain(queue: Virtqueue, reached: Counter[str]) -> None:
     """Take and give back whatever there is, and check each chain."""
     for _ in range(1000):
         try:
             found = queue.take()
-        except ValueError:
+        except ValueError as error:
+            reached[str(error)] += 1
             break
         if found is None:
             break
@@ -104,105 +108,110 @@ def drain(queue: Virtqueue) -> None:
         for gpa, size, _ in buffers:
             assert size > 0
             assert GPA <= gpa < gpa + size <= END
+        reached["chain"] += 1
         queue.give(head, len(buffers))
 
 
-@given(
-    seed=seeds,
-    order=st.integers(0, 8),
-    places=st.tuples(*[st.integers(GPA, END)] * 3),
-    start=st.integers(0, 0xFFFF),
-    event_idx=st.booleans(),
-    sparse=st.booleans(),
-)
-def test_noise_for_a_ring(
-    memory: GuestMemory,
-    seed: int,
-    order: int,
-    places: tuple[int, int, int],
-    start: int,
-    event_idx: bool,
-    sparse: bool,
-) -> None:
-    """Rings anywhere, over one another too, in memory full of random bytes."""
-    noise = random.Random(seed)
-    content = bytearray(noise.randbytes(SIZE))
-    if sparse:  # small numbers are more often valid
-        for i in range(SIZE):
-            if i % 16 not in (0, 1, 2, 8, 12, 14):
-                content[i] = 0
-    memory.write(GPA, content)
-    desc, avail, used = places
-    state = QueueState(
-        size=1 << order,
-        ready=True,
-        desc=desc & ~15,
-        avail=avail & ~1,
-        used=used & ~3,
-        next_avail=start,
-        next_used=start,
+def descriptor_noise(noise: random.Random) -> bytes:
+    """Guest memory full of descriptors that are often nearly right."""
+    found = []
+    for _ in range(SIZE // 16):
+        kind = noise.random()
+        gpa = noise.randrange(GPA, END) if kind < 0.9 else noise.choice(EDGES)
+        size = noise.randrange(64) if kind < 0.8 else noise.choice(LENGTHS)
+        bits = noise.choice((0, 0, 1, 2, 2, 3, 4)) if kind > 0.02 else noise.randrange(1 << 16)
+        if bits == 4:
+            size = 16 * noise.randrange(20)
+        found.append(struct.pack("<QIHH", gpa, size, bits, noise.randrange(noise.choice((4, 256, 1 << 16)))))
+    return b"".join(found)
+
+
+def test_rings_anywhere_in_memory_full_of_descriptors(memory: GuestMemory) -> None:
+    """Each part of the queue may lie over another."""
+    reached: Counter[str] = Counter()
+
+    @given(
+        seed=seeds,
+        order=st.integers(0, 8),
+        places=st.tuples(*[st.integers(GPA, END)] * 3),
+        start=st.integers(0, 0xFFFF),
+        event_idx=st.booleans(),
     )
-    queue = Virtqueue(memory, 256)
-    try:
-        queue.restore(state, event_idx=event_idx, indirect=True)
-    except ValueError:
-        return
-    for offered in (1, noise.randrange(1 << order) + 1, 0x8000):
-        idx = memory.read(state.avail + 2, 2)
-        memory.write(state.avail + 2, struct.pack("<H", (int.from_bytes(idx, "little") + offered) & 0xFFFF))
-        drain(queue)
-    memory.write(state.avail + 2, struct.pack("<H", (start + 1) & 0xFFFF))
-    drain(queue)
+    def attack(seed: int, order: int, places: tuple[int, int, int], start: int, event_idx: bool) -> None:
+        noise, size = random.Random(seed), 1 << order
+        desc, avail, used = places[0] & ~15, places[1] & ~1, places[2] & ~3
+        memory.write(GPA, descriptor_noise(noise))
+        queue = Virtqueue(memory, 256)
+        parts = {"desc": desc, "avail": avail, "used": used}
+        state = QueueState(size=size, ready=True, next_avail=start, next_used=start, **parts)
+        try:
+            queue.restore(state, event_idx=event_idx, indirect=True)
+        except ValueError:
+            assert desc + 16 * size > END or avail + 6 + 2 * size > END or used + 6 + 8 * size > END
+            return
+        heads = [noise.randrange(size + (noise.random() < 0.05)) for _ in range(size)]
+        memory.write(avail + 4, struct.pack(f"<{size}H", *heads))
+        for ahead in (1, noise.randrange(size) + 1, size, size + 1, 0x8000):
+            memory.write(avail + 2, struct.pack("<H", (queue.save().next_avail + ahead) & 0xFFFF))
+            drain(queue, reached)
+
+    attack()
+    assert reached["chain"] > 100
+    assert len(reached) > 5, reached
 
 
-@given(
-    order=st.integers(0, 3),
-    table=st.lists(descriptors, min_size=1, max_size=8),
-    indirect=st.lists(descriptors, max_size=8),
-    heads=st.lists(indices, min_size=1, max_size=8),
-    where=st.sampled_from([TABLES, END - 128, END - 16]),
-)
-def test_descriptors_made_to_hurt(
-    memory: GuestMemory,
-    order: int,
-    table: list[tuple[int, int, int, int]],
-    indirect: list[tuple[int, int, int, int]],
-    heads: list[int],
-    where: int,
-) -> None:
+def test_descriptors_made_to_hurt(memory: GuestMemory) -> None:
     """Buffers at every edge, loops, tables in tables, lengths that overflow."""
-    memory.write(GPA, bytes(SIZE))
-    ring = Ring(memory, RING, 1 << order)
-    for i, fields in enumerate(indirect[: (END - where) // 16]):
-        ring.write_descriptor(i, *fields, table=where)
-    for i, (gpa, size, bits, following) in enumerate(table[: ring.size]):
-        if bits & driver.INDIRECT and i % 2:
-            gpa, size = where, 16 * len(indirect)
-        ring.write_descriptor(i, gpa, size, bits, following)
-    queue = Virtqueue(memory, 256)
-    state = QueueState(
-        size=ring.size,
-        ready=True,
-        desc=ring.desc,
-        avail=ring.avail,
-        used=ring.used,
-        next_avail=0,
-        next_used=0,
+    reached: Counter[str] = Counter()
+
+    @given(
+        order=st.integers(0, 3),
+        table=st.lists(descriptors, min_size=1, max_size=8),
+        indirect=st.lists(descriptors, max_size=8),
+        heads=st.lists(indices, min_size=1, max_size=8),
+        where=st.sampled_from([TABLES, END - 128, END - 16]),
     )
-    queue.restore(state, event_idx=False, indirect=True)
-    ring.offer(*heads[: ring.size])
-    drain(queue)
+    def attack(
+        order: int,
+        table: list[tuple[int, int, int, int]],
+        indirect: list[tuple[int, int, int, int]],
+        heads: list[int],
+        where: int,
+    ) -> None:
+        memory.write(GPA, bytes(SIZE))
+        ring = Ring(memory, RING, 1 << order)
+        for i, fields in enumerate(indirect[: (END - where) // 16]):
+            ring.write_descriptor(i, *fields, table=where)
+        for i, (gpa, size, bits, following) in enumerate(table[: ring.size]):
+            if bits & driver.INDIRECT and i % 2:
+                gpa, size = where, 16 * len(indirect)
+            ring.write_descriptor(i, gpa, size, bits, following % ring.size if following < 8 else following)
+        queue = Virtqueue(memory, 256)
+        parts = {"desc": ring.desc, "avail": ring.avail, "used": ring.used}
+        state = QueueState(size=ring.size, ready=True, next_avail=0, next_used=0, **parts)
+        queue.restore(state, event_idx=False, indirect=True)
+        ring.offer(*[head % ring.size if head < 8 else head for head in heads[: ring.size]])
+        drain(queue, reached)
+
+    attack()
+    assert reached["chain"] > 20
+    assert len(reached) > 5, reached
 
 
 requests = st.tuples(
-    st.integers(0, 11) | st.integers(0, (1 << 32) - 1),
-    st.integers(0, SECTORS + 1) | st.sampled_from([1 << 55, (1 << 64) - 1]) | st.integers(0, (1 << 64) - 1),
+    st.sampled_from([0, 1, 4, 8]) | st.sampled_from([0, 1, 4, 8]) | st.integers(0, (1 << 32) - 1),
+    st.integers(0, SECTORS + 1)
+    | st.integers(0, SECTORS + 1)
+    | st.sampled_from([1 << 55, (1 << 64) - 1])
+    | words,
 )
+pieces = st.tuples(st.sampled_from([1, 512]) | st.sampled_from([1, 512]) | st.integers(0, 600), st.booleans())
+chains = st.tuples(requests, st.lists(pieces, max_size=5))
 actions = st.one_of(
+    st.tuples(st.just("chain"), st.integers(0, 15), chains),
+    st.tuples(st.just("chain"), st.integers(0, 15), chains),
     st.tuples(st.just("descriptor"), st.integers(0, 15), descriptors),
     st.tuples(st.just("indirect"), st.integers(0, 15), descriptors),
-    st.tuples(st.just("header"), st.integers(0, 15), requests),
-    st.tuples(st.just("chain"), st.integers(0, 15), st.lists(st.integers(0, 600), min_size=1, max_size=5)),
     st.tuples(st.just("offer"), st.lists(indices, max_size=16), st.none()),
     st.tuples(st.just("notify"), st.none(), st.none()),
     st.tuples(st.just("register"), st.integers(0, 0x45).map(lambda n: 4 * n), st.integers(0, (1 << 32) - 1)),
@@ -211,21 +220,28 @@ actions = st.one_of(
 )
 
 
-@given(
-    script=st.lists(actions, max_size=25), features=st.sampled_from([0, F_INDIRECT, F_INDIRECT | F_EVENT_IDX])
-)
-def test_a_disk_whose_driver_is_mad(
-    memory: GuestMemory, disk: Path, script: list[tuple[str, object, object]], features: int
-) -> None:
+def test_a_disk_whose_driver_is_mad(memory: GuestMemory, disk: Path) -> None:
     """Requests that are nearly right and registers at random, while the device serves."""
-    with Guest(memory, disk, writeback=True) as guest:
-        ring = guest.begin(RING, 16, F_VERSION_1 | features)
-        for action, first, second in script:
-            play(guest, ring, action, first, second)
-        guest.notify()
-        guest.settle()
-        guest.prove_alive()
+    reached: Counter[str] = Counter()
+
+    @given(
+        script=st.lists(actions, max_size=25),
+        features=st.sampled_from([0, F_EVENT_IDX, F_INDIRECT, F_INDIRECT | F_EVENT_IDX]),
+    )
+    def attack(script: list[tuple[str, object, object]], features: int) -> None:
+        with Guest(memory, disk, writeback=True) as guest:
+            ring = guest.begin(RING, 16, F_VERSION_1 | features)
+            for action, first, second in script:
+                play(guest, ring, action, first, second)
+            guest.notify()
+            guest.settle()
+            for counter in ("read_count", "write_count", "flush_count", "invalid_requests", "broken_queues"):
+                reached[counter] += getattr(guest.device, counter)
+            guest.prove_alive()
+
+    attack()
     assert disk.stat().st_size == SECTORS * 512
+    assert len(+reached) == 5, reached
 
 
 def play(guest: Guest, ring: Ring, action: str, first: object, second: object) -> None:
@@ -234,13 +250,15 @@ def play(guest: Guest, ring: Ring, action: str, first: object, second: object) -
         ring.write_descriptor(first, *second)
     elif action == "indirect":
         ring.write_descriptor(first, *second, table=TABLES)
-    elif action == "header":
-        kind, sector = second
-        guest.memory.write(HEADERS + 16 * first, struct.pack("<IIQ", kind, 0, sector))
     elif action == "chain":
-        # A request as it should be, but for its sizes.
+        # A request as it should be, but for its numbers and sizes; often with a byte for its status.
+        (kind, sector), found = second
+        guest.memory.write(HEADERS + 16 * first, struct.pack("<IIQ", kind, 0, sector))
         buffers = [Buffer(HEADERS + 16 * first, 16)]
-        buffers += [Buffer(DATA + 600 * i, size, True) for i, size in enumerate(second)]
+        for i, (size, device) in enumerate(sorted(found, key=lambda piece: piece[1])):
+            buffers.append(Buffer(DATA + 600 * i, size, device))
+        if first % 4:
+            buffers.append(Buffer(DATA, 1, True))
         ring.free = list(range(16))
         ring.offer(ring.add(buffers))
     elif action == "offer":

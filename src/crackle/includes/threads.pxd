@@ -42,13 +42,19 @@ cdef extern from * nogil:
         pthread_mutex_destroy(&sync->mutex);
     }
 
-    /* Every other signal stays blocked in the new thread, so that the process's signals reach its main thread. */
+    /* Every other signal stays blocked in the new thread, so that the process's signals reach its main thread; but not
+       those that a fault raises in the thread itself, or whoever reports crashes would never hear of it. */
     static int start_thread(struct thread_sync *sync, void *(*entry)(void *), void *argument, const char *name) {
         pthread_attr_t attributes;
         sigset_t blocked, before;
         int error;
         sigfillset(&blocked);
         sigdelset(&blocked, KICK_SIGNAL);
+        sigdelset(&blocked, SIGSEGV);
+        sigdelset(&blocked, SIGBUS);
+        sigdelset(&blocked, SIGILL);
+        sigdelset(&blocked, SIGFPE);
+        sigdelset(&blocked, SIGSYS);
         pthread_attr_init(&attributes);
         pthread_attr_setstacksize(&attributes, 256 << 10);
         pthread_sigmask(SIG_SETMASK, &blocked, &before);
