@@ -30,7 +30,9 @@ def test_long_input_is_not_lost(boot: Boot, rootfs: Path) -> None:
     # More than the receive FIFO holds many times over, in lines that the terminal's line buffer can take.
     lines = [f"{number:04d} " + "x" * 60 for number in range(64)]
     guest.console.write("cat > /tmp/pasted << END\n" + "".join(f"{line}\n" for line in lines) + "END\n")
-    assert guest.sh("cat /tmp/pasted").splitlines() == lines
+    # The guest's terminal sends XOFF and XON while its own buffer is full.
+    pasted = guest.sh("cat /tmp/pasted").replace("\x11", "").replace("\x13", "")
+    assert pasted.splitlines() == lines
 
 
 def test_much_output_arrives_whole(boot: Boot, rootfs: Path) -> None:

@@ -55,6 +55,7 @@ cdef class Virtqueue:
     cdef void push(self, uint16_t head, uint32_t length) noexcept nogil
     cdef void publish(self) noexcept nogil
     cdef bint wants_interrupt(self) noexcept nogil
+    cdef bint has_more(self) noexcept nogil
     cdef bint rearm(self) noexcept nogil
 
 # Copies up to `size` bytes out of the first `count` buffers from `offset` on; returns how many.

@@ -164,6 +164,9 @@ cdef class Virtqueue:
             return True
         return <uint16_t> (new - event - 1) < <uint16_t> (new - old)
 
+    cdef bint has_more(self) noexcept nogil:
+        return load_idx(&self.avail[IDX]) != self.next_avail
+
     cdef bint rearm(self) noexcept nogil:
         """Ask to be notified of the next chain; False when one has come meanwhile, and pop() must be called again."""
         if self.event_idx:
