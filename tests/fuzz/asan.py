@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,8 +71,26 @@ def environment() -> dict[str, str]:
 
 
 def main() -> int:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *sys.argv[1:]]
-    return subprocess.run(command, cwd=ROOT, env=environment()).returncode
+    """Run pytest; its exit status, or FOUND. What AddressSanitizer has to say goes to standard error."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:faulthandler",
+        *sys.argv[1:],
+    ]
+    variables = environment()
+    # pytest captures the output, and would take the report with it when the process ends.
+    with tempfile.TemporaryDirectory() as reports:
+        variables["ASAN_OPTIONS"] += f":log_path={reports}/report"
+        status = subprocess.run(command, cwd=ROOT, env=variables).returncode
+        for path in sorted(Path(reports).iterdir()):
+            print(path.read_text(errors="replace"), file=sys.stderr)
+            status = FOUND
+    return status
 
 
 if __name__ == "__main__":
