@@ -16,7 +16,8 @@ from crackle.schema.boot import BootSource
 from crackle.schema.config import VmConfig
 from crackle.schema.drive import Drive
 from crackle.schema.machine import default_machine_config
-from crackle.vmm.builder import BuildOptions, build
+from crackle.vmm.builder import build
+from crackle.vmm.machine import BuildOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -72,8 +72,9 @@ def build(config: Any, _shell: object, _options: object) -> Machine:
 
 builder: Any = types.ModuleType("crackle.vmm.builder")
 builder.build = build
-builder.prepare = lambda _config: None
-builder.BuildOptions = dict
 sys.modules["crackle.vmm.builder"] = builder
+shell: Any = types.ModuleType("crackle.vmm.shell")
+shell.prepare = lambda _config: None
+sys.modules["crackle.vmm.shell"] = shell
 
 sys.exit(run(sys.argv[1:]))

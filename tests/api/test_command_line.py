@@ -220,9 +220,9 @@ def test_two_root_drives_in_a_configuration_file(
 def test_a_host_without_kvm_is_told_of_in_one_sentence(tmp_path: Path, config: dict[str, Any]) -> None:
     # A process that may open nothing new has no /dev/kvm either.
     script = (
-        "import os, sys; import crackle.vmm.builder as builder\n"
+        "import os, sys; import crackle.vmm.shell as shell\n"
         "from crackle.kvm import Kvm\n"
-        "builder.Kvm = lambda: Kvm('/none/kvm')\n"
+        "shell.Kvm = lambda: Kvm('/none/kvm')\n"
         "from crackle.cli.vmm import run; sys.exit(run(sys.argv[1:]))"
     )
     done = subprocess.run(

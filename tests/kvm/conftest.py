@@ -16,7 +16,8 @@ import pytest
 
 from crackle.schema.codec import decode
 from crackle.schema.config import VmConfig
-from crackle.vmm.builder import BuildOptions, build
+from crackle.vmm.builder import build
+from crackle.vmm.machine import BuildOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -1,33 +1,18 @@
 """From a configuration to a machine that is ready to start.
 
-`Shell` is the part that needs only the machine configuration: memory and its slots, interrupt controllers, timer,
-vCPUs. Making it takes milliseconds, nearly all of them KVM waiting for grace periods, so it is made on a helper thread
-before it is asked for. `build` adds the rest: kernel, devices, tables, registers. Whatever fails, everything made so
-far is given back.
+`build` takes a `Shell` and adds the rest: devices, kernel, tables, registers. Whatever fails, everything made so far is
+given back.
 """
 
 from __future__ import annotations
 
 import os
-from _thread import allocate_lock, start_new_thread
 
-import msgspec
-
-from crackle.arch import (
-    LoadedKernel,
-    build_cmdline,
-    configure_system,
-    enter_kernel,
-    layout,
-    load_initrd,
-    load_kernel,
-    memory_layout,
-    prepare_vcpu,
-)
+from crackle.arch import LoadedKernel, build_cmdline, configure_system, enter_kernel, load_initrd, load_kernel
 from crackle.errors import ConfigError
-from crackle.kvm import MEM_LOG_DIRTY_PAGES, Kvm, Vcpu, Vm
 from crackle.memory import GuestMemory
-from crackle.vmm.machine import Machine
+from crackle.vmm.machine import BuildOptions, Machine
+from crackle.vmm.shell import Shell
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,122 +20,6 @@ if TYPE_CHECKING:
 
     from crackle.schema.config import VmConfig
     from crackle.schema.drive import Drive
-    from crackle.schema.machine import MachineConfig
-    from crackle.telemetry.logger import Logger
-
-_BACKINGS = {"None": "anonymous", "Transparent": "transparent", "2M": "hugepages"}
-
-
-class BuildOptions(msgspec.Struct, kw_only=True):
-    """What a front end decides, and no API resource says.
-
-    console_in, console_out: descriptors of the serial console, -1 for none; the machine does not close them.
-    profile: also measure how long exits take to handle.
-    """
-
-    instance_id: str = "anonymous-instance"
-    boot_timer: bool = False
-    logger: Logger | None = None
-    console_in: int = 0
-    console_out: int = 1
-    profile: bool = False
-
-
-class Parts(msgspec.Struct):
-    """What a shell has made; `close` gives it all back, in the order in which things depend on each other."""
-
-    memory: GuestMemory | None = None
-    kvm: Kvm | None = None
-    vm: Vm | None = None
-    vcpus: list[Vcpu] = msgspec.field(default_factory=list)
-
-    def close(self) -> None:
-        """Idempotent."""
-        for vcpu in self.vcpus:
-            vcpu.close()
-        for part in (self.vm, self.kvm, self.memory):
-            if part is not None:
-                part.close()
-
-
-class Shell:
-    """A virtual machine without devices or kernel, being made on a thread of its own.
-
-    `take` waits for that thread and hands the parts over; `close` waits too and gives them back; `abandon` gives
-    them back in the background. After any of them the shell owns nothing.
-    """
-
-    def __init__(self, config: MachineConfig) -> None:
-        self.config = config
-        self._parts = Parts()
-        self._error: BaseException | None = None
-        self._made = allocate_lock()
-        self._made.acquire()
-        start_new_thread(self._run, ())
-
-    def _run(self) -> None:
-        try:
-            _make(self.config, self._parts)
-        except BaseException as error:
-            self._error = error
-        finally:
-            self._made.release()
-
-    def take(self) -> Parts:
-        """The finished parts, which the caller now owns. Raises what making them raised."""
-        parts = self._release()
-        if self._error is not None:
-            parts.close()
-            raise self._error
-        return parts
-
-    def close(self) -> None:
-        """Give everything back. Idempotent."""
-        self._release().close()
-
-    def abandon(self) -> None:
-        """Give everything back in the background: closing a VM takes as long as making one."""
-        start_new_thread(self.close, ())
-
-    def _release(self) -> Parts:
-        with self._made:
-            parts, self._parts = self._parts, Parts()
-        return parts
-
-
-def prepare(config: MachineConfig) -> Shell:
-    """Start making the shell of a machine with `config`."""
-    return Shell(config)
-
-
-def _make(config: MachineConfig, parts: Parts) -> None:
-    backing = _BACKINGS[config.huge_pages]
-    parts.memory = memory = GuestMemory(memory_layout(config.mem_size_mib << 20), backing=backing)
-    parts.kvm = kvm = Kvm()
-    missing = kvm.missing()
-    if missing:
-        raise ConfigError(f"this host's KVM lacks {', '.join(missing)}; `crackle doctor` tells more")
-    parts.vm = vm = kvm.create_vm()
-    vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP_ADDRESS)
-    vm.set_tss_addr(layout.KVM_TSS_ADDRESS)
-    vm.create_irqchip()
-    vm.create_pit2()
-    for index in range(config.vcpu_count):
-        parts.vcpus.append(vm.create_vcpu(index))
-    cpuid, msrs = kvm.supported_cpuid(), frozenset(kvm.msr_index_list())
-    for index, vcpu in enumerate(parts.vcpus):
-        prepare_vcpu(
-            vcpu,
-            index=index,
-            count=config.vcpu_count,
-            smt=config.smt,
-            supported_cpuid=cpuid,
-            supported_msrs=msrs,
-        )
-    memory.track_dirty(config.track_dirty_pages)
-    flags = MEM_LOG_DIRTY_PAGES if config.track_dirty_pages else 0
-    for slot, region in enumerate(memory.regions):
-        vm.set_user_memory_region(slot, region.gpa, region.size, region.hva, flags)
 
 
 def build(config: VmConfig, shell: Shell | None, options: BuildOptions) -> Machine:

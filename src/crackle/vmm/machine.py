@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from crackle.schema.drive import Drive
+    from crackle.telemetry.logger import Logger
     from crackle.virtio.device import VirtioDevice
-    from crackle.vmm.builder import BuildOptions, Parts
+    from crackle.vmm.shell import Parts
 
 # How a vCPU's end is told: the reason, the words, and the exit status of the process, as Firecracker's.
 _CLEAN = {"reset": "the guest asked for a reset", "shutdown": "the guest switched itself off"}
@@ -37,6 +38,21 @@ EXIT_OK = 0
 EXIT_ERROR = 1
 
 _MAX_DEVICES = layout.GSI_LAST - layout.GSI_FIRST + 1
+
+
+class BuildOptions(msgspec.Struct, kw_only=True):
+    """What a front end decides, and no API resource says.
+
+    console_in, console_out: descriptors of the serial console, -1 for none; the machine does not close them.
+    profile: also measure how long exits take to handle.
+    """
+
+    instance_id: str = "anonymous-instance"
+    boot_timer: bool = False
+    logger: Logger | None = None
+    console_in: int = 0
+    console_out: int = 1
+    profile: bool = False
 
 
 class ExitStatus(msgspec.Struct, frozen=True):

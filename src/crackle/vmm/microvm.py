@@ -16,16 +16,18 @@ from crackle.schema.boot import BootSource
 from crackle.schema.drive import Drive
 from crackle.schema.machine import MachineConfigUpdate
 from crackle.telemetry.logger import OFF, Logger
-from crackle.vmm.builder import BuildOptions, Shell, build, prepare
+from crackle.vmm.builder import build
 from crackle.vmm.commands import Command
 from crackle.vmm.console import Console
 from crackle.vmm.controller import Controller
+from crackle.vmm.machine import BuildOptions, Machine
+from crackle.vmm.shell import Shell, prepare
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from crackle.schema.config import VmConfig
-    from crackle.vmm.machine import ExitStatus, Machine
+    from crackle.vmm.machine import ExitStatus
 
 DEFAULT_BOOT_ARGS = "console=ttyS0 reboot=k panic=1 i8042.noaux i8042.nomux"
 
@@ -180,8 +182,6 @@ class MicroVM:
         return self._machine().metrics()
 
     def _machine(self) -> Machine:
-        from crackle.vmm.machine import Machine
-
         if self._controller.machine is None:
             raise StateError("the microVM is not running")
         assert isinstance(self._controller.machine, Machine)

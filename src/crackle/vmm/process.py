@@ -18,10 +18,11 @@ from crackle.errors import CrackleError
 from crackle.schema.codec import decode, explain
 from crackle.schema.config import VmConfig
 from crackle.telemetry.metrics import FLUSH_PERIOD_S, Metrics
-from crackle.vmm import builder
+from crackle.vmm import builder, shell
 from crackle.vmm.commands import Command
 from crackle.vmm.controller import Controller
 from crackle.vmm.loop import Loop
+from crackle.vmm.machine import BuildOptions
 from crackle.vmm.terminal import Terminal
 
 TYPE_CHECKING = False
@@ -119,16 +120,16 @@ class VmmProcess:
             raise CrackleError(f"{problem}: {error}") from error
         self._logger.info("Successfully started microvm that was configured from one single json")
 
-    def _build(self, config: VmConfig, shell: Any) -> Machine:
-        options = builder.BuildOptions(
+    def _build(self, config: VmConfig, ready: Any) -> Machine:
+        options = BuildOptions(
             instance_id=self._logger.instance_id,
             boot_timer="boot-timer" in self._options,
             logger=self._logger,
         )
-        return builder.build(config, shell, options)
+        return builder.build(config, ready, options)
 
     def _prepare(self, machine_config: MachineConfig) -> Shell | None:
-        return builder.prepare(machine_config)
+        return shell.prepare(machine_config)
 
     def _started(self, machine: Machine) -> None:
         self._terminal.set_raw()
