@@ -1,7 +1,7 @@
 """What all tests share: the modules of `support`, and how hard hypothesis tries.
 
 Profiles, chosen by CRACKLE_HYPOTHESIS: "test" (the default) tries the same examples every time, so that a
-run says something about the change and not about luck; "fuzz" tries many new ones (`make fuzz`).
+run says something about the change and not about luck; "fuzz" tries CRACKLE_EXAMPLES new ones (`make fuzz`).
 """
 
 from __future__ import annotations
@@ -19,5 +19,7 @@ _COMMON = {
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 }
 settings.register_profile("test", derandomize=True, database=None, max_examples=100, **_COMMON)
-settings.register_profile("fuzz", max_examples=20_000, print_blob=True, **_COMMON)
+settings.register_profile(
+    "fuzz", max_examples=int(os.environ.get("CRACKLE_EXAMPLES", "2000")), print_blob=True, **_COMMON
+)
 settings.load_profile(os.environ.get("CRACKLE_HYPOTHESIS", "test"))
