@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 REPORTS = "CRACKLE_TEST_REPORTS"
 FILES = "CRACKLE_TEST_FILES"
 HOSTS = 2
-HOST_TIMEOUT = 1500
-BOOT_ARGS = "console=ttyS0 reboot=k panic=1 i8042.noaux i8042.nomux i8042.dumbkbd quiet"
+HOST_TIMEOUT = 900
+BOOT_ARGS = "console=ttyS0 reboot=k panic=1 i8042.noaux i8042.nomux i8042.dumbkbd quiet noxsave"
 
 # -- where the tests run -------------------------------------------------------------------------------------------
 
@@ -50,16 +50,26 @@ class Delegate:
 
     def run(self, items: list[pytest.Item]) -> None:
         self.wanted = {item.nodeid for item in items}
-        directory = ROOT / "build" / "linux-tests"
-        shutil.rmtree(directory, ignore_errors=True)
-        writer = self.config.get_terminal_writer()
-        writer.line(f"\n{len(items)} tests of Linux guests run in {HOSTS} emulated hosts ...", flush=True)
+        self._round([item.nodeid for item in items], f"{len(items)} tests of Linux guests run")
+        # The emulation is not perfect: one guest in a hundred hangs in it, or the host itself does.
+        again = [name for name in sorted(self.wanted) if self._failed(name)]
+        if again:
+            self._round(again, f"{len(again)} that failed there run once more: {' '.join(again)}")
+
+    def _failed(self, name: str) -> bool:
+        reports = self.reports.get(name, [])
+        return any(report.failed for report in reports) or not any(
+            report.when == "teardown" for report in reports
+        )
+
+    def _round(self, names: list[str], what: str) -> None:
+        self.config.get_terminal_writer().line(f"\n{what}, in {HOSTS} emulated hosts ...", flush=True)
         threads = []
         for number in range(HOSTS):
-            share = directory / str(number)
+            share = ROOT / "build" / "linux-tests" / str(number)
+            shutil.rmtree(share, ignore_errors=True)
             share.mkdir(parents=True)
-            names = [item.nodeid for item in items[number::HOSTS]]
-            threads.append(threading.Thread(target=self._run_host, args=(names, share)))
+            threads.append(threading.Thread(target=self._run_host, args=(names[number::HOSTS], share)))
             threads[-1].start()
         for thread in threads:
             thread.join()
@@ -98,6 +108,8 @@ class Delegate:
                 stderr=output,
             )
         self.output.append((share / "output").read_text(errors="replace")[-4000:])
+        for name in names:
+            self.reports.pop(name, None)
         for line in reports.read_text().splitlines() if reports.exists() else ():
             report = self.config.hook.pytest_report_from_serializable(
                 config=self.config, data=json.loads(line)

@@ -38,6 +38,11 @@ done
 port=$(echo /dev/vport*p4)
 port=${port%4}
 exec 6>${port}2 7>${port}3 8>${port}4
+# The token, on both outputs, says that this machine is up; later it tells the end of each stream from anything that the
+# command may have printed.
+. /run/emuhost/token
+printf %s "$token" >&6
+printf %s "$token" >&7
 { $b cat out >&6; } & relays=$!
 { $b cat err >&7; } & relays="$relays $!"
 $b cat ${port}1 > in &
@@ -57,8 +62,6 @@ if [ -e /run/emuhost/shares ]; then
     $b sync
     while read -r path; do $b umount "$path" || $b umount -l "$path"; done < /run/emuhost/shares
 fi 2> /dev/null
-# The token tells the end of each stream from anything the command may have printed.
-. /run/emuhost/token
 printf %s "$token" >&6
 printf %s "$token" >&7
 printf '%s\n' "$status" >&8

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from . import cache, cpio, debian, kernel
-from .relay import Input, Output, Tail, relay
+from .relay import Input, NotUpError, Output, Tail, relay
 
 HERE = Path(__file__).parent
 PACKAGES = ("qemu-system-x86",)
@@ -36,6 +36,9 @@ KERNEL_ARGUMENTS = (
 PROCESSOR = "EPYC,+svm,+npt"
 STATUS_TIMEOUT = 124
 STATUS_FAILED = 125
+# Once in some dozens of times the machine freezes while it boots, before the command runs. Booting takes 5 to 20 s.
+BOOT_TRIES = 3
+BOOT_PATIENCE = 75.0
 
 
 class EmuhostError(Exception):
@@ -177,7 +180,12 @@ def run(options: Options) -> int:
     try:
         host, initramfs = prepare()
         signal.setitimer(signal.ITIMER_REAL, options.timeout)
-        return _run(options, host, initramfs)
+        for _ in range(BOOT_TRIES):
+            try:
+                return _run(options, host, initramfs)
+            except NotUpError:
+                print("emuhost: the emulated host froze while it booted", file=sys.stderr)
+        raise EmuhostError(f"the emulated host did not boot in {BOOT_TRIES} tries")
     except Ended as end:
         print(f"emuhost: {end}", file=sys.stderr)
         return end.status
@@ -214,7 +222,7 @@ def _run(options: Options, host: kernel.DebianKernel, initramfs: Path) -> int:
             tty.setraw(0)
         control, console = Tail(mine["control"]), Tail(mine["console"], 2 if options.console else None)
         outputs = [Output(mine["stdout"], 1, token.encode()), Output(mine["stderr"], 2, token.encode())]
-        relay(Input(0, mine["stdin"]), outputs, [control, console], process)
+        relay(Input(0, mine["stdin"]), outputs, [control, console], process, BOOT_PATIENCE)
         while not control.data.endswith(b"\n") and not control.ended:
             control.receive()
         if control.data:

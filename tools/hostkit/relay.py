@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 import select
 import socket
+import time
 
 _CHUNK = 1 << 16
 
 
+class NotUpError(Exception):
+    """The emulated host did not say in time that it is up. The command has not run."""
+
+
 class Output:
-    """One output stream of the command: passes everything on to `target` up to the end token."""
+    """One output stream of the command: passes on to `target` everything between two tokens."""
 
     def __init__(self, source: socket.socket, target: int, token: bytes) -> None:
         self.source = source
+        self.begun = False
         self.ended = False
         self._target = target
         self._token = token
@@ -23,6 +29,12 @@ class Output:
         """Take what has arrived, holding back a tail that may be the beginning of the token."""
         chunk = self.source.recv(_CHUNK)
         data = self._held + chunk
+        if not self.begun and chunk:
+            if len(data) < len(self._token):
+                self._held = data
+                return
+            self.begun = True
+            data = data[len(self._token) :]
         self._held = b""
         if data.endswith(self._token):
             self.ended = True
@@ -89,9 +101,14 @@ def _write(fd: int, data: bytes) -> None:
         data = data[os.write(fd, data) :]
 
 
-def relay(stdin: Input, outputs: list[Output], tails: list[Tail], process: int) -> None:
-    """Move bytes until all `outputs` have ended or the process behind the pidfd `process` has."""
+def relay(stdin: Input, outputs: list[Output], tails: list[Tail], process: int, patience: float) -> None:
+    """Move bytes until all `outputs` have ended or the process behind the pidfd `process` has.
+
+    NotUpError when they have not begun within `patience` seconds; nothing of `stdin` is read before.
+    """
+    deadline = time.monotonic() + patience
     while True:
+        up = all(output.begun for output in outputs)
         poll = select.poll()
         poll.register(process, select.POLLIN)
         readers: dict[int, Output | Tail] = {}
@@ -102,9 +119,11 @@ def relay(stdin: Input, outputs: list[Output], tails: list[Tail], process: int) 
                 poll.register(reader.source, select.POLLIN)
         if stdin.pending:
             poll.register(stdin.target, select.POLLOUT)
-        elif not stdin.ended:
+        elif up and not stdin.ended:
             poll.register(stdin.source, select.POLLIN)
-        events = dict(poll.poll())
+        events = dict(poll.poll(None if up else max(0.0, deadline - time.monotonic()) * 1000))
+        if not up and time.monotonic() >= deadline:
+            raise NotUpError
         for fd, reader in readers.items():
             if fd in events:
                 reader.receive()
