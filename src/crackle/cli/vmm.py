@@ -90,11 +90,16 @@ def _serve(options: Options, logger: Logger) -> int:
     # msgspec asks for typing_extensions, which costs 20 ms where it is installed, and does as well without.
     sys.modules.setdefault("typing_extensions", None)  # type: ignore[arg-type]
     try:
+        from crackle.schema.machine import default_machine_config
+        from crackle.vmm.shell import prepare
+
+        # Most clients configure and start a machine at once: begin with the default one while the rest is imported.
+        shell = prepare(default_machine_config()) if config is None else None
         from crackle.vmm.process import VmmProcess
 
         if sys.modules["typing_extensions"] is None:
             del sys.modules["typing_extensions"]
-        process = VmmProcess(options, logger, metrics_sink, listener, config)
+        process = VmmProcess(options, logger, metrics_sink, listener, config, shell)
         gc.freeze()
         gc.enable()
         return process.run()

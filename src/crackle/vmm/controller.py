@@ -82,9 +82,9 @@ class Controller:
     """Executes commands on one microVM. Not thread-safe: one thread gives all commands.
 
     ``build`` makes the machine out of the configuration when it starts. ``prepare``, if given, makes ahead of
-    time what needs only the machine configuration; it is called when :meth:`prepare` is, with the first
-    configuration command at the latest, and again when the machine configuration changes. What it returns
-    goes to ``build``, or is abandoned when it no longer fits.
+    time what needs only the machine configuration; it is called with the first configuration command and
+    again when the machine configuration changes. What it returns goes to ``build``, or is abandoned when it no
+    longer fits. ``shell`` is what was made for the default machine already.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class Controller:
         logger: Logger | None = None,
         metrics: Metrics | None = None,
         on_start: Callable[[Machine], None] | None = None,
+        shell: Shell | None = None,
     ) -> None:
         self.instance_id = instance_id
         self.logger = Logger(instance_id) if logger is None else logger
@@ -108,8 +109,8 @@ class Controller:
         self.on_start = on_start
         self._build = build
         self._prepare = prepare
-        self._shell: Shell | None = None
-        self._shell_for: MachineConfig | None = None
+        self._shell = shell
+        self._shell_for = None if shell is None else self.config.machine_config
 
     def execute(self, command: Command) -> Any:
         """The command's result, or None if it has none.
@@ -121,7 +122,7 @@ class Controller:
         check_supported(command)
         result = getattr(self, f"_{command.name}")(*(() if command.resource is None else (command.resource,)))
         if command.name in _CONFIGURES:
-            self.prepare()
+            self._prepare_shell()
         return result
 
     def configure(self, config: VmConfig) -> None:
@@ -223,11 +224,13 @@ class Controller:
             self.on_start(machine)
 
     def _pause(self) -> None:
-        self._timed("pause", self._running_machine().pause)
+        if self.state == RUNNING:
+            self._timed("pause", self._running_machine().pause)
         self.state = PAUSED
 
     def _resume(self) -> None:
-        self._timed("resume", self._running_machine().resume)
+        if self.state == PAUSED:
+            self._timed("resume", self._running_machine().resume)
         self.state = RUNNING
 
     def _send_ctrl_alt_del(self) -> None:
@@ -277,8 +280,7 @@ class Controller:
 
     # Making ready ahead of time
 
-    def prepare(self) -> None:
-        """Make ahead of time what needs only the machine configuration, unless that is done or being done."""
+    def _prepare_shell(self) -> None:
         if self._prepare is None or self._shell_for == self.config.machine_config:
             return
         if self._shell is not None:

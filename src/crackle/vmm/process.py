@@ -49,7 +49,7 @@ _TERMINATE = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
 class VmmProcess:
-    """Runs one microVM until it ends. Takes over ``metrics_sink`` and ``listener``."""
+    """Runs one microVM until it ends. Takes over ``metrics_sink``, ``listener`` and ``ready``."""
 
     def __init__(
         self,
@@ -58,6 +58,7 @@ class VmmProcess:
         metrics_sink: Sink | None,
         listener: socket | None,
         config: bytes | None,
+        ready: Shell | None,
     ) -> None:
         self._options = options
         self._logger = logger
@@ -76,10 +77,8 @@ class VmmProcess:
             logger=logger,
             metrics=self._metrics,
             on_start=self._started,
+            shell=ready,
         )
-        if config is None:
-            # Most clients are quick to configure and start a machine: begin with the default one now.
-            self._controller.prepare()
         limit = options.number("http-api-max-payload-size") or 0
         self._server = None if listener is None else ApiServer(self._loop, listener, self._controller, limit)
         self._watch_signals()
