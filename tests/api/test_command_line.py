@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -236,3 +238,19 @@ def test_a_host_without_kvm_is_told_of_in_one_sentence(tmp_path: Path, config: d
     assert "Start microvm error: " in done.stderr
     assert "/none/kvm" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_standard_streams_that_are_closed_become_the_null_device(tmp_path: Path) -> None:
+    path = str(tmp_path / "api")
+    shell = f'exec "{sys.executable}" -m crackle.cli.vmm --api-sock "{path}" <&- >&- 2>&-'
+    process = subprocess.Popen(["sh", "-c", shell])
+    try:
+        deadline = time.monotonic() + 30
+        while not os.path.exists(path):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for fd in range(3):
+            assert os.readlink(f"/proc/{process.pid}/fd/{fd}") == "/dev/null"
+    finally:
+        process.kill()
+        process.wait()

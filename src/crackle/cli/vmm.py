@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # the signal module drags in enum
 import gc
+import os
 import sys
 
 from crackle.cli.options import Options, UsageError, help_text, parse
@@ -46,6 +47,7 @@ def run(arguments: list[str]) -> int:
     """Run a microVM to its end; the result is the exit status of the process."""
     # Nothing made during start-up is garbage: collecting then would only cost time.
     gc.disable()
+    _open_standard_streams()
     # Until the loop takes signals, Ctrl-C ends the process and shows no traceback.
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
     logger = Logger()
@@ -57,10 +59,10 @@ def run(arguments: list[str]) -> int:
                 f"Arguments parsing error: {error} For more information try --help.", EXIT_BAD_ARGUMENTS
             ) from None
         if "help" in options:
-            print(f"Crackle v{VERSION}\n\n{help_text()}")
+            _tell(f"Crackle v{VERSION}\n\n{help_text()}")
             return EXIT_OK
         if "version" in options:
-            print(f"Crackle v{VERSION}")
+            _tell(f"Crackle v{VERSION}")
             return EXIT_OK
         status = _serve(options, logger)
     except ExitError as error:
@@ -74,6 +76,25 @@ def run(arguments: list[str]) -> int:
     return status
 
 
+def _open_standard_streams() -> None:
+    # One that was closed would become the number of something else, which the guest's console then reads or writes.
+    fd = os.open("/dev/null", os.O_RDWR)
+    while fd <= 2:
+        fd = os.dup(fd)
+    os.close(fd)
+
+
+def _tell(text: str) -> None:
+    """Print what was asked for. A reader that leaves early has what it wanted."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # What is still buffered goes nowhere when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 1)
+    except OSError as error:
+        raise ExitError(f"Cannot write to standard output: {os_reason(error)}.") from None
+
+
 def _serve(options: Options, logger: Logger) -> int:
     _refuse_unsupported(options)
     _configure_logger(options, logger)
@@ -85,7 +106,7 @@ def _serve(options: Options, logger: Logger) -> int:
     if "no-api" not in options:
         path = options.value("api-sock") or ""
         listener = _listen(path)
-        logger.info(f"Listening on API socket ({path!r}).")
+        logger.info(f'Listening on API socket ("{path}").')
 
     # msgspec asks for typing_extensions, which costs 20 ms where it is installed, and does as well without.
     sys.modules.setdefault("typing_extensions", None)  # type: ignore[arg-type]
