@@ -46,12 +46,15 @@ lint: build
 	$(BIN)/ruff format --check .
 	PATH=$(CURDIR)/$(BIN):$$PATH cython-lint src
 	$(BIN)/mypy
+	$(BIN)/stubtest --mypy-config-file pyproject.toml --ignore-disjoint-bases --allowlist tests/stubs.allow \
+	  $$(cd src && find crackle -name '*.pyi' | sed 's/\.pyi$$//; s,/,.,g')
 
 bench: setup
 	$(BIN)/python -m bench $(if $(FIRECRACKER),--firecracker $(FIRECRACKER))
 
 fuzz: build
-	$(BIN)/python -m pytest tests/fuzz
+	CRACKLE_HYPOTHESIS=fuzz $(BIN)/python tests/fuzz/asan.py --timeout 0 \
+	  tests/fuzz/test_hostile.py tests/unit/test_queue.py tests/unit/test_block.py
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

@@ -125,6 +125,14 @@ def test_an_idle_guest_uses_no_processor_time(vmm, tmp_path):
     assert switches() == woken
 
 
+def wait_asleep(running):
+    """Until the guest has made no access for a while: it sleeps and can be woken by an interrupt only."""
+    before = None
+    while (exits := running.machine.vcpus[0].exits) != before:
+        before = exits
+        time.sleep(0.1)
+
+
 def test_serial_input_interrupts_the_guest(machine):
     running = machine("echo").start()
     running.wait_for("echo\n")
@@ -132,6 +140,9 @@ def test_serial_input_interrupts_the_guest(machine):
     running.wait_for("hello there\n")
     os.write(running.input, b"x" * 1000 + b"\r")
     running.wait_for("x" * 1000 + "\n")
+    wait_asleep(running)
+    os.write(running.input, b"woken\r")
+    running.wait_for("woken\n")
     os.write(running.input, b"end\n")
     running.wait_end()
     assert "interrupts 0 " not in running.text

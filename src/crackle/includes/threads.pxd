@@ -56,7 +56,7 @@ cdef extern from * nogil:
         sigdelset(&blocked, SIGFPE);
         sigdelset(&blocked, SIGSYS);
         pthread_attr_init(&attributes);
-        pthread_attr_setstacksize(&attributes, 256 << 10);
+        pthread_attr_setstacksize(&attributes, 512 << 10);
         pthread_sigmask(SIG_SETMASK, &blocked, &before);
         error = pthread_create(&sync->thread, &attributes, entry, argument);
         pthread_sigmask(SIG_SETMASK, &before, NULL);

@@ -13,9 +13,10 @@ from posix.fcntl cimport O_RDWR, open
 from posix.unistd cimport close
 
 from crackle.includes.kvm cimport *
+from crackle.kvm.x86_64 cimport cpuid_list
 
 from crackle.errors import KvmError
-from crackle.kvm.x86_64 import CpuidEntry, Vcpu
+from crackle.kvm.x86_64 import Vcpu
 
 
 cdef extern from "<fcntl.h>" nogil:
@@ -190,19 +191,13 @@ cdef class Kvm(_Descriptor):
     def supported_cpuid(self):
         """The CPUID leaves this KVM can give a guest, as a list of CpuidEntry (api.rst 4.46)."""
         cdef kvm_cpuid2 *table
-        cdef uint32_t i
-        cdef kvm_cpuid_entry2 *e
         table = <kvm_cpuid2 *> calloc(1, sizeof(kvm_cpuid2) + MAX_LIST * sizeof(kvm_cpuid_entry2))
         if table == NULL:
             raise MemoryError
         try:
             table.nent = MAX_LIST
             self.ioctl(KVM_GET_SUPPORTED_CPUID, table, "ask KVM for its CPUID leaves")
-            entries = []
-            for i in range(table.nent):
-                e = &table.entries[i]
-                entries.append(CpuidEntry(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx))
-            return entries
+            return cpuid_list(table)
         finally:
             free(table)
 
@@ -241,6 +236,10 @@ cdef class Vm(_Descriptor):
 
     cdef size_t run_size
     cdef size_t xsave_size
+    cdef dict slots
+
+    def __cinit__(self):
+        self.slots = {}
 
     def create_irqchip(self):
         """The PICs, the IOAPIC and a LAPIC for each vCPU, in the kernel; before the first vCPU (api.rst 4.24)."""
@@ -284,10 +283,15 @@ cdef class Vm(_Descriptor):
         region.slot, region.flags, region.guest_phys_addr = slot, flags, gpa
         region.memory_size, region.userspace_addr = size, hva
         self.ioctl(KVM_SET_USER_MEMORY_REGION, &region, f"set memory slot {slot} ({size:#x} bytes at {gpa:#x})")
+        # KVM writes a bitmap of the slot's size, whatever buffer it is given.
+        self.slots[slot] = size
 
-    def get_dirty_log(self, uint32_t slot, uint64_t size):
-        """Bitmap of the pages of `slot`, `size` bytes long, that vCPUs wrote since the last call (api.rst 4.8)."""
+    def get_dirty_log(self, uint32_t slot):
+        """Bitmap of the pages of `slot` that vCPUs wrote since the last call (api.rst 4.8)."""
         cdef kvm_dirty_log log
+        cdef uint64_t size = self.slots.get(slot, 0)
+        if size == 0:
+            raise KvmError(f"cannot get the dirty log of memory slot {slot}: there is none")
         bitmap = PyBytes_FromStringAndSize(NULL, (size + (1 << 18) - 1) >> 18 << 3)
         memset(PyBytes_AS_STRING(bitmap), 0, len(bitmap))
         log.slot, log.dirty_bitmap = slot, PyBytes_AS_STRING(bitmap)

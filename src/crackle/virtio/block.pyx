@@ -37,6 +37,8 @@ cdef enum:
     # A request is a header, the data and a status byte: what remains of a chain for data (5.2.4, seg_max).
     SEG_MAX = QUEUE_SIZE - 2
     HEADER = 16
+    # A chain may name the same memory many times over: no request keeps the I/O thread for longer than this takes.
+    MAX_TRANSFER = 1 << 30
     # A driver that never stops submitting must not keep the I/O thread from other devices, and from who wants to stop it.
     MAX_BATCH = 4 * QUEUE_SIZE
     MAX_BATCH_NS = 20_000_000
@@ -273,7 +275,7 @@ cdef class Block(VirtioDevice):
     ) noexcept nogil:
         cdef uint64_t sectors = length >> SECTOR_SHIFT, offset = sector << SECTOR_SHIFT, left = length, start = clock[0]
         cdef ssize_t n
-        if length & (SECTOR - 1) or sector > self.sectors or sectors > self.sectors - sector:
+        if length > MAX_TRANSFER or length & (SECTOR - 1) or sector > self.sectors or sectors > self.sectors - sector:
             return VIRTIO_BLK_S_IOERR
         while left:
             if count == 1:

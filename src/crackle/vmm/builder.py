@@ -32,7 +32,11 @@ def build(config: VmConfig, shell: Shell | None, options: BuildOptions) -> Machi
         shell.abandon()
         shell = None
     parts = (shell or Shell(config.machine_config)).take()
-    machine = Machine(parts, options)
+    try:
+        machine = Machine(parts, options)
+    except BaseException:
+        parts.close()
+        raise
     try:
         _furnish(machine, config, options)
     except BaseException:

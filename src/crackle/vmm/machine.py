@@ -69,6 +69,8 @@ class Machine:
     `exit_fd` becomes readable when the guest ends by itself. Not thread-safe: one thread gives the orders.
     """
 
+    _stopped = True  # nothing to stop until there is something
+
     def __init__(self, parts: Parts, options: BuildOptions) -> None:
         assert parts.memory is not None
         assert parts.vm is not None
@@ -89,8 +91,8 @@ class Machine:
         self._options = options
         self._fds: list[int] = []
         self._power_fd = -1
-        self._stopped = False
         self.exit_fd = self._eventfd()
+        self._stopped = False
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -218,10 +220,13 @@ class Machine:
         self.io.close()
         for transport in self.transports:
             transport.device.close()
+        while self._fds:
+            os.close(self._fds.pop())
         self.parts.close()
-        for fd in self._fds:
-            os.close(fd)
-        self._fds.clear()
+
+    def __del__(self) -> None:
+        # One that was dropped while it ran: memory must not go before the vCPUs that use it.
+        self.stop()
 
     # -- what it tells -------------------------------------------------------------------------------------------
 
