@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from crackle.schema.config import VmConfig
+    from crackle.schema.machine import HugePages
     from crackle.vmm.machine import ExitStatus
 
 DEFAULT_BOOT_ARGS = "console=ttyS0 reboot=k panic=1 i8042.noaux i8042.nomux"
@@ -39,7 +40,8 @@ class MicroVM:
     rootfs: path of an image that becomes the root device /dev/vda; `read_only` mounts and opens it so.
     drives: more disks, as paths or `Drive` resources, from /dev/vdb on (from /dev/vda without rootfs).
     boot_args: the kernel command line; the default puts the console on the serial port.
-    cpus: 1 to 32. memory: in MiB.
+    cpus: 1 to 32, two to a core with `smt`. memory: in MiB, backed as `huge_pages` says: "None", "Transparent", or "2M"
+    out of those the host has reserved. track_dirty_pages: note which pages are written, for differential snapshots.
     console: (input, output) descriptors of the guest's serial port, -1 for none; by default `self.console` holds it.
     logger: what the controller logs to; by default nothing is logged.
 
@@ -58,6 +60,9 @@ class MicroVM:
         boot_args: str = DEFAULT_BOOT_ARGS,
         cpus: int = 1,
         memory: int = 128,
+        smt: bool = False,
+        huge_pages: HugePages = "None",
+        track_dirty_pages: bool = False,
         instance_id: str = "anonymous-instance",
         console: tuple[int, int] | None = None,
         logger: Logger | None = None,
@@ -79,7 +84,8 @@ class MicroVM:
         )
         try:
             execute = self._controller.execute
-            execute(Command("put_machine", MachineConfigUpdate(vcpu_count=cpus, mem_size_mib=memory)))
+            machine = MachineConfigUpdate(cpus, memory, smt, None, track_dirty_pages, huge_pages)
+            execute(Command("put_machine", machine))
             source = BootSource(os.fspath(kernel), None if initrd is None else os.fspath(initrd), boot_args)
             execute(Command("put_boot_source", source))
             for drive in _drives(rootfs, drives, read_only):
