@@ -70,9 +70,12 @@ def test_the_machine_is_put_and_patched(vmm: Vmm) -> None:
         ),
         (
             {"vcpu_count": "2", "mem_size_mib": 64},
-            JSON_ERROR + "Expected `int`, got `str`, at `$.vcpu_count`.",
+            JSON_ERROR + 'Expected `int`, got `str`, at `$.vcpu_count` (given: "2").',
         ),
-        ({"vcpu_count": -1, "mem_size_mib": 64}, JSON_ERROR + "Expected `int` >= 0, at `$.vcpu_count`."),
+        (
+            {"vcpu_count": -1, "mem_size_mib": 64},
+            JSON_ERROR + "Expected `int` >= 0, at `$.vcpu_count` (given: -1).",
+        ),
         (
             {"vcpu_count": 1, "mem_size_mib": 64, "cpus": 2},
             JSON_ERROR + "unknown field `cpus`, expected one of",

@@ -47,6 +47,26 @@ def test_a_missing_field_is_named() -> None:
     assert refusal(schema.MachineConfig, b'{"vcpu_count": 1}') == "missing field `mem_size_mib`"
 
 
+@pytest.mark.parametrize(
+    ("resource", "text", "said"),
+    [
+        ("MachineConfig", b'{"vcpu_count": 256, "mem_size_mib": 1}', "(given: 256)"),
+        ("MachineConfig", b'{"vcpu_count": "1", "mem_size_mib": 1}', '(given: "1")'),
+        ("MachineConfig", b'{"vcpu_count": [1], "mem_size_mib": 1}', "`$.vcpu_count`"),
+        ("BootSource", b'{"kernel_image_path": -1.5}', "(given: -1.5)"),
+        (
+            "VmConfig",
+            b'{"boot-source": {"kernel_image_path": "k"}, "drives": [{"drive_id": null}]}',
+            "(given: null)",
+        ),
+    ],
+)
+def test_a_wrong_value_is_repeated(resource: str, text: bytes, said: str) -> None:
+    with pytest.raises(msgspec.DecodeError) as caught:
+        decode(text, getattr(schema, resource))
+    assert explain(caught.value, getattr(schema, resource), text).endswith(said)
+
+
 def test_an_unknown_field_is_named_with_the_known_ones() -> None:
     said = refusal(schema.BootSource, b'{"kernel_image_path": "k", "kernel": "x"}')
     assert said == "unknown field `kernel`, expected one of `kernel_image_path`, `initrd_path`, `boot_args`"

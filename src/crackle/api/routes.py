@@ -187,7 +187,7 @@ def _decode_body(route: Route, body: bytes) -> Any:
     except msgspec.DecodeError as error:
         raise RequestError(
             "An error occurred when deserializing the json body of a request: "
-            f"{explain(error, resource_type)}."
+            f"{explain(error, resource_type, body)}."
         ) from None
 
 

@@ -98,7 +98,7 @@ class ApiServer:
         logger = controller.logger
         if logger.level >= INFO:
             logger.info(
-                f"The API server received a {method.capitalize()} request on {path!r}{_shown(path, body)}."
+                f"The API server received a {method.capitalize()} request on {_quoted(path)}{_shown(path, body)}."
             )
         deprecated = False
         counts: dict[str, int] | None = None
@@ -213,4 +213,9 @@ def _shown(path: str, body: bytes) -> str:
     if not body or path.startswith(("/mmds", "/cpu-config")):
         return ""
     text = body[:_SHOWN_BODY].decode(errors="backslashreplace")
-    return f" with body {text!r}" + ("..." if len(body) > _SHOWN_BODY else "")
+    return f" with body {_quoted(text)}" + ("..." if len(body) > _SHOWN_BODY else "")
+
+
+def _quoted(text: str) -> str:
+    """`text` in double quotes, as log readers expect it, on one line whatever it holds."""
+    return msgspec.json.encode(text).decode()

@@ -8,6 +8,9 @@ import msgspec
 
 T = TypeVar("T")
 
+# Characters of a wrong value that a message repeats.
+_SHOWN_VALUE = 80
+
 _decoders: dict[type, msgspec.json.Decoder[Any]] = {}
 
 # msgspec's openings, and the words clients of this API already look for.
@@ -27,8 +30,11 @@ def decode(data: bytes, resource: type[T]) -> T:
     return value
 
 
-def explain(error: msgspec.DecodeError, resource: type | None = None) -> str:
-    """One phrase without a final stop: the field, what is wrong with it, and what is allowed there."""
+def explain(error: msgspec.DecodeError, resource: type | None = None, data: bytes = b"") -> str:
+    """One phrase without a final stop: the field, what is wrong with it, and what is allowed there.
+
+    With `data`, the text that did not decode, it also says which value was given.
+    """
     text, _, path = str(error).partition(" - at ")
     for opening, wording in _WORDING:
         if text.startswith(opening):
@@ -36,7 +42,22 @@ def explain(error: msgspec.DecodeError, resource: type | None = None) -> str:
             if resource is not None:
                 text += _expected(wording, resource, path.strip("`"))
             break
+    else:
+        if path and data:
+            return f"{text}, at {path}{_given(data, path.strip('`'))}"
     return f"{text}, at {path}" if path else text
+
+
+def _given(data: bytes, path: str) -> str:
+    """What stands at `path`, in brackets; nothing if it is no single value, or a long one."""
+    try:
+        value: Any = msgspec.json.decode(data)
+        for step in path.removeprefix("$").replace("[", ".[").split(".")[1:]:
+            value = value[int(step[1:-1])] if step.startswith("[") else value[step]
+    except (msgspec.DecodeError, LookupError, TypeError, ValueError):
+        return ""
+    shown = "" if isinstance(value, dict | list) else msgspec.json.encode(value).decode()
+    return f" (given: {shown})" if 0 < len(shown) <= _SHOWN_VALUE else ""
 
 
 def _expected(wording: str, resource: type, path: str) -> str:

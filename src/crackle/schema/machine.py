@@ -62,15 +62,18 @@ def updated(current: MachineConfig, update: MachineConfig | MachineConfigUpdate)
 
 def validate(machine: MachineConfig) -> None:
     """Raise ConfigError, with the value, unless ``machine`` is one that can exist."""
-    count = machine.vcpu_count
+    count, size = machine.vcpu_count, machine.mem_size_mib
+    for what, value in (("number of vCPUs", count), ("memory size (MiB)", size)):
+        # The library's callers can give anything; a request's body has been checked.
+        if not isinstance(value, int):
+            raise ConfigError(f"The {what} must be a whole number: got {value!r}.")
     if not 1 <= count <= MAX_VCPUS or (machine.smt and count > 1 and count % 2):
         raise ConfigError(
             f"The number of vCPUs must be from 1 to {MAX_VCPUS}, and 1 or even with smt: got {count}"
             f"{' with smt' if machine.smt else ''}."
         )
-    size = machine.mem_size_mib
     page_mib = 1 if machine.huge_pages == "None" else 2
-    if size == 0 or size % page_mib:
+    if size <= 0 or size % page_mib:
         raise ConfigError(
             "The memory size (MiB) is either 0, or not a multiple of the configured page size: "
             f"got {size}, with huge_pages {machine.huge_pages}."

@@ -180,7 +180,7 @@ class Controller:
                     "Unable to create the virtio block device: Invalid block config. path_on_host is missing."
                 )
             read_only = bool(drive.is_read_only)
-            _check_backing_file(drive.path_on_host, read_only)
+            _check_backing_file("Unable to create the virtio block device", drive.path_on_host, read_only)
         complete: Drive = msgspec.structs.replace(
             drive, is_read_only=read_only, io_engine="Sync", rate_limiter=None
         )
@@ -250,7 +250,7 @@ class Controller:
                 )
             if update.path_on_host is None:
                 raise ConfigError("There is nothing to change. Please verify the request arguments.")
-            _check_backing_file(update.path_on_host, bool(drive.is_read_only))
+            _check_backing_file("Block", update.path_on_host, bool(drive.is_read_only))
             self._running_machine().update_drive(update.drive_id, update.path_on_host)
         drive.path_on_host = update.path_on_host
 
@@ -347,7 +347,7 @@ def _check_opens(path: str, problem: str) -> None:
     os.close(fd)
 
 
-def _check_backing_file(path: str, read_only: bool) -> None:
+def _check_backing_file(problem: str, path: str, read_only: bool) -> None:
     flags = os.O_RDONLY if read_only else os.O_RDWR
     try:
         os.close(os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK))
@@ -355,8 +355,7 @@ def _check_backing_file(path: str, read_only: bool) -> None:
             raise IsADirectoryError(21, "Is a directory")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            "Unable to create the virtio block device: Virtio backend error: "
-            f"Error manipulating the backing file: {_reason(error)} {path}"
+            f"{problem}: Virtio backend error: Error manipulating the backing file: {_reason(error)} {path}"
         ) from None
 
 

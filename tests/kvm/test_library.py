@@ -1,0 +1,127 @@
+"""`MicroVM`, from the first call to the last, and what may be called when."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from crackle import MicroVM
+from crackle.errors import CrackleError, GuestError, StateError
+
+
+@pytest.fixture
+def make(guests: Path):
+    """Makes a machine with the guest of that name; stopped at the end."""
+    made: list[MicroVM] = []
+
+    def make(guest: str, boot_args: str = "", **options: object) -> MicroVM:
+        made.append(MicroVM(guests / f"{guest}.elf", boot_args=boot_args, memory=64, **options))
+        return made[-1]
+
+    yield make
+    for vm in made:
+        vm.stop()
+
+
+Make = Callable[..., MicroVM]
+
+
+def test_guest_talks_and_ends(make: Make) -> None:
+    with make("echo") as vm:
+        vm.console.expect("echo\n", timeout=20)
+        vm.console.write("ping\nend\n")
+        vm.console.expect("ping", timeout=20)
+        assert vm.wait(20).reason == "reset"
+        assert vm.wait(20).reason == "reset"
+        vm.console.expect("interrupts", timeout=20)
+    assert vm.state == "Stopped"
+    assert "ping" in vm.console.text
+
+
+def test_wait_gives_up_in_time(make: Make) -> None:
+    vm = make("idle")
+    vm.start()
+    for timeout in (0.05, 0, -1):
+        with pytest.raises(TimeoutError, match="still runs"):
+            vm.wait(timeout)
+
+
+def test_a_guest_that_fails_says_where(make: Make) -> None:
+    vm = make("faults", "f=triple")
+    vm.start()
+    for _ in range(2):
+        with pytest.raises(GuestError, match=r"triple fault.*rip=0x"):
+            vm.wait(20)
+
+
+def test_pause_and_resume_may_be_repeated_while_the_guest_sleeps(make: Make) -> None:
+    vm = make("idle")
+    vm.start()
+    vm.console.expect("idle", timeout=20)
+    states = []
+    for order in (vm.resume, vm.pause, vm.pause, vm.resume, vm.resume):
+        order()
+        states.append(vm.state)
+    assert states == ["Running", "Paused", "Paused", "Running", "Running"]
+
+
+def test_what_is_not_allowed_now_says_so(make: Make) -> None:
+    vm = make("idle")
+    for call in (vm.pause, vm.resume, vm.send_ctrl_alt_del, vm.metrics, vm.wait):
+        with pytest.raises(StateError):
+            call()
+    vm.start()
+    with pytest.raises(StateError, match="not supported after starting"):
+        vm.start()
+    vm.stop()
+    vm.stop()
+    for call in (vm.start, vm.pause, vm.resume, vm.send_ctrl_alt_del, vm.metrics, vm.wait):
+        with pytest.raises(StateError, match=r"stopped|not running"):
+            call()
+
+
+def test_the_console_outlives_the_guest(make: Make) -> None:
+    with make("hello") as vm:
+        vm.wait(20)
+        vm.console.expect("hello", timeout=20)
+    assert vm.console.output == b">hello\n"
+    with pytest.raises(CrackleError, match="the guest ended"):
+        vm.console.expect("more")
+    with pytest.raises(StateError, match="stopped"):
+        vm.console.write("more")
+
+
+def test_two_machines_at_once_keep_apart(make: Make) -> None:
+    with make("idle", "tick=100 beats=5") as first, make("echo") as second:
+        second.console.expect("echo\n", timeout=20)
+        second.console.write("apart\nend\n")
+        second.wait(20)
+        first.console.expect("beat 2", timeout=20)
+        assert first.state == "Running"
+        assert "apart" in second.console.text
+    assert "apart" not in first.console.text
+
+
+def test_twenty_in_turn_leave_nothing(make: Make, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
+
+    def held() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    def once() -> None:
+        with make("hello", drives=[disk]) as vm:
+            vm.wait(20)
+
+    once()
+    before = held()
+    for _ in range(20):
+        once()
+    deadline = time.monotonic() + 10
+    while held() != before:
+        assert time.monotonic() < deadline, (before, held())
+        time.sleep(0.05)
