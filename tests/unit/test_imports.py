@@ -23,7 +23,7 @@ def test_the_socket_accepts_before_anything_large_is_imported() -> None:
     assert len(modules) < 25
 
 
-@pytest.mark.parametrize("module", ["crackle.vmm.process", "crackle.vmm.builder", "crackle.vmm.shell"])
+@pytest.mark.parametrize("module", ["crackle.cli.process", "crackle.vmm.builder", "crackle.vmm.shell"])
 def test_a_running_microvm_does_without_the_heavy_libraries(module: str) -> None:
     modules = imported_by(f"sys.modules['typing_extensions'] = None; import {module}")
     heavy = {

@@ -14,6 +14,7 @@ import time
 import msgspec
 
 from crackle.api.server import ApiServer
+from crackle.cli.terminal import Terminal
 from crackle.errors import CrackleError
 from crackle.schema.codec import decode, explain
 from crackle.schema.config import VmConfig
@@ -23,7 +24,6 @@ from crackle.vmm.commands import Command
 from crackle.vmm.controller import Controller
 from crackle.vmm.loop import Loop
 from crackle.vmm.machine import BuildOptions
-from crackle.vmm.terminal import Terminal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
