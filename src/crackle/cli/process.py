@@ -16,6 +16,7 @@ import msgspec
 from crackle.api.server import ApiServer
 from crackle.cli.terminal import Terminal
 from crackle.errors import CrackleError
+from crackle.memory.resident import give_back
 from crackle.schema.codec import decode, explain
 from crackle.schema.config import VmConfig
 from crackle.telemetry.metrics import FLUSH_PERIOD_S, Metrics
@@ -43,6 +44,9 @@ SIGNAL_STATUS = {
     signal.SIGXCPU: 154,
     signal.SIGHUP: 156,
 }
+
+# Seconds after the start of the guest when what only the start needed is given back.
+_SETTLED_S = 1.0
 
 # These end it in order, and then by the signal itself, so that the parent sees what it sent.
 _TERMINATE = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
@@ -135,6 +139,7 @@ class VmmProcess:
         self._loop.watch(machine.exit_fd, lambda _events: self._ended())
         self._flush_periodically()
         gc.freeze()
+        self._loop.call_later(_SETTLED_S, give_back)
 
     def _ended(self) -> None:
         machine = self._controller.machine

@@ -5,6 +5,9 @@ from typing_extensions import Buffer
 
 BACKINGS: tuple[str, ...]
 
+def unmap_pages(address: int, size: int) -> None: ...
+def trim_heap() -> None: ...
+
 class Region:
     @property
     def fd(self) -> int: ...

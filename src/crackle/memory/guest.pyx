@@ -38,6 +38,7 @@ cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *addr, size_t length, int advice)
     enum:
         MADV_DONTFORK
+        MADV_DONTNEED
         MADV_HUGEPAGE
 
 cdef extern from "<linux/mman.h>" nogil:
@@ -51,6 +52,9 @@ cdef extern from "<linux/memfd.h>" nogil:
 cdef extern from "<sys/uio.h>" nogil:
     ssize_t pread(int fd, void *buf, size_t count, long offset)
 
+cdef extern from "<malloc.h>" nogil:
+    int malloc_trim(size_t pad)
+
 cdef extern from * nogil:
     uint64_t atomic_or "__sync_fetch_and_or" (uint64_t *p, uint64_t bits)
     uint64_t atomic_exchange_zero "__sync_fetch_and_and" (uint64_t *p, uint64_t zero)
@@ -60,6 +64,19 @@ cdef enum:
     HUGE_PAGE_SIZE = 2 << 20
 
 BACKINGS = ("anonymous", "transparent", "memfd", "file", "hugepages", "hugepages-memfd")
+
+
+def unmap_pages(uint64_t address, uint64_t size):
+    """Take the pages of [address, address + size) out of this process; the next access maps them in again.
+
+    Only for mappings of a file of which no page has been changed: a changed page would come back as it is in the file.
+    """
+    madvise(<void *> address, size, MADV_DONTNEED)
+
+
+def trim_heap():
+    """Give the C heap's unused pages back to the system."""
+    malloc_trim(0)
 
 
 cdef class Region:
