@@ -64,7 +64,7 @@ def rows(bench: Bench) -> Iterator[Row]:
             monitor.configure("idle", memory_mib=GUEST_MIB, drives=[drive])
             monitor.start()
             monitor.wait_output("idle")
-            time.sleep(0.3)
+            time.sleep(2.0)  # what follows a start is over
             before, switched = cpu_ticks(monitor.pid), context_switches(monitor.pid)
             time.sleep(IDLE_SECONDS)
             ticks[name].append(cpu_ticks(monitor.pid) - before)
