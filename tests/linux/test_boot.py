@@ -72,9 +72,9 @@ def test_an_elf_kernel_without_pvh_entry_boots_by_the_64_bit_protocol(
     assert guest.sh("cat /data/payload | wc -c") == str(8 << 20)
 
 
-@pytest.mark.parametrize("cpus", [1, 2, 4])
+@pytest.mark.parametrize("cpus", [1, 2, 4, 32])
 def test_the_guest_sees_its_vcpus_and_runs_on_all_of_them(cpus: int, boot: Boot, rootfs: Path) -> None:
-    guest = boot(rootfs=rootfs, cpus=cpus).wait_shell()
+    guest = boot(rootfs=rootfs, cpus=cpus, memory=256).wait_shell()
     assert guest.sh("nproc") == str(cpus)
     ids = guest.sh("grep '^apicid' /proc/cpuinfo | tr -dc '0-9\\n'").split()
     assert ids == [str(index) for index in range(cpus)]
