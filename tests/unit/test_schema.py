@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TypeVar
 
 import msgspec
@@ -65,6 +66,22 @@ def test_a_wrong_value_is_repeated(resource: str, text: bytes, said: str) -> Non
     with pytest.raises(msgspec.DecodeError) as caught:
         decode(text, getattr(schema, resource))
     assert explain(caught.value, getattr(schema, resource), text).endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b'{"kernel_image_path": "\xff"}', "not UTF-8"),
+        (b'{"kernel_image_path": "k", "more": ' + b"[" * 20000, "unknown field|nested"),
+    ],
+)
+def test_text_that_python_cannot_take_is_refused_as_any_other(text: bytes, said: str) -> None:
+    assert re.search(said, refusal(schema.BootSource, text))
+
+
+def test_a_deeply_nested_body_is_refused() -> None:
+    with pytest.raises(msgspec.DecodeError, match="nested too deeply"):
+        decode(b'{"a":' * 9000 + b"1" + b"}" * 9000, dict)
 
 
 def test_an_unknown_field_is_named_with_the_known_ones() -> None:

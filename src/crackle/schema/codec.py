@@ -26,7 +26,12 @@ def decode(data: bytes, resource: type[T]) -> T:
     decoder = _decoders.get(resource)
     if decoder is None:
         decoder = _decoders[resource] = msgspec.json.Decoder(resource)
-    value: T = decoder.decode(data)
+    try:
+        value: T = decoder.decode(data)
+    except UnicodeDecodeError as error:
+        raise msgspec.DecodeError(f"JSON is malformed: it is not UTF-8 ({error.reason})") from None
+    except RecursionError:
+        raise msgspec.DecodeError("JSON is malformed: it is nested too deeply") from None
     return value
 
 
@@ -54,7 +59,7 @@ def _given(data: bytes, path: str) -> str:
         value: Any = msgspec.json.decode(data)
         for step in path.removeprefix("$").replace("[", ".[").split(".")[1:]:
             value = value[int(step[1:-1])] if step.startswith("[") else value[step]
-    except (msgspec.DecodeError, LookupError, TypeError, ValueError):
+    except (msgspec.DecodeError, LookupError, RecursionError, TypeError, ValueError):
         return ""
     shown = "" if isinstance(value, dict | list) else msgspec.json.encode(value).decode()
     return f" (given: {shown})" if 0 < len(shown) <= _SHOWN_VALUE else ""
