@@ -109,7 +109,7 @@ class VmmProcess:
         except msgspec.DecodeError as error:
             raise CrackleError(
                 f"{problem}: Configuration for VMM from one single json failed: Invalid JSON: "
-                f"{explain(error, VmConfig)}"
+                f"{explain(error, VmConfig, text)}"
             ) from None
         try:
             self._controller.configure(config)

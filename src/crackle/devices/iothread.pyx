@@ -127,27 +127,25 @@ cdef class IoThread:
         cdef epoll_event events[BATCH]
         cdef event_source *source
         cdef uint64_t ticks
-        cdef bint asked = False, busy
+        cdef bint resting, busy
         cdef int i, n
         while True:
-            # Once asked to pause, go on until nothing is ready: then all that the guest submitted has been served.
-            n = epoll_wait(self.epoll_fd, events, BATCH, 0 if asked else -1)
+            # Who asks for a pause has stopped the guest. A look that begins after that and finds nothing ready says that
+            # all that the guest submitted has been served.
+            resting = load_acquire(&self.ask) == ASK_PAUSE
+            n = epoll_wait(self.epoll_fd, events, BATCH, 0 if resting else -1)
             if n < 0 and errno != EINTR:
                 break
-            self.wakeups += 1
+            self.wakeups += not resting
             busy = False
             for i in range(n):
                 source = <event_source *> events[i].data.ptr
                 if source == NULL:
                     read(self.wake_fd, &ticks, sizeof(ticks))
-                    asked = True
                 else:
                     busy = True
                     source.handler(source.context, events[i].events)
-            if asked and load_acquire(&self.ask) == ASK_STOP:
-                break
-            if asked and not busy:
-                asked = False
+            if resting and not busy:
                 pthread_mutex_lock(&sync.mutex)
                 if self.ask == ASK_PAUSE:
                     self.state = IS_PAUSED
@@ -157,8 +155,8 @@ cdef class IoThread:
                     while self.state == IS_PAUSED:
                         pthread_cond_wait(&sync.changed, &sync.mutex)
                 pthread_mutex_unlock(&sync.mutex)
-                if load_acquire(&self.ask) == ASK_STOP:
-                    break
+            if load_acquire(&self.ask) == ASK_STOP:
+                break
         pthread_mutex_lock(&sync.mutex)
         self.state = IS_STOPPED
         pthread_cond_broadcast(&sync.changed)

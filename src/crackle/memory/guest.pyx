@@ -193,7 +193,10 @@ cdef class GuestMemory:
         for gpa, size in layout:
             address = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, fd, <long> offset if fd >= 0 else 0)
             if address == MAP_FAILED:
-                raise ConfigError(f"cannot map {size >> 20} MiB of guest memory ({backing}): {strerror(errno).decode()}")
+                reason = strerror(errno).decode()
+                if backing.startswith("hugepages"):
+                    reason += "; reserve enough 2 MiB pages with sysctl vm.nr_hugepages"
+                raise ConfigError(f"cannot map {size >> 20} MiB of guest memory ({backing}): {reason}")
             region = Region.__new__(Region)
             region.r.gpa, region.r.size, region.r.hva = gpa, size, <uint8_t *> address
             region.fd, region.offset = fd, offset

@@ -89,22 +89,28 @@ def _console_output(machine: Machine, config: VmConfig, options: BuildOptions) -
 
 def _load(memory: GuestMemory, config: VmConfig) -> tuple[LoadedKernel, tuple[int, int] | None]:
     source = config.boot_source
-    fd = _open(source.kernel_image_path, "kernel")
-    try:
+    with _File(source.kernel_image_path, "kernel") as fd:
         kernel = load_kernel(memory, fd)
-    finally:
-        os.close(fd)
     if source.initrd_path is None:
         return kernel, None
-    fd = _open(source.initrd_path, "initrd")
-    try:
+    with _File(source.initrd_path, "initrd") as fd:
         return kernel, load_initrd(memory, fd, kernel)
-    finally:
-        os.close(fd)
 
 
-def _open(path: str, what: str) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise ConfigError(f"cannot open the {what} {path}: {error.strerror}") from None
+class _File:
+    """A file that is being loaded: open for as long, and named in what goes wrong."""
+
+    def __init__(self, path: str, what: str) -> None:
+        self._path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise ConfigError(f"cannot open the {what} {path}: {error.strerror}") from None
+
+    def __enter__(self) -> int:
+        return self._fd
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        os.close(self._fd)
+        if isinstance(error, ConfigError):
+            error.args = (f"{error}: {self._path}",)

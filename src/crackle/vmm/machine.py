@@ -91,6 +91,7 @@ class Machine:
         self._options = options
         self._fds: list[int] = []
         self._power_fd = -1
+        self._paused = False
         self.exit_fd = self._eventfd()
         self._stopped = False
 
@@ -161,6 +162,7 @@ class Machine:
     def pause(self) -> None:
         """Stop every vCPU between two instructions, serve what the guest has submitted, and stand still. Idempotent."""
         self._check_alive()
+        self._paused = True
         for vcpu in self.vcpus:
             vcpu.request_pause()
         for vcpu in self.vcpus:
@@ -170,6 +172,10 @@ class Machine:
     def resume(self) -> None:
         """Go on where `pause` stopped. Idempotent."""
         self._check_alive()
+        if not self._paused:
+            # A running vCPU would keep its descriptor to itself until its next exit.
+            return
+        self._paused = False
         for vcpu in self.vcpus:
             vcpu.kvmclock_ctrl()
         self.io.resume()

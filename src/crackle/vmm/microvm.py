@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from crackle.errors import CrackleError, GuestError, StateError
+from crackle.errors import ConfigError, CrackleError, GuestError, StateError
 from crackle.schema.boot import BootSource
 from crackle.schema.drive import Drive
 from crackle.schema.machine import MachineConfigUpdate
@@ -149,9 +149,13 @@ class MicroVM:
         if self._console is not None:
             self._console.close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_controller"):
+            self.stop()
+
     def __enter__(self) -> MicroVM:
         try:
-            if self.state == "Not started":
+            if self.state in ("Not started", "Stopped"):
                 self.start()
         except BaseException:
             self.stop()
@@ -167,7 +171,7 @@ class MicroVM:
 
     @property
     def state(self) -> str:
-        """ "Not started", "Running", "Paused" or "Stopped"."""
+        """ "Not started", "Running", "Paused" or "Stopped", which a guest that has ended is after `stop` only."""
         return self._controller.state
 
     @property
@@ -197,6 +201,10 @@ class MicroVM:
 def _drives(
     rootfs: str | os.PathLike[str] | None, drives: Sequence[str | os.PathLike[str] | Drive], read_only: bool
 ) -> list[Drive]:
+    if isinstance(drives, (str, os.PathLike)):
+        raise ConfigError(
+            f"drives must be a sequence of paths and Drives, not the path {os.fspath(drives)!r} alone"
+        )
     result = []
     if rootfs is not None:
         result.append(Drive("rootfs", True, path_on_host=os.fspath(rootfs), is_read_only=read_only))
