@@ -7,27 +7,20 @@ import sys
 
 from crackle.memory import resident
 
-SMAPS = """\
-00400000-00401000 r-xp 00000000 08:01 1 /usr/bin/program
-Rss: 4 kB
-Anonymous: 0 kB
-00500000-00502000 r--p 00001000 08:01 1 /usr/bin/program
-Anonymous: 4 kB
-00600000-00601000 rw-p 00002000 08:01 1 /usr/bin/program
-Anonymous: 0 kB
-00700000-00701000 r--p 00003000 08:01 1 /usr/lib/with a space.so
-Anonymous: 0 kB
-00800000-00801000 r-xp 00000000 00:00 0 [vdso]
-Anonymous: 0 kB
-00900000-00901000 r--s 00000000 08:01 2 /usr/share/shared
-Anonymous: 0 kB
+MAPS = """\
+00400000-00401000 r-xp 00000000 08:01 1    /usr/bin/program
+00500000-00502000 r--p 00001000 08:01 1    /usr/bin/program
+00600000-00601000 rw-p 00002000 08:01 1    /usr/bin/program
+00700000-00703000 r-xp 00003000 08:01 1    /usr/lib/with a space.so
+00780000-00781000 rwxp 00003000 08:01 1    /usr/lib/patched.so
+00800000-00801000 r-xp 00000000 00:00 0    [vdso]
+00900000-00901000 r-xp 00000000 00:00 0
 00a00000-00a01000 rw-p 00000000 00:00 0
-Anonymous: 0 kB
 """
 
 
-def test_only_unchanged_private_mappings_of_files_that_cannot_be_written_are_taken() -> None:
-    assert resident._unchanged(SMAPS) == [(0x400000, 0x1000), (0x700000, 0x1000)]
+def test_only_code_of_files_that_cannot_be_written_is_taken() -> None:
+    assert resident._code(MAPS) == [(0x400000, 0x1000), (0x700000, 0x3000)]
 
 
 def test_a_process_is_smaller_afterwards_and_still_works() -> None:

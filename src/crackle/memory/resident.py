@@ -10,29 +10,21 @@ from crackle.memory.guest import trim_heap, unmap_pages
 
 
 def give_back() -> None:
-    """Unmap the unchanged pages of executables and libraries, and trim the heap. Takes a few milliseconds."""
+    """Unmap the code of executables and libraries, and trim the heap. Takes a fraction of a millisecond."""
     trim_heap()
-    for address, size in _unchanged(_read("/proc/self/smaps")):
-        unmap_pages(address, size)
+    with open("/proc/self/maps") as maps:
+        for address, size in _code(maps.read()):
+            unmap_pages(address, size)
 
 
-def _read(path: str) -> str:
-    with open(path) as file:
-        return file.read()
-
-
-def _unchanged(smaps: str) -> list[tuple[int, int]]:
-    """(address, size) of the file mappings that cannot be written and of which no page is private (proc(5), smaps)."""
-    found: list[tuple[int, int]] = []
-    candidate: tuple[int, int] | None = None
-    for line in smaps.splitlines():
-        name, _, rest = line.partition(" ")
-        if not name.endswith(":"):
-            start, _, end = name.partition("-")
-            fields = rest.split()
-            is_file = len(fields) >= 5 and fields[4].startswith("/")
-            readable_only = fields[0] in ("r-xp", "r--p")
-            candidate = (int(start, 16), int(end, 16) - int(start, 16)) if is_file and readable_only else None
-        elif name == "Anonymous:" and candidate is not None and rest.split()[0] == "0":
-            found.append(candidate)
+def _code(maps: str) -> list[tuple[int, int]]:
+    """(address, size) of the mappings of files that are executable and cannot be written, and so are never changed:
+    read-only data has been, by the linker (proc(5), maps).
+    """
+    found = []
+    for line in maps.splitlines():
+        fields = line.split(maxsplit=5)
+        if fields[1] == "r-xp" and len(fields) == 6 and fields[5].startswith("/"):
+            start, _, end = fields[0].partition("-")
+            found.append((int(start, 16), int(end, 16) - int(start, 16)))
     return found
