@@ -13,7 +13,7 @@ from crackle.includes.threads cimport *
 from crackle.includes.virtio cimport *
 from crackle.memory.guest cimport GuestMemory
 from crackle.virtio.device cimport VirtioDevice
-from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_EMPTY, Virtqueue, chain, gather, iovec, scatter
+from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers, iovec
 
 import os
 import stat
@@ -224,7 +224,7 @@ cdef class Block(VirtioDevice):
         cdef uint8_t *status
         cdef uint8_t result = VIRTIO_BLK_S_UNSUPP
         cdef uint64_t length = 0
-        if gather(c.iov, c.readable, 0, &header, HEADER) != HEADER or c.writable == 0:
+        if copy_buffers(c.iov, c.readable, 0, &header, HEADER, False) != HEADER or c.writable == 0:
             # No header to obey, or no place for an answer.
             self.invalid_requests += 1
             return 0
@@ -247,7 +247,7 @@ cdef class Block(VirtioDevice):
                     result = VIRTIO_BLK_S_IOERR
                 clock[0] = now_ns()
         elif header.type == VIRTIO_BLK_T_GET_ID:
-            length = scatter(&c.iov[c.readable], c.writable, 0, self.serial, VIRTIO_BLK_ID_BYTES)
+            length = copy_buffers(&c.iov[c.readable], c.writable, 0, self.serial, VIRTIO_BLK_ID_BYTES, True)
             result = VIRTIO_BLK_S_OK
         else:
             self.invalid_requests += 1

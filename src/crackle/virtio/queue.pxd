@@ -58,7 +58,7 @@ cdef class Virtqueue:
     cdef bint has_more(self) noexcept nogil
     cdef bint rearm(self) noexcept nogil
 
-# Copies up to `size` bytes out of the first `count` buffers from `offset` on; returns how many.
-cdef size_t gather(const iovec *iov, int count, size_t offset, void *out, size_t size) noexcept nogil
-# Copies up to `size` bytes into the first `count` buffers from `offset` on; returns how many.
-cdef size_t scatter(const iovec *iov, int count, size_t offset, const void *data, size_t size) noexcept nogil
+# Copies up to `size` bytes between `data` and the first `count` buffers from `offset` on; returns how many.
+cdef size_t copy_buffers(
+    const iovec *iov, int count, size_t offset, void *data, size_t size, bint to_guest
+) noexcept nogil

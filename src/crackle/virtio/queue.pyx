@@ -224,8 +224,11 @@ cdef class Virtqueue:
         return self.wants_interrupt()
 
 
-cdef size_t gather(const iovec *iov, int count, size_t offset, void *out, size_t size) noexcept nogil:
+cdef size_t copy_buffers(
+    const iovec *iov, int count, size_t offset, void *data, size_t size, bint to_guest
+) noexcept nogil:
     cdef size_t done = 0, n
+    cdef char *place
     cdef int i
     for i in range(count):
         if offset >= iov[i].iov_len:
@@ -234,23 +237,11 @@ cdef size_t gather(const iovec *iov, int count, size_t offset, void *out, size_t
         if done == size:
             break
         n = min(iov[i].iov_len - offset, size - done)
-        memcpy(<char *> out + done, <char *> iov[i].iov_base + offset, n)
-        done += n
-        offset = 0
-    return done
-
-
-cdef size_t scatter(const iovec *iov, int count, size_t offset, const void *data, size_t size) noexcept nogil:
-    cdef size_t done = 0, n
-    cdef int i
-    for i in range(count):
-        if offset >= iov[i].iov_len:
-            offset -= iov[i].iov_len
-            continue
-        if done == size:
-            break
-        n = min(iov[i].iov_len - offset, size - done)
-        memcpy(<char *> iov[i].iov_base + offset, <const char *> data + done, n)
+        place = <char *> iov[i].iov_base + offset
+        if to_guest:
+            memcpy(place, <char *> data + done, n)
+        else:
+            memcpy(<char *> data + done, place, n)
         done += n
         offset = 0
     return done
