@@ -122,6 +122,7 @@ def test_twenty_in_turn_leave_nothing(make: Make, tmp_path: Path) -> None:
     for _ in range(20):
         once()
     deadline = time.monotonic() + 10
-    while held() != before:
+    # A thread of the first one may have been on its way out when they were counted.
+    while any(now > was for now, was in zip(held(), before, strict=True)):
         assert time.monotonic() < deadline, (before, held())
         time.sleep(0.05)
