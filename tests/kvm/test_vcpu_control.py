@@ -98,7 +98,9 @@ def test_threads_and_descriptors_are_given_back(machine):
         running.machine.stop()
     pipes = 5 * 4
     assert len(os.listdir("/proc/self/fd")) == descriptors + pipes
-    assert len(os.listdir("/proc/self/task")) == tasks
+    assert (
+        len(os.listdir("/proc/self/task")) <= tasks
+    )  # one that made the first machine may have been counted on its way out
     assert threading.active_count() == threads
 
 
