@@ -3,16 +3,24 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from crackle.devices.iothread cimport IoThread
 from crackle.includes.threads cimport pthread_mutex_t
 from crackle.memory.guest cimport GuestMemory
+from crackle.ratelimit.limiter cimport RateLimiter
 from crackle.virtio.queue cimport Virtqueue
 
 cdef enum:
     MAX_QUEUES = 8
+    MAX_LIMITERS = 2
     CONFIG_SPACE = 256
 
 cdef struct queue_source:
     void *device
     int index
     int fd
+
+# A limiter that holds a queue back, and the queue to serve when it lets go.
+cdef struct limiter_source:
+    void *device
+    void *limiter
+    int queue
 
 cdef class VirtioDevice:
     cdef pthread_mutex_t lock
@@ -30,11 +38,14 @@ cdef class VirtioDevice:
     cdef int queue_count
     cdef void *table[MAX_QUEUES]     # `queues`, borrowed, for code without the GIL
     cdef queue_source sources[MAX_QUEUES]
+    cdef readonly tuple limiters
+    cdef limiter_source limiter_sources[MAX_LIMITERS]
     cdef uint8_t config[CONFIG_SPACE]
     cdef uint32_t config_size
     cdef readonly uint64_t queue_events, broken_queues, activate_fails, cfg_fails, irq_fails
 
     cdef set_up(self, uint32_t device_id, uint64_t features, queue_sizes)
+    cdef add_limiter(self, RateLimiter limiter, int queue)
     cdef void close_fds(self) noexcept
     cdef void activate(self) noexcept nogil
     cdef void notify_again(self, int index) noexcept nogil
@@ -44,9 +55,11 @@ cdef class VirtioDevice:
     cdef bint running(self) noexcept nogil
     cdef void interrupt(self, int cause) noexcept nogil
     cdef void notified(self, int index) noexcept nogil
+    cdef void limiter_fired(self, RateLimiter limiter, int queue) noexcept nogil
     cdef void config_changed(self) noexcept nogil
     # A device's own part; each runs with the lock held, without the GIL.
     cdef bint on_activate(self) noexcept nogil
     cdef void on_reset(self) noexcept nogil
+    cdef void on_drain(self) noexcept nogil
     cdef void on_config_write(self, uint32_t offset, const uint8_t *data, uint32_t size) noexcept nogil
     cdef void handle_queue(self, int index, Virtqueue queue) noexcept nogil

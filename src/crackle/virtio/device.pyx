@@ -17,6 +17,7 @@ from crackle.devices.iothread cimport IoThread
 from crackle.includes.threads cimport *
 from crackle.includes.virtio cimport *
 from crackle.memory.guest cimport GuestMemory
+from crackle.ratelimit.limiter cimport RateLimiter, bucket, configure_bucket
 from crackle.virtio.queue cimport Virtqueue
 
 from crackle.errors import ConfigError
@@ -55,7 +56,7 @@ cdef class VirtioDevice:
         self.memory = memory
         self.irq_fd = -1
         self.made = True
-        self.queues = self.notify_fds = ()
+        self.queues = self.notify_fds = self.limiters = ()
 
     cdef set_up(self, uint32_t device_id, uint64_t features, queue_sizes):
         """Called by the subclass once. VERSION_1, EVENT_IDX and INDIRECT are offered by every device."""
@@ -74,6 +75,15 @@ cdef class VirtioDevice:
             self.sources[index].device, self.sources[index].index, self.sources[index].fd = <void *> self, index, fd
             self.queue_count += 1
             self.notify_fds += (fd,)
+
+    cdef add_limiter(self, RateLimiter limiter, int queue):
+        """Serve `queue` again when `limiter`, which is the device's from now on, has tokens again."""
+        cdef int index = len(self.limiters)
+        if index == MAX_LIMITERS:
+            raise ValueError(f"a device has at most {MAX_LIMITERS} limiters")
+        self.limiters += (limiter,)
+        self.limiter_sources[index].device, self.limiter_sources[index].limiter = <void *> self, <void *> limiter
+        self.limiter_sources[index].queue = queue
 
     def __dealloc__(self):
         if self.made:
@@ -95,12 +105,16 @@ cdef class VirtioDevice:
         """Give the descriptors back; the I/O thread is stopped. Idempotent."""
         self.close_fds()
         self.notify_fds = ()
+        for limiter in self.limiters:
+            limiter.close()
 
     def attach(self, IoThread io not None):
-        """Serve the queues on `io` when they are notified."""
+        """Serve the queues on `io` when they are notified, and when a limiter lets them go on."""
         cdef int index
-        for index in range(len(self.queues)):
+        for index in range(self.queue_count):
             io.add(self.sources[index].fd, EPOLLIN, queue_notified, &self.sources[index], self)
+        for index, limiter in enumerate(self.limiters):
+            io.add(limiter.timer_fd, EPOLLIN, limiter_ready, &self.limiter_sources[index], self)
 
     # -- the driver's life (3.1.1) -------------------------------------------------------------------------------
 
@@ -186,6 +200,13 @@ cdef class VirtioDevice:
             self.handle_queue(index, <Virtqueue> self.table[index])
         pthread_mutex_unlock(&self.lock)
 
+    cdef void limiter_fired(self, RateLimiter limiter, int queue) noexcept nogil:
+        pthread_mutex_lock(&self.lock)
+        limiter.acknowledge()
+        if self.running():
+            self.handle_queue(queue, <Virtqueue> self.table[queue])
+        pthread_mutex_unlock(&self.lock)
+
     cdef void config_changed(self) noexcept nogil:
         """The configuration space has just changed, with the lock held since before: tell the driver (2.5)."""
         self.config_generation += 1
@@ -200,13 +221,58 @@ cdef class VirtioDevice:
     cdef void on_reset(self) noexcept nogil:
         pass
 
+    cdef void on_drain(self) noexcept nogil:
+        pass
+
     cdef void on_config_write(self, uint32_t offset, const uint8_t *data, uint32_t size) noexcept nogil:
         self.cfg_fails += 1
 
     cdef void handle_queue(self, int index, Virtqueue queue) noexcept nogil:
         pass
 
+    # -- control: from the main thread ---------------------------------------------------------------------------
+
+    def update_limiter(self, int index, config):
+        """Change a limiter while the guest runs: each bucket that `config`, a schema.RateLimiter, gives replaces the old.
+
+        One of size 0 takes the limit away. ConfigError changes nothing.
+        """
+        cdef RateLimiter limiter = self.limiters[index]
+        cdef bucket bandwidth, operations
+        cdef bucket *new_bandwidth = NULL
+        cdef bucket *new_operations = NULL
+        if config.bandwidth is not None:
+            configure_bucket(&bandwidth, config.bandwidth, "bandwidth")
+            new_bandwidth = &bandwidth
+        if config.ops is not None:
+            configure_bucket(&operations, config.ops, "ops")
+            new_operations = &operations
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+            limiter.replace(new_bandwidth, new_operations)
+            pthread_mutex_unlock(&self.lock)
+
+    def drain(self):
+        """Finish what is in flight; the vCPUs and the I/O thread are at rest."""
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+            self.on_drain()
+            pthread_mutex_unlock(&self.lock)
+
+    def counters(self):
+        """What the device has counted since it was made, under the names of Firecracker's metrics."""
+        return {}
+
     # -- saved state, and what tests look at ---------------------------------------------------------------------
+
+    def save_own(self):
+        """What the device itself adds to DeviceState: a Struct of `crackle.virtio.state`, or None."""
+        return None
+
+    def restore_own(self, state):
+        """The reverse of `save_own`, before the vCPUs run; ValueError when the state is not this device's."""
+        if state is not None:
+            raise ValueError(f"a saved {type(state).__name__} for a device that saves nothing of its own")
 
     @property
     def device_status(self):
@@ -225,3 +291,8 @@ cdef class VirtioDevice:
 cdef void queue_notified(void *context, uint32_t events) noexcept nogil:
     cdef queue_source *source = <queue_source *> context
     (<VirtioDevice> source.device).notified(source.index)
+
+
+cdef void limiter_ready(void *context, uint32_t events) noexcept nogil:
+    cdef limiter_source *source = <limiter_source *> context
+    (<VirtioDevice> source.device).limiter_fired(<RateLimiter> source.limiter, source.queue)

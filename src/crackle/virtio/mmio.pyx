@@ -201,6 +201,7 @@ cdef class MmioTransport:
             driver_features_select=self.driver_features_select,
             queue_select=self.queue_select,
             queues=tuple(queue.save() for queue in device.queues),
+            own=device.save_own(),
         )
 
     def restore(self, state):
@@ -221,6 +222,7 @@ cdef class MmioTransport:
         self.device_features_select = state.device_features_select
         self.driver_features_select = state.driver_features_select
         self.queue_select = state.queue_select
+        device.restore_own(state.own)
         # What was submitted and not served yet, and an interrupt that was on its way, come again.
         device.kick()
         if device.interrupt_status:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from crackle.ratelimit.state import LimiterState
+
 
 class QueueState(msgspec.Struct, frozen=True, kw_only=True):
     """Where a virtqueue lies in guest memory (guest physical addresses) and how far the device has come in it."""
@@ -17,6 +19,16 @@ class QueueState(msgspec.Struct, frozen=True, kw_only=True):
     next_used: int
 
 
+class BlockState(msgspec.Struct, frozen=True, kw_only=True, tag="block"):
+    """What a disk adds to its DeviceState."""
+
+    limiter: LimiterState
+
+
+# One for each device that has something of its own to save; `type` in the file tells which it is.
+OwnState = BlockState
+
+
 class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
     """What the driver has negotiated with a device, its transport's registers, and its queues."""
 
@@ -28,3 +40,4 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
     driver_features_select: int
     queue_select: int
     queues: tuple[QueueState, ...]
+    own: OwnState | None = None

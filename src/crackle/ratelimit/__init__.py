@@ -1,0 +1,1 @@
+"""Token buckets: how many bytes and operations a second a device may have."""

@@ -1,0 +1,26 @@
+from libc.stdint cimport int64_t, uint64_t
+
+cdef struct bucket:
+    uint64_t size           # tokens that it holds; 0 for no limit
+    uint64_t refill_ns      # time from empty to full
+    uint64_t burst_size
+    uint64_t burst          # tokens left that are given once
+    int64_t level           # tokens; below zero after a request larger than the bucket
+    uint64_t filled_at      # when the level was right, CLOCK_MONOTONIC
+
+cdef class RateLimiter:
+    cdef bucket bandwidth
+    cdef bucket operations
+    cdef readonly int timer_fd
+    # Refused until the timer fires: whoever serves a queue leaves what is in it there.
+    cdef readonly bint blocked
+    cdef readonly uint64_t events       # times that the timer fired
+    cdef readonly uint64_t throttled    # requests refused
+    cdef bint consume(self, uint64_t size, uint64_t count) noexcept nogil
+    cdef void refund(self, uint64_t size, uint64_t count) noexcept nogil
+    cdef void arm(self, uint64_t ns) noexcept nogil
+    cdef void acknowledge(self) noexcept nogil
+    cdef void replace(self, bucket *bandwidth, bucket *operations) noexcept nogil
+
+# Fill `b` in from a schema.TokenBucket or None, full; ConfigError when its numbers mean nothing.
+cdef configure_bucket(bucket *b, config, str name)
