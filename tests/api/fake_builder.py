@@ -48,10 +48,10 @@ class Machine:
         self._ended = ExitStatus("reset", "the guest asked for a reset", 0)
         os.eventfd_write(self.exit_fd, 1)
 
-    def update_drive(self, drive_id: str, path: str) -> None:
-        if path.endswith("refused"):
+    def update(self, kind: str, identifier: str, resource: Any) -> None:
+        if resource.path_on_host.endswith("refused"):
             raise ConfigError("this file is refused")
-        self._note("update", drive_id, path)
+        self._note("update", kind, identifier, resource.path_on_host)
 
     def metrics(self) -> dict[str, dict[str, int]]:
         self._reads += 10

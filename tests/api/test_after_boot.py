@@ -67,7 +67,7 @@ def test_a_drive_gets_another_file(started: Vmm, tmp_path: Path, told: Callable[
         started.request("PATCH", "/drives/root", {"drive_id": "root", "path_on_host": str(other)}).status
         == 204
     )
-    assert told()[-1] == f"update root {other}"
+    assert told()[-1] == f"update block root {other}"
     assert started.request("GET", "/vm/config").json["drives"][0]["path_on_host"] == str(other)
 
 

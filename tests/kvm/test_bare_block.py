@@ -5,6 +5,8 @@ import itertools
 
 import pytest
 
+from crackle.schema import DriveUpdate
+
 WORD = 0x9E3779B97F4A7C15
 MASK = (1 << 64) - 1
 MIB = 1 << 20
@@ -129,7 +131,7 @@ def test_nothing_is_lost_while_the_guest_is_paused_again_and_again(machine, imag
 def test_the_file_behind_a_drive_can_be_changed(machine, image):
     (_, drive), (other, _) = image(MIB, seed=1), image(2 * MIB, seed=2)
     running = machine("blk", "ms=200 t=randread,4096,1 seed=2 t=check,4096,1 reopen", drives=[drive])
-    running.machine.update_drive("drive0", str(other))
+    running.machine.update("block", "drive0", DriveUpdate("drive0", str(other)))
     running.start().wait_end()
     assert f"sectors={2 * MIB // 512} " in running.text
     assert "FAIL" not in running.text

@@ -124,11 +124,7 @@ class VmmProcess:
         self._logger.info("Successfully started microvm that was configured from one single json")
 
     def _build(self, config: VmConfig, ready: Any) -> Machine:
-        options = BuildOptions(
-            instance_id=self._logger.instance_id,
-            boot_timer="boot-timer" in self._options,
-            logger=self._logger,
-        )
+        options = BuildOptions(boot_timer="boot-timer" in self._options, logger=self._logger)
         return builder.build(config, ready, options)
 
     def _prepare(self, machine_config: MachineConfig) -> Shell | None:

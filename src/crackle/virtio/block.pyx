@@ -161,15 +161,26 @@ cdef class Block(VirtioDevice):
             raise
         self.updates += 1
 
-    @property
-    def read_latency(self):
-        """Microseconds that reads took: {min_us, max_us, sum_us}."""
-        return self.reads
-
-    @property
-    def write_latency(self):
-        """Microseconds that writes took: {min_us, max_us, sum_us}."""
-        return self.writes
+    def counters(self):
+        """Firecracker's `block` metrics; read_agg and write_agg are microseconds that requests took."""
+        return {
+            "activate_fails": self.activate_fails,
+            "cfg_fails": self.cfg_fails,
+            "no_avail_buffer": self.empty_events,
+            "event_fails": self.broken_queues,
+            "execute_fails": self.execute_fails,
+            "invalid_reqs_count": self.invalid_requests,
+            "flush_count": self.flush_count,
+            "queue_event_count": self.queue_events,
+            "update_count": self.updates,
+            "update_fails": self.update_fails,
+            "read_bytes": self.read_bytes,
+            "write_bytes": self.write_bytes,
+            "read_count": self.read_count,
+            "write_count": self.write_count,
+            "read_agg": self.reads,
+            "write_agg": self.writes,
+        }
 
     @property
     def size(self):

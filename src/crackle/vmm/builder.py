@@ -50,7 +50,7 @@ def _furnish(machine: Machine, config: VmConfig, options: BuildOptions) -> None:
     machine.add_legacy_devices(_console_output(machine, config, options))
     root: Drive | None = None
     for drive in config.drives:
-        machine.add_drive(drive)
+        machine.add("block", drive.drive_id, drive)
         if drive.is_root_device:
             root = drive
     kernel, initrd = _load(machine.memory, config)

@@ -6,35 +6,27 @@ It owns the configuration, the lifecycle (*not started -> running <-> paused -> 
 
 from __future__ import annotations
 
-import os
 import time
 
 import msgspec
 
-from crackle.errors import ConfigError, CrackleError, os_reason
+from crackle.errors import ConfigError
 from crackle.schema.boot import BootSource
 from crackle.schema.config import VmConfig
 from crackle.schema.instance import InstanceInfo, Version
-from crackle.schema.machine import default_machine_config, updated
+from crackle.schema.machine import default_machine_config
 from crackle.telemetry.logger import DEFAULT_INSTANCE_ID, Logger
 from crackle.telemetry.metrics import Metrics
 from crackle.version import VERSION
 from crackle.vmm.commands import NOT_STARTED, PAUSED, RUNNING, STOPPED, Command, check_state, check_supported
+from crackle.vmm.configuration import CONFIGURE, context, drive_to_change, merge
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any, Protocol
 
-    from crackle.schema import (
-        Drive,
-        DriveUpdate,
-        LoggerConfig,
-        MachineConfig,
-        MachineConfigUpdate,
-        MetricsConfig,
-        Serial,
-    )
+    from crackle.schema import DriveUpdate, LoggerConfig, MachineConfig, MetricsConfig
 
     class Shell(Protocol):
         """The part of a machine that needs only the machine configuration, being made ahead of time."""
@@ -65,7 +57,7 @@ if TYPE_CHECKING:
         def pause(self) -> None: ...
         def resume(self) -> None: ...
         def send_ctrl_alt_del(self) -> None: ...
-        def update_drive(self, drive_id: str, path: str) -> None: ...
+        def update(self, kind: str, identifier: str, resource: Any) -> None: ...
         def metrics(self) -> Mapping[str, Mapping[str, Any]]: ...
         def stop(self) -> None: ...
 
@@ -73,9 +65,6 @@ if TYPE_CHECKING:
     Prepare = Callable[[MachineConfig], "Shell | None"]
 
 APP_NAME = "Crackle"
-
-# The kernel command line's room, its final NUL included (Documentation/arch/x86/boot.rst, cmdline_size).
-CMDLINE_MAX_SIZE = 2048
 
 
 class Controller:
@@ -120,10 +109,12 @@ class Controller:
         """
         check_state(command.name, self.state)
         check_supported(command)
-        result = getattr(self, f"_{command.name}")(*(() if command.resource is None else (command.resource,)))
-        if command.name in _CONFIGURES:
+        configure = CONFIGURE.get(command.name)
+        if configure is not None:
+            configure(self.config, command.resource)
             self._prepare_shell()
-        return result
+            return None
+        return getattr(self, f"_{command.name}")(*(() if command.resource is None else (command.resource,)))
 
     def configure(self, config: VmConfig) -> None:
         """Give every section of ``config`` as the command it stands for. Raises as :meth:`execute` does."""
@@ -150,62 +141,20 @@ class Controller:
 
     # Configuration
 
-    def _put_machine(self, update: MachineConfig | MachineConfigUpdate) -> None:
-        assert self.config.machine_config is not None
-        with _context("Machine config error"):
-            self.config.machine_config = updated(self.config.machine_config, update)
-
-    _patch_machine = _put_machine
-
-    def _put_boot_source(self, source: BootSource) -> None:
-        with _context("Boot source error"):
-            _check_opens(source.kernel_image_path, "The kernel file cannot be opened")
-            if source.initrd_path is not None:
-                _check_opens(source.initrd_path, "The initrd file cannot be opened")
-            if source.boot_args is not None:
-                _check_boot_args(source.boot_args)
-        self.config.boot_source = source
-
-    def _put_drive(self, drive: Drive) -> None:
-        drives = self.config.drives
-        with _context("Drive config error"):
-            at = next((i for i, other in enumerate(drives) if other.drive_id == drive.drive_id), None)
-            if drive.is_root_device and drives and drives[0].is_root_device and at != 0:
-                raise ConfigError(
-                    f"A root block device already exists! It is {drives[0].drive_id!r}; "
-                    f"{drive.drive_id!r} cannot be another."
-                )
-            if drive.path_on_host is None:
-                raise ConfigError(
-                    "Unable to create the virtio block device: Invalid block config. path_on_host is missing."
-                )
-            read_only = bool(drive.is_read_only)
-            _check_backing_file("Unable to create the virtio block device", drive.path_on_host, read_only)
-        complete: Drive = msgspec.structs.replace(
-            drive, is_read_only=read_only, io_engine="Sync", rate_limiter=None
-        )
-        if at is not None:
-            del drives[at]
-        # The root device comes first: the guest's /dev/vda is the first device.
-        drives.insert(0 if drive.is_root_device else len(drives) if at is None else at, complete)
-
     def _put_logger(self, config: LoggerConfig) -> None:
-        with _context("Logger error"):
+        with context("Logger error"):
             self.logger.configure(config)
         self.config.logger = config
 
     def _put_metrics(self, config: MetricsConfig) -> None:
-        with _context("Metrics error"):
+        with context("Metrics error"):
             self.metrics.configure(config, self.instance_id)
         self.config.metrics = config
-
-    def _put_serial(self, serial: Serial) -> None:
-        self.config.serial = serial
 
     # Life
 
     def _start(self) -> None:
-        with _context("Start microvm error"):
+        with context("Start microvm error"):
             if not self.config.boot_source.kernel_image_path:
                 raise ConfigError(
                     "Cannot start microvm without kernel configuration. Give a boot source first."
@@ -238,21 +187,14 @@ class Controller:
 
     def _flush_metrics(self) -> None:
         self.metrics.counters["logger"]["missed_log_count"] = self.logger.lost
-        with _context("Internal VMM error"):
+        with context("Internal VMM error"):
             self.metrics.flush()
 
     def _patch_drive(self, update: DriveUpdate) -> None:
-        with _context("Drive config error: Unable to patch the block device"):
-            drive = next((d for d in self.config.drives if d.drive_id == update.drive_id), None)
-            if drive is None:
-                raise ConfigError(
-                    f"There is no drive {update.drive_id!r}. Please verify the request arguments."
-                )
-            if update.path_on_host is None:
-                raise ConfigError("There is nothing to change. Please verify the request arguments.")
-            _check_backing_file("Block", update.path_on_host, bool(drive.is_read_only))
-            self._running_machine().update_drive(update.drive_id, update.path_on_host)
-        drive.path_on_host = update.path_on_host
+        with context("Drive config error: Unable to patch the block device"):
+            drive = drive_to_change(self.config, update)
+            self._running_machine().update("block", update.drive_id, update)
+        merge(drive, update)
 
     def stop(self) -> None:
         """End the microVM, whatever its state, and let go of everything it holds; idempotent."""
@@ -295,25 +237,6 @@ class Controller:
             self.logger.debug(f"Nothing was made ahead of time: {error}")
 
 
-_CONFIGURES = frozenset(("put_machine", "patch_machine", "put_boot_source", "put_drive"))
-
-
-class _context:  # noqa: N801 - reads as a statement
-    """Puts words in front of the message of a Crackle error that passes through."""
-
-    __slots__ = ("_words",)
-
-    def __init__(self, words: str) -> None:
-        self._words = words
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, CrackleError):
-            error.args = (f"{self._words}: {error}",)
-
-
 def commands_of(config: VmConfig) -> list[Command]:
     """The commands that a configuration file stands for, outputs first so that the others are logged."""
     sections: list[tuple[str, Any]] = [
@@ -337,38 +260,3 @@ def commands_of(config: VmConfig) -> list[Command]:
         for name, section in sections
         if section is not None and section is not msgspec.UNSET
     ]
-
-
-def _check_opens(path: str, problem: str) -> None:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{problem}: {_reason(error)}: {path}") from None
-    os.close(fd)
-
-
-def _check_backing_file(problem: str, path: str, read_only: bool) -> None:
-    flags = os.O_RDONLY if read_only else os.O_RDWR
-    try:
-        os.close(os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK))
-        if os.path.isdir(path):
-            raise IsADirectoryError(21, "Is a directory")
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{problem}: Virtio backend error: Error manipulating the backing file: {_reason(error)} {path}"
-        ) from None
-
-
-def _reason(error: OSError | ValueError) -> str:
-    return os_reason(error) if isinstance(error, OSError) else str(error)
-
-
-def _check_boot_args(text: str) -> None:
-    problem = "The kernel command line is invalid: "
-    if len(text) >= CMDLINE_MAX_SIZE:
-        raise ConfigError(
-            f"{problem}Invalid cmdline capacity provided. It has {len(text)} characters, "
-            f"{CMDLINE_MAX_SIZE - 1} is the most."
-        )
-    if not text.isascii() or "\0" in text:
-        raise ConfigError(f"{problem}it may hold ASCII characters only, and no NUL.")

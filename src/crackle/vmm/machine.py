@@ -19,15 +19,15 @@ from crackle.devices.power import SleepControl
 from crackle.devices.serial import SERIAL_GSI, Serial
 from crackle.errors import ConfigError, StateError
 from crackle.kvm import Bus
-from crackle.virtio.block import Block
+from crackle.telemetry.names import PER_DEVICE
 from crackle.virtio.mmio import SIZE as MMIO_SIZE
 from crackle.virtio.mmio import MmioTransport
+from crackle.vmm.devices import KINDS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from crackle.schema.drive import Drive
     from crackle.telemetry.logger import Logger
     from crackle.virtio.device import VirtioDevice
     from crackle.vmm.shell import Parts
@@ -47,7 +47,6 @@ class BuildOptions(msgspec.Struct, kw_only=True):
     profile: also measure how long exits take to handle.
     """
 
-    instance_id: str = "anonymous-instance"
     boot_timer: bool = False
     logger: Logger | None = None
     console_in: int = 0
@@ -83,7 +82,7 @@ class Machine:
         self.io = IoThread()
         self.transports: list[MmioTransport] = []
         self.device_infos: list[DeviceInfo] = []
-        self.drives: dict[str, Block] = {}
+        self.devices: dict[tuple[str, str], VirtioDevice] = {}
         self.serial = Serial()
         self.i8042 = I8042()
         self.boot_timer: BootTimer | None = None
@@ -122,26 +121,20 @@ class Machine:
             self.boot_timer = BootTimer(self._report_boot_time)
             self.mmio.attach_python(layout.BOOT_TIMER_ADDR, BOOT_TIMER_SIZE, self.boot_timer)
 
-    def add_drive(self, drive: Drive) -> None:
-        """Attach a block device. ConfigError when its file cannot be used."""
-        assert drive.path_on_host is not None
-        block = Block(
-            self.memory,
-            drive.path_on_host,
-            read_only=bool(drive.is_read_only),
-            writeback=drive.cache_type == "Writeback",
-        )
-        self.drives[drive.drive_id] = block
-        self._attach(block)
+    def add(self, kind: str, identifier: str, resource: Any) -> None:
+        """Make a virtio device of a kind out of the registry, and attach it. ConfigError when it cannot be had."""
+        self.attach(kind, identifier, KINDS[kind].make(self.memory, resource))
 
-    def _attach(self, device: VirtioDevice) -> None:
-        """Give a virtio device its window, its interrupt, and its place on the I/O thread."""
+    def attach(self, kind: str, identifier: str, device: VirtioDevice) -> None:
+        """Give a virtio device its window, its interrupt, and its place on the I/O thread. The machine closes it."""
         index = len(self.transports)
         if index == _MAX_DEVICES:
+            device.close()
             raise ConfigError(f"a microVM has room for {_MAX_DEVICES} devices; remove one")
         address = layout.VIRTIO_MMIO_START + index * MMIO_SIZE
         transport = MmioTransport(device, address, layout.GSI_FIRST + index)
         self.transports.append(transport)
+        self.devices[kind, identifier] = device
         transport.attach(self.mmio)
         self.vm.irqfd(device.irq_fd, transport.gsi)
         for queue, fd in enumerate(device.notify_fds):
@@ -168,6 +161,8 @@ class Machine:
         for vcpu in self.vcpus:
             vcpu.wait_paused()
         self.io.pause()
+        for device in self.devices.values():
+            device.drain()
 
     def resume(self) -> None:
         """Go on where `pause` stopped. Idempotent."""
@@ -192,12 +187,14 @@ class Machine:
         self._check_alive()
         os.eventfd_write(self._power_fd, 1)
 
-    def update_drive(self, drive_id: str, path: str) -> None:
-        """Put another file behind a drive; the running guest learns of the new size. ConfigError keeps the old."""
+    def update(self, kind: str, identifier: str, resource: Any) -> None:
+        """Change a device while the guest runs, as the registry says. ConfigError changes nothing."""
         self._check_alive()
-        if drive_id not in self.drives:
-            raise ConfigError(f"there is no drive {drive_id!r}")
-        self.drives[drive_id].update(path)
+        update = KINDS[kind].update
+        device = self.devices.get((kind, identifier))
+        if device is None or update is None:
+            raise ConfigError(f"there is no {kind} device {identifier!r} that can be changed")
+        update(device, resource)
 
     def _check_alive(self) -> None:
         if self._stopped:
@@ -257,12 +254,8 @@ class Machine:
             "uart": _counters(self.serial, _UART),
             "i8042": _counters(self.i8042, _I8042),
         }
-        for drive_id, block in self.drives.items():
-            tree[f"block_{drive_id}"] = {
-                **{metric: getattr(block, name) for metric, name in _BLOCK.items()},
-                "read_agg": block.read_latency,
-                "write_agg": block.write_latency,
-            }
+        for (kind, identifier), device in self.devices.items():
+            tree[f"{kind}_{identifier}" if kind in PER_DEVICE else kind] = device.counters()
         return tree
 
 
@@ -275,22 +268,6 @@ _I8042 = (
     "reset_count",
     "write_count",
 )
-_BLOCK = {
-    "activate_fails": "activate_fails",
-    "cfg_fails": "cfg_fails",
-    "no_avail_buffer": "empty_events",
-    "event_fails": "broken_queues",
-    "execute_fails": "execute_fails",
-    "invalid_reqs_count": "invalid_requests",
-    "flush_count": "flush_count",
-    "queue_event_count": "queue_events",
-    "update_count": "updates",
-    "update_fails": "update_fails",
-    "read_bytes": "read_bytes",
-    "write_bytes": "write_bytes",
-    "read_count": "read_count",
-    "write_count": "write_count",
-}
 
 
 def _counters(device: object, names: tuple[str, ...]) -> dict[str, int]:

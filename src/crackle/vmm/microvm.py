@@ -73,7 +73,6 @@ class MicroVM:
             assert self._console is not None
             console = (self._console.guest_in, self._console.guest_out)
         self._options = BuildOptions(
-            instance_id=instance_id,
             console_in=console[0],
             console_out=console[1],
             logger=logger,

@@ -1,0 +1,184 @@
+"""What a configuration is checked for before it is accepted: a function a resource, changing a VmConfig or nothing.
+
+`CONFIGURE` says which command each serves. Files are opened here only to see that they can be; the builder opens
+them again.
+"""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from crackle.errors import ConfigError, CrackleError, os_reason
+from crackle.schema.machine import updated
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from crackle.schema import (
+        BootSource,
+        Drive,
+        DriveUpdate,
+        MachineConfig,
+        MachineConfigUpdate,
+        RateLimiter,
+        Serial,
+        VmConfig,
+    )
+
+# The kernel command line's room, its final NUL included (Documentation/arch/x86/boot.rst, cmdline_size).
+CMDLINE_MAX_SIZE = 2048
+
+
+class context:  # noqa: N801 - reads as a statement
+    """Puts words in front of the message of a Crackle error that passes through."""
+
+    __slots__ = ("_words",)
+
+    def __init__(self, words: str) -> None:
+        self._words = words
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, CrackleError):
+            error.args = (f"{self._words}: {error}",)
+
+
+def put_machine(config: VmConfig, update: MachineConfig | MachineConfigUpdate) -> None:
+    assert config.machine_config is not None
+    with context("Machine config error"):
+        config.machine_config = updated(config.machine_config, update)
+
+
+def put_boot_source(config: VmConfig, source: BootSource) -> None:
+    with context("Boot source error"):
+        _check_opens(source.kernel_image_path, "The kernel file cannot be opened")
+        if source.initrd_path is not None:
+            _check_opens(source.initrd_path, "The initrd file cannot be opened")
+        if source.boot_args is not None:
+            _check_boot_args(source.boot_args)
+    config.boot_source = source
+
+
+def put_drive(config: VmConfig, drive: Drive) -> None:
+    drives = config.drives
+    with context("Drive config error"):
+        at = next((i for i, other in enumerate(drives) if other.drive_id == drive.drive_id), None)
+        if drive.is_root_device and drives and drives[0].is_root_device and at != 0:
+            raise ConfigError(
+                f"A root block device already exists! It is {drives[0].drive_id!r}; "
+                f"{drive.drive_id!r} cannot be another."
+            )
+        if drive.path_on_host is None:
+            raise ConfigError(
+                "Unable to create the virtio block device: Invalid block config. path_on_host is missing."
+            )
+        read_only = bool(drive.is_read_only)
+        _check_backing_file("Unable to create the virtio block device", drive.path_on_host, read_only)
+    complete: Drive = msgspec.structs.replace(
+        drive, is_read_only=read_only, io_engine="Sync", rate_limiter=None
+    )
+    if at is not None:
+        del drives[at]
+    # The root device comes first: the guest's /dev/vda is the first device.
+    drives.insert(0 if drive.is_root_device else len(drives) if at is None else at, complete)
+
+
+def put_serial(config: VmConfig, serial: Serial) -> None:
+    config.serial = serial
+
+
+CONFIGURE: dict[str, Callable[[VmConfig, Any], None]] = {
+    "put_machine": put_machine,
+    "patch_machine": put_machine,
+    "put_boot_source": put_boot_source,
+    "put_drive": put_drive,
+    "put_serial": put_serial,
+}
+
+
+# -- changes to what runs ------------------------------------------------------------------------------------------
+
+
+def drive_to_change(config: VmConfig, update: DriveUpdate) -> Drive:
+    """The drive that `update` is about; ConfigError when it cannot be changed so."""
+    drive = next((d for d in config.drives if d.drive_id == update.drive_id), None)
+    if drive is None:
+        raise ConfigError(f"There is no drive {update.drive_id!r}. Please verify the request arguments.")
+    if update.path_on_host is None:
+        raise ConfigError("There is nothing to change. Please verify the request arguments.")
+    _check_backing_file("Block", update.path_on_host, bool(drive.is_read_only))
+    return drive
+
+
+def merge(resource: Any, update: Any) -> None:
+    """Note in `resource` what `update` has changed: every field that it gives, and every bucket of a limiter."""
+    for name in update.__struct_fields__:
+        value = getattr(update, name)
+        if value is None:
+            continue
+        if name.endswith("rate_limiter"):
+            before = getattr(resource, name) or type(value)()
+            value = msgspec.structs.replace(
+                before,
+                bandwidth=_bucket_after(before.bandwidth, value.bandwidth),
+                ops=_bucket_after(before.ops, value.ops),
+            )
+        setattr(resource, name, value)
+
+
+def _bucket_after(before: Any, given: Any) -> Any:
+    if given is None:
+        return before
+    return given if given.size else None
+
+
+# -- what several check --------------------------------------------------------------------------------------------
+
+
+def check_limiter(limiter: RateLimiter | None) -> None:
+    """ConfigError when a bucket's numbers mean nothing."""
+    if limiter is not None:
+        from crackle.ratelimit.limiter import RateLimiter as Buckets
+
+        Buckets(limiter).close()
+
+
+def _check_opens(path: str, problem: str) -> None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{problem}: {_reason(error)}: {path}") from None
+    os.close(fd)
+
+
+def _check_backing_file(problem: str, path: str, read_only: bool) -> None:
+    flags = os.O_RDONLY if read_only else os.O_RDWR
+    try:
+        os.close(os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK))
+        if os.path.isdir(path):
+            raise IsADirectoryError(21, "Is a directory")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{problem}: Virtio backend error: Error manipulating the backing file: {_reason(error)} {path}"
+        ) from None
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return os_reason(error) if isinstance(error, OSError) else str(error)
+
+
+def _check_boot_args(text: str) -> None:
+    problem = "The kernel command line is invalid: "
+    if len(text) >= CMDLINE_MAX_SIZE:
+        raise ConfigError(
+            f"{problem}Invalid cmdline capacity provided. It has {len(text)} characters, "
+            f"{CMDLINE_MAX_SIZE - 1} is the most."
+        )
+    if not text.isascii() or "\0" in text:
+        raise ConfigError(f"{problem}it may hold ASCII characters only, and no NUL.")

@@ -1,0 +1,49 @@
+"""The registry of virtio devices: how each kind is made of its resource, and how a PATCH changes it in a running guest.
+
+The kinds have the names of Firecracker's metrics sections. A device's module is imported when the first is made.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from crackle.memory import GuestMemory
+    from crackle.schema import Drive, DriveUpdate
+    from crackle.virtio.block import Block
+    from crackle.virtio.device import VirtioDevice
+
+
+def make_block(memory: GuestMemory, drive: Drive) -> Block:
+    """ConfigError when the drive's file cannot be used."""
+    from crackle.virtio.block import Block
+
+    assert drive.path_on_host is not None
+    return Block(
+        memory,
+        drive.path_on_host,
+        read_only=bool(drive.is_read_only),
+        writeback=drive.cache_type == "Writeback",
+    )
+
+
+def update_block(block: Block, update: DriveUpdate) -> None:
+    """Put another file behind it; ConfigError keeps the old."""
+    if update.path_on_host is not None:
+        block.update(update.path_on_host)
+
+
+class Kind(msgspec.Struct, frozen=True):
+    """make(memory, resource) -> device; update(device, resource), or None for what cannot be changed."""
+
+    make: Callable[[GuestMemory, Any], VirtioDevice]
+    update: Callable[[Any, Any], None] | None = None
+
+
+KINDS = {
+    "block": Kind(make_block, update_block),
+}
