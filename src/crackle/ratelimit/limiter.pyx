@@ -235,4 +235,3 @@ cdef class RateLimiter:
     def fired(self):
         """acknowledge()."""
         self.acknowledge()
-
