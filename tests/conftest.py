@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from support.network import Namespace, may_make_namespaces
 
 _COMMON = {
     "deadline": None,
@@ -23,3 +28,18 @@ settings.register_profile(
     "fuzz", max_examples=int(os.environ.get("CRACKLE_EXAMPLES", "2000")), print_blob=True, **_COMMON
 )
 settings.load_profile(os.environ.get("CRACKLE_HYPOTHESIS", "test"))
+
+
+@pytest.fixture
+def namespaces() -> Iterator[Callable[[], Namespace]]:
+    """Makes network namespaces that end with the test."""
+    if not may_make_namespaces():
+        pytest.skip("may not make network namespaces")
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(Namespace())
+
+
+@pytest.fixture
+def namespace(namespaces: Callable[[], Namespace]) -> Namespace:
+    """A network namespace that ends with the test."""
+    return namespaces()
