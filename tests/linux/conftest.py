@@ -177,7 +177,11 @@ SCRIPTS = {
     # The small kernel, with ACPI and without.
     "kernels": ("kernel/build", (), ("acpi", "acpi-bzimage", "mptable", "mptable-bzimage")),
     # Root file systems, and the payload file that the ext4 image holds.
-    "images": ("rootfs/build", ("ext4", "initramfs", "payload"), ("ext4", "initramfs", "payload")),
+    "images": (
+        "rootfs/build",
+        ("ext4", "tools", "initramfs", "payload"),
+        ("ext4", "tools", "initramfs", "payload"),
+    ),
 }
 
 
@@ -221,6 +225,15 @@ def images() -> dict[str, Path]:
 def rootfs(images: dict[str, Path], tmp_path: Path) -> Path:
     """A root disk of this test's own."""
     return Path(shutil.copyfile(images["ext4"], tmp_path / "root.ext4"))
+
+
+@pytest.fixture
+def tools(images: dict[str, Path]) -> dict[str, object]:
+    """Options of `boot` for a read-only root disk with curl, ethtool, fio and iperf3; /tmp and /run can be written.
+
+    fio comes with eighty megabytes of libraries: it needs this much memory.
+    """
+    return {"rootfs": images["tools"], "read_only": True, "memory": 256}
 
 
 PROMPT = " # "

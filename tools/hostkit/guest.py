@@ -1,9 +1,13 @@
-"""The files of the Linux guests: busybox and a few scripts, made into a disk image or an initial RAM disk."""
+"""The files of the Linux guests: busybox and a few scripts, made into a disk image or an initial RAM disk.
+
+The "tools" disk has some of this machine's programs besides, with the shared libraries they need.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,6 +16,8 @@ from . import cache, cpio, debian
 ROOTFS = Path(__file__).resolve().parents[2] / "guest" / "rootfs"
 PAYLOAD_SIZE = 8 << 20
 IMAGE_SIZE = 64 << 20
+TOOLS_SIZE = 192 << 20
+TOOLS = ("curl", "ethtool", "fio", "iperf3")
 DIRECTORIES = (
     "bin",
     "sbin",
@@ -27,6 +33,8 @@ DIRECTORIES = (
     "root",
     "data",
 )
+# What the kernel's own network configuration (ip= with name servers) found, in the format of resolv.conf.
+LINKS = {"etc/resolv.conf": "/run/resolv.conf"}
 # Fixed, so that images made of the same files differ in nothing a guest can tell.
 UUID = "c4ac91e0-0000-4000-8000-000000000001"
 TIME = "1700000000"
@@ -58,6 +66,7 @@ def base_files() -> dict[str, bytes]:
         "etc/inittab": (ROOTFS / "inittab").read_bytes(),
         "etc/passwd": b"root::0:0:root:/root:/bin/sh\n",
         "etc/group": b"root:x:0:\n",
+        "etc/hosts": b"127.0.0.1 localhost\n",
         "etc/profile": b"export PATH=/bin:/sbin:/usr/bin:/usr/sbin PS1='\\w # '\n",
     }
 
@@ -79,6 +88,8 @@ def archive() -> cpio.Archive:
         made.file(path, content, 0o755)
     for applet in _applets():
         made.symlink(applet, "/bin/busybox")
+    for name, target in LINKS.items():
+        made.symlink(name, target)
     return made
 
 
@@ -106,21 +117,47 @@ def _fill(path: Path, content: bytes) -> None:
 
 def ext4() -> Path:
     """A root disk: ext4 without partitions. Copy it before a guest writes to it."""
+    return _disk("root", tree_key(), IMAGE_SIZE, {})
 
+
+def tools() -> Path:
+    """A larger root disk, with `TOOLS`. Give it to guests read-only: it is too large to be copied for each."""
+    debian.install(TOOLS)
+    files = _programs()
+    stamps = (f"{name} {path.stat().st_size} {path.stat().st_mtime_ns}" for name, path in files.items())
+    return _disk("tools", cache.key(tree_key(), *stamps), TOOLS_SIZE, files)
+
+
+def _programs() -> dict[str, Path]:
+    """The tools and their libraries: what each is called in the guest, and where it is here."""
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    files = {}
+    for name in TOOLS:
+        program = shutil.which(name, path=path)
+        if program is None:
+            raise debian.DebianError(f"no program {name}")
+        files[f"usr/bin/{name}"] = Path(program).resolve()
+        listed = subprocess.run(["ldd", program], check=True, stdout=subprocess.PIPE, text=True).stdout
+        for library in (word for word in listed.split() if word.startswith("/")):
+            files[library.lstrip("/")] = Path(library).resolve()
+    return dict(sorted(files.items()))
+
+
+def _disk(name: str, key: str, size: int, programs: dict[str, Path]) -> Path:
     def make(path: Path) -> None:
-        cache.progress("making the ext4 root disk")
+        cache.progress(f"making the {name} disk")
         staging = path.with_name(path.name + ".tree")
         cache.remove(staging)
         try:
-            _stage(staging)
-            _mke2fs(path, staging)
+            _stage(staging, programs)
+            _mke2fs(path, staging, size)
         finally:
             cache.remove(staging)
 
-    return cache.made(cache.cache_dir() / "guest" / f"root-{tree_key()}.ext4", make)
+    return cache.made(cache.cache_dir() / "guest" / f"{name}-{key}.ext4", make)
 
 
-def _stage(staging: Path) -> None:
+def _stage(staging: Path, programs: dict[str, Path]) -> None:
     for directory in DIRECTORIES:
         (staging / directory).mkdir(parents=True, exist_ok=True)
     for name, content in base_files().items():
@@ -130,18 +167,28 @@ def _stage(staging: Path) -> None:
         path.chmod(0o755)
     for applet in _applets():
         (staging / applet).symlink_to("/bin/busybox")
+    for name, target in LINKS.items():
+        (staging / name).symlink_to(target)
+    for name, source in programs.items():
+        path = staging / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        shutil.copyfile(source, path)
+        path.chmod(0o755)
     (staging / "data" / "payload").write_bytes(payload())
     when = int(TIME)
     for path in [staging, *staging.rglob("*")]:
         os.utime(path, (when, when), follow_symlinks=False)
 
 
-def _mke2fs(image: Path, staging: Path) -> None:
+def _mke2fs(image: Path, staging: Path, size: int) -> None:
     options = f"hash_seed={UUID},root_owner=0:0,lazy_itable_init=0,nodiscard"
     command = ["mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-L", "crackle", "-U", UUID, "-E", options]
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     environment = os.environ | {"E2FSPROGS_FAKE_TIME": TIME, "SOURCE_DATE_EPOCH": TIME, "PATH": path}
-    size = str(IMAGE_SIZE // 4096)
     subprocess.run(
-        [*command, "-d", staging, image, size], check=True, env=environment, stdout=subprocess.DEVNULL
+        [*command, "-d", staging, image, str(size // 4096)],
+        check=True,
+        env=environment,
+        stdout=subprocess.DEVNULL,
     )
