@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from crackle.errors import KvmError as KvmError
     from crackle.errors import StateError as StateError
     from crackle.schema.drive import Drive as Drive
+    from crackle.virtio.custom import VirtioDevice as VirtioDevice
     from crackle.vmm.console import Console as Console
     from crackle.vmm.machine import ExitStatus as ExitStatus
     from crackle.vmm.microvm import MicroVM as MicroVM
@@ -32,6 +33,7 @@ _MODULE_OF = {
     "KvmError": "crackle.errors",
     "MicroVM": "crackle.vmm.microvm",
     "StateError": "crackle.errors",
+    "VirtioDevice": "crackle.virtio.custom",
 }
 
 __all__ = [  # noqa: PLE0604  (the names are resolved by __getattr__)

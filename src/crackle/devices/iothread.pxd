@@ -11,6 +11,7 @@ cdef struct event_source:
 cdef class IoThread:
     cdef int epoll_fd
     cdef int wake_fd
+    cdef bytes name
     cdef void *sync
     cdef int ask
     cdef int state

@@ -54,9 +54,10 @@ cdef void *thread_entry(void *argument) noexcept nogil:
 
 
 cdef class IoThread:
-    """An epoll loop on a thread of its own; `start`, `pause`, `resume`, `stop` from any other thread."""
+    """An epoll loop on a thread of its own, called `name`; `start`, `pause`, `resume`, `stop` from any other thread."""
 
-    def __cinit__(self):
+    def __cinit__(self, str name="io"):
+        self.name = name.encode()
         self.epoll_fd = self.wake_fd = -1
         self.owners = []
         self.sync = calloc(1, sizeof(thread_sync))
@@ -182,7 +183,7 @@ cdef class IoThread:
         if self.epoll_fd < 0:
             raise StateError("the I/O thread is closed")
         self.state = IS_RUNNING
-        error = start_thread(<thread_sync *> self.sync, thread_entry, <void *> self, b"io")
+        error = start_thread(<thread_sync *> self.sync, thread_entry, <void *> self, self.name)
         if error:
             self.state = IS_NEW
             raise KvmError(f"cannot start the I/O thread: {strerror(error).decode()}")

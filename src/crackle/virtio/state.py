@@ -25,8 +25,14 @@ class BlockState(msgspec.Struct, frozen=True, kw_only=True, tag="block"):
     limiter: LimiterState
 
 
+class CustomState(msgspec.Struct, frozen=True, kw_only=True, tag="custom"):
+    """What a device written in Python gave to be kept."""
+
+    data: bytes
+
+
 # One for each device that has something of its own to save; `type` in the file tells which it is.
-OwnState = BlockState
+OwnState = BlockState | CustomState
 
 
 class DeviceState(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from crackle.telemetry.logger import Logger
+    from crackle.virtio.custom import VirtioDevice as CustomDevice
     from crackle.virtio.device import VirtioDevice
     from crackle.vmm.shell import Parts
 
@@ -45,6 +46,7 @@ class BuildOptions(msgspec.Struct, kw_only=True):
 
     console_in, console_out: descriptors of the serial console, -1 for none; the machine does not close them.
     profile: also measure how long exits take to handle.
+    devices: devices written in Python, which the guest gets after the configured ones.
     """
 
     boot_timer: bool = False
@@ -52,6 +54,7 @@ class BuildOptions(msgspec.Struct, kw_only=True):
     console_in: int = 0
     console_out: int = 1
     profile: bool = False
+    devices: tuple[CustomDevice, ...] = ()
 
 
 class ExitStatus(msgspec.Struct, frozen=True):
@@ -80,6 +83,7 @@ class Machine:
         self.pio = Bus("pio")
         self.mmio = Bus("mmio")
         self.io = IoThread()
+        self._python_io: IoThread | None = None
         self.transports: list[MmioTransport] = []
         self.device_infos: list[DeviceInfo] = []
         self.devices: dict[tuple[str, str], VirtioDevice] = {}
@@ -123,9 +127,17 @@ class Machine:
 
     def add(self, kind: str, identifier: str, resource: Any) -> None:
         """Make a virtio device of a kind out of the registry, and attach it. ConfigError when it cannot be had."""
-        self.attach(kind, identifier, KINDS[kind].make(self.memory, resource))
+        self._attach(kind, identifier, KINDS[kind].make(self.memory, resource), self.io)
 
-    def attach(self, kind: str, identifier: str, device: VirtioDevice) -> None:
+    def add_custom(self, identifier: str, device: CustomDevice) -> None:
+        """Attach a device written in Python; all of them share a thread, apart from the other devices'."""
+        from crackle.virtio.python import PythonDevice
+
+        if self._python_io is None:
+            self._python_io = IoThread("python")
+        self._attach("custom", identifier, PythonDevice(self.memory, device), self._python_io)
+
+    def _attach(self, kind: str, identifier: str, device: VirtioDevice, io: IoThread) -> None:
         """Give a virtio device its window, its interrupt, and its place on the I/O thread. The machine closes it."""
         index = len(self.transports)
         if index == _MAX_DEVICES:
@@ -139,8 +151,11 @@ class Machine:
         self.vm.irqfd(device.irq_fd, transport.gsi)
         for queue, fd in enumerate(device.notify_fds):
             self.vm.ioeventfd(fd, transport.notify_address, 4, datamatch=queue)
-        device.attach(self.io)
+        device.attach(io)
         self.device_infos.append(DeviceInfo(address, MMIO_SIZE, transport.gsi))
+
+    def _io_threads(self) -> list[IoThread]:
+        return [self.io] if self._python_io is None else [self.io, self._python_io]
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -148,7 +163,8 @@ class Machine:
         """Run the guest."""
         if self.boot_timer is not None:
             self.boot_timer.start()
-        self.io.start()
+        for io in self._io_threads():
+            io.start()
         for vcpu in self.vcpus:
             vcpu.start(self.pio, self.mmio, self.exit_fd, profile=self._options.profile)
 
@@ -160,7 +176,8 @@ class Machine:
             vcpu.request_pause()
         for vcpu in self.vcpus:
             vcpu.wait_paused()
-        self.io.pause()
+        for io in self._io_threads():
+            io.pause()
         for device in self.devices.values():
             device.drain()
 
@@ -173,7 +190,8 @@ class Machine:
         self._paused = False
         for vcpu in self.vcpus:
             vcpu.kvmclock_ctrl()
-        self.io.resume()
+        for io in self._io_threads():
+            io.resume()
         for vcpu in self.vcpus:
             vcpu.resume()
 
@@ -220,7 +238,8 @@ class Machine:
             vcpu.request_stop()
         for vcpu in self.vcpus:
             vcpu.stop()
-        self.io.close()
+        for io in self._io_threads():
+            io.close()
         for transport in self.transports:
             transport.device.close()
         while self._fds:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from crackle.schema.config import VmConfig
     from crackle.schema.machine import HugePages
+    from crackle.virtio.custom import VirtioDevice
     from crackle.vmm.machine import ExitStatus
 
 DEFAULT_BOOT_ARGS = "console=ttyS0 reboot=k panic=1 i8042.noaux i8042.nomux"
@@ -39,6 +40,7 @@ class MicroVM:
     kernel, initrd: paths of a vmlinux or bzImage and of an initial RAM disk.
     rootfs: path of an image that becomes the root device /dev/vda; `read_only` mounts and opens it so.
     drives: more disks, as paths or `Drive` resources, from /dev/vdb on (from /dev/vda without rootfs).
+    devices: virtio devices written in Python, subclasses of `crackle.VirtioDevice`.
     boot_args: the kernel command line; the default puts the console on the serial port.
     cpus: 1 to 32, two to a core with `smt`. memory: in MiB, backed as `huge_pages` says: "None", "Transparent", or "2M"
     out of those the host has reserved. track_dirty_pages: note which pages are written, for differential snapshots.
@@ -56,6 +58,7 @@ class MicroVM:
         *,
         initrd: str | os.PathLike[str] | None = None,
         drives: Sequence[str | os.PathLike[str] | Drive] = (),
+        devices: Sequence[VirtioDevice] = (),
         read_only: bool = False,
         boot_args: str = DEFAULT_BOOT_ARGS,
         cpus: int = 1,
@@ -77,6 +80,7 @@ class MicroVM:
             console_out=console[1],
             logger=logger,
             profile=profile,
+            devices=tuple(devices),
         )
         self._controller = Controller(
             self._build, prepare, instance_id=instance_id, logger=logger or Logger(instance_id, level=OFF)
