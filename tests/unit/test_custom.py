@@ -76,7 +76,8 @@ class Keeper(Upper):
         self.kept: list[Request] = []
 
     def handle_queue(self, index: int, queue: RequestQueue) -> None:
-        self.kept += list(queue)
+        assert index == 0
+        self.kept += queue
 
 
 def bench(device: crackle.VirtioDevice) -> Bench:

@@ -1,7 +1,7 @@
 """`crackle.VirtioDevice`: the base of virtio devices written in Python.
 
-Its methods run on a thread of their own, never on a vCPU's and never on the one that serves the built-in devices: a slow
-device slows nobody else down. An exception that leaves a method puts the device into DEVICE_NEEDS_RESET.
+Its methods run on a thread of their own, neither a vCPU's nor the one that serves the built-in devices: a slow device
+slows nobody else down. An exception that leaves a method puts the device into DEVICE_NEEDS_RESET.
 """
 
 from __future__ import annotations

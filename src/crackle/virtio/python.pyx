@@ -19,10 +19,6 @@ from crackle.errors import ConfigError, StateError
 from crackle.virtio.state import CustomState
 
 
-cdef extern from * nogil:
-    int atomic_or "__sync_fetch_and_or" (int *place, int bits)
-    int atomic_and "__sync_fetch_and_and" (int *place, int bits)
-
 cdef enum:
     # What the driver did since the device's code last ran
     ACTIVATED = 1
@@ -46,7 +42,7 @@ cdef class PythonDevice(VirtioDevice):
 
     cdef object device
     cdef tuple request_queues
-    cdef int pending                    # changed by atomic operations only
+    cdef int pending
     cdef uint64_t generation            # grows with every reset
     cdef uint32_t writable_config
     cdef uint32_t outstanding[8]        # requests of each queue that were taken and not completed
@@ -130,7 +126,7 @@ cdef class PythonDevice(VirtioDevice):
     # -- with the lock held, on a vCPU thread --------------------------------------------------------------------
 
     cdef void tell(self, int what) noexcept nogil:
-        atomic_or(&self.pending, what)
+        self.pending |= what
         self.notify_again(0)
 
     cdef bint on_activate(self) noexcept nogil:
@@ -156,16 +152,17 @@ cdef class PythonDevice(VirtioDevice):
     cdef void notified(self, int index) noexcept nogil:
         cdef uint64_t ticks
         cdef bint running
+        cdef int told
         read(self.sources[index].fd, &ticks, sizeof(ticks))
         pthread_mutex_lock(&self.lock)
         self.queue_events += 1
-        running = self.running()
+        running, told = self.running(), self.pending
+        self.pending = 0
         pthread_mutex_unlock(&self.lock)
         with gil:
-            self.call(index, running)
+            self.call(index, running, told)
 
-    cdef void call(self, int index, bint running) noexcept:
-        cdef int told = atomic_and(&self.pending, 0)
+    cdef void call(self, int index, bint running, int told) noexcept:
         device = self.device
         try:
             if told & RESET:
