@@ -13,7 +13,7 @@ from crackle.includes.threads cimport *
 from crackle.includes.virtio cimport VIRTIO_MMIO_INT_VRING
 from crackle.memory.guest cimport GuestMemory
 from crackle.virtio.device cimport CONFIG_SPACE, VirtioDevice
-from crackle.virtio.queue cimport MAX_QUEUE_SIZE, QUEUE_BROKEN, QUEUE_CHAIN, Virtqueue, chain
+from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, Virtqueue, chain
 
 from crackle.errors import ConfigError, StateError
 from crackle.virtio.state import CustomState
