@@ -56,8 +56,7 @@ cdef void *thread_entry(void *argument) noexcept nogil:
 cdef class IoThread:
     """An epoll loop on a thread of its own, called `name`; `start`, `pause`, `resume`, `stop` from any other thread."""
 
-    def __cinit__(self, str name="io"):
-        self.name = name.encode()
+    def __cinit__(self, *args):
         self.epoll_fd = self.wake_fd = -1
         self.owners = []
         self.sync = calloc(1, sizeof(thread_sync))
@@ -72,6 +71,9 @@ cdef class IoThread:
         event.events, event.data.ptr = EPOLLIN, NULL
         if epoll_ctl(self.epoll_fd, EPOLL_CTL_ADD, self.wake_fd, &event) < 0:
             raise KvmError(f"cannot watch the I/O thread's wake-up: {strerror(errno).decode()}")
+
+    def __init__(self, str name="io"):
+        self.name = name.encode()
 
     def __del__(self):
         # Before the collector takes anything away that the thread still uses.

@@ -265,7 +265,7 @@ cdef class Request:
     cdef uint64_t done_reading, written
     cdef bint completed
 
-    def __init__(self):
+    def __init__(self, *args, **kwargs):
         raise TypeError("requests come out of a queue")
 
     def read(self, size=None):
