@@ -25,6 +25,7 @@ cdef struct limiter_source:
 cdef class VirtioDevice:
     cdef pthread_mutex_t lock
     cdef bint made                  # __cinit__ has run, and the descriptors below are ours
+    cdef bint foreign               # another process serves the queues, and raises their interrupts itself
     cdef readonly uint32_t device_id
     cdef readonly GuestMemory memory
     cdef readonly uint64_t device_features

@@ -65,6 +65,9 @@ cdef class MmioTransport:
         # Interrupts are acknowledged without waiting for a queue that is being served.
         if offset == VIRTIO_MMIO_INTERRUPT_STATUS and not is_write:
             value = atomic_or(&self.device.interrupt_status, 0)
+            # Whoever else raises interrupts cannot set the bit: each may be one of a queue.
+            if self.device.foreign:
+                value |= VIRTIO_MMIO_INT_VRING
         elif offset == VIRTIO_MMIO_INTERRUPT_ACK and is_write and size == 4:
             memcpy(&value, data, 4)
             atomic_and(&self.device.interrupt_status, ~value)

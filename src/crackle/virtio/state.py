@@ -31,8 +31,14 @@ class CustomState(msgspec.Struct, frozen=True, kw_only=True, tag="custom"):
     data: bytes
 
 
+class VhostUserBlockState(msgspec.Struct, frozen=True, kw_only=True, tag="vhost_user_block"):
+    """What a disk served by another process adds: the configuration space that the driver knows."""
+
+    config: bytes
+
+
 # One for each device that has something of its own to save; `type` in the file tells which it is.
-OwnState = BlockState | CustomState
+OwnState = BlockState | CustomState | VhostUserBlockState
 
 
 class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
