@@ -17,9 +17,13 @@ test: setup lint
 
 setup: build guest-bare guest-kernel $(VENV)/.images
 
-# Debian packages first: one of them may be what `python3 -m venv` needs.
-$(VENV)/.ready: pyproject.toml
+# Debian packages first: one of them may be what `python3 -m venv` or the compiler needs.
+$(VENV)/.packages: tools/setup-host
 	$(PYTHON) tools/setup-host packages
+	mkdir -p $(VENV)
+	touch $@
+
+$(VENV)/.ready: pyproject.toml | $(VENV)/.packages
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing Python packages and building the core: a minute or two"
 	$(BIN)/python -m pip install -q --disable-pip-version-check 'Cython>=3.1' 'setuptools>=77'
@@ -27,7 +31,7 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 # What changed since is compiled in place.
-build: $(VENV)/.ready
+build: $(VENV)/.packages $(VENV)/.ready
 	@$(BIN)/python setup.py -q build_ext --inplace
 	@$(BIN)/python -m compileall -q src
 

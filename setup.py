@@ -14,18 +14,24 @@ if SANITIZE:
     FLAGS += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-O1"]
 
 
+# What an extension links beside the C library.
+LIBRARIES = {"crackle.virtio.block_async": ["uring"]}
+
+
 def extensions() -> list[Extension]:
     """One extension per .pyx file under src/crackle."""
     sources = sorted(path.relative_to(ROOT) for path in (ROOT / "src" / "crackle").rglob("*.pyx"))
+    named = [(".".join(source.with_suffix("").parts[1:]), source) for source in sources]
     return [
         Extension(
-            ".".join(source.with_suffix("").parts[1:]),
+            name,
             [str(source)],
+            libraries=LIBRARIES.get(name, []),
             extra_compile_args=FLAGS,
             extra_link_args=[f"-fsanitize={SANITIZE}"] if SANITIZE else ["-Wl,-O1", "-Wl,-z,now", "-s"],
             define_macros=[("_GNU_SOURCE", "1")],
         )
-        for source in sources
+        for name, source in named
     ]
 
 

@@ -49,9 +49,10 @@ class Machine:
         os.eventfd_write(self.exit_fd, 1)
 
     def update(self, kind: str, identifier: str, resource: Any) -> None:
-        if resource.path_on_host.endswith("refused"):
+        path = str(resource.path_on_host)
+        if path.endswith("refused"):
             raise ConfigError("this file is refused")
-        self._note("update", kind, identifier, resource.path_on_host)
+        self._note("update", kind, identifier, path)
 
     def metrics(self) -> dict[str, dict[str, int]]:
         self._reads += 10

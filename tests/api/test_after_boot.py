@@ -80,15 +80,15 @@ def test_a_drive_gets_another_file(started: Vmm, tmp_path: Path, told: Callable[
         ("root", {"path_on_host": "refused"}, "this file is refused"),
         (
             "root",
-            {"rate_limiter": {"ops": {"size": 1, "refill_time": 1}}},
-            "Crackle does not support rate limiters of drives yet.",
+            {"rate_limiter": {"ops": {"size": 1, "refill_time": 0}}},
+            "The ops bucket of 1 tokens has a refill_time of 0 ms",
         ),
     ],
 )
 def test_a_drive_keeps_its_file_when_the_other_cannot_be_used(
     started: Vmm, tmp_path: Path, drive: str, body: dict[str, Any], fault: str
 ) -> None:
-    (tmp_path / "refused").touch()
+    (tmp_path / "refused").write_bytes(bytes(512))
     if body.get("path_on_host") == "refused":
         body = {"path_on_host": str(tmp_path / "refused")}
     before = started.request("GET", "/vm/config").body

@@ -8,7 +8,7 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -42,10 +42,13 @@ class Answer(NamedTuple):
 class Disk(Bench):
     """A disk of 64 sectors of random bytes, with a driver that has set it up."""
 
-    def __init__(self, path: Path, *, features: int = FEATURES, **options: bool) -> None:
+    engine = "Sync"
+
+    def __init__(self, path: Path, *, features: int = FEATURES, **options: Any) -> None:
         self.path = path
         if not path.exists():
             path.write_bytes(os.urandom(SECTORS * SECTOR))
+        options.setdefault("engine", self.engine)
         super().__init__(Block(GuestMemory([(0, LOW), (HIGH, LOW)]), str(path), **options))
         self.ring = self.begin(RING, 256, features)
         self.place = ARENA
@@ -113,6 +116,13 @@ class Disk(Bench):
     @property
     def contents(self) -> bytes:
         return self.path.read_bytes()
+
+
+@pytest.fixture(scope="module", params=["Sync", "Async"], autouse=True)
+def engine(request: pytest.FixtureRequest) -> str:
+    """Everything here holds for both engines."""
+    Disk.engine = request.param
+    return request.param
 
 
 @pytest.fixture
@@ -218,12 +228,12 @@ def test_a_rest_of_the_file_that_is_no_sector_is_out_of_reach(tmp_path) -> None:
         assert disk.request(IN, 1, room=SECTOR).status == IOERR
 
 
-def test_an_empty_file_is_a_disk_without_sectors(tmp_path) -> None:
+@pytest.mark.parametrize("size", [0, SECTOR - 1])
+def test_a_file_smaller_than_a_sector_is_refused(tmp_path, size: int) -> None:
     path = tmp_path / "disk"
-    path.touch()
-    with Disk(path) as disk:
-        assert disk.bus.read(disk.ADDRESS + driver.CONFIG, 8) == 0
-        assert disk.request(IN, 0, room=SECTOR).status == IOERR
+    path.write_bytes(bytes(size))
+    with pytest.raises(ConfigError, match=f"it has {size} bytes, less than a sector"):
+        Disk(path)
 
 
 def test_a_file_that_shrank_is_an_error_and_nothing_worse(disk: Disk) -> None:

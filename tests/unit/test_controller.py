@@ -382,21 +382,62 @@ def test_a_drive_needs_a_file(bench: Bench, path: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "what"),
-    [
-        ({"socket": "/tmp/s"}, "vhost-user"),
-        ({"rate_limiter": schema.RateLimiter(ops=schema.TokenBucket(1, 1))}, "rate limiters"),
-        ({"io_engine": "Async"}, "Async"),
-    ],
+    ("size", "words"), [(0, "it has 0 bytes"), (511, "it has 511 bytes, less than a sector")]
 )
-def test_what_drives_cannot_do_yet(bench: Bench, fields: dict[str, Any], what: str) -> None:
-    with pytest.raises(ConfigError, match=f"Crackle does not support .*{what}.* yet"):
-        bench.do("put_drive", bench.drive("data", **fields))
+def test_a_drive_needs_a_sector_at_least(bench: Bench, size: int, words: str) -> None:
+    bench.disk.write_bytes(bytes(size))
+    with pytest.raises(ConfigError, match=f"^Drive config error: Unable to create .*cannot use .*: {words}"):
+        bench.do("put_drive", bench.drive("data"))
+    assert bench.drive_ids() == []
 
 
-def test_a_rate_limiter_that_limits_nothing_is_as_good_as_none(bench: Bench) -> None:
-    bench.do("put_drive", bench.drive("data", rate_limiter=schema.RateLimiter()))
+def test_vhost_user_drives_are_not_supported_yet(bench: Bench) -> None:
+    with pytest.raises(ConfigError, match="Crackle does not support vhost-user drives yet"):
+        bench.do("put_drive", bench.drive("data", socket="/tmp/s"))
+
+
+@pytest.mark.parametrize("engine", [None, "Sync", "Async"])
+def test_a_drive_has_the_engine_that_it_was_given(bench: Bench, engine: str | None) -> None:
+    bench.do("put_drive", bench.drive("data", io_engine=engine))
+    assert bench.controller.config.drives[0].io_engine == (engine or "Sync")
+
+
+NO_BUCKET = schema.TokenBucket(0, 100)
+
+
+@pytest.mark.parametrize(
+    "limiter", [schema.RateLimiter(), schema.RateLimiter(NO_BUCKET), schema.RateLimiter(NO_BUCKET, NO_BUCKET)]
+)
+def test_a_rate_limiter_that_limits_nothing_is_as_good_as_none(
+    bench: Bench, limiter: schema.RateLimiter
+) -> None:
+    bench.do("put_drive", bench.drive("data", rate_limiter=limiter))
     assert bench.controller.config.drives[0].rate_limiter is None
+
+
+def test_a_limit_without_a_refill_time_is_refused(bench: Bench) -> None:
+    limiter = schema.RateLimiter(ops=schema.TokenBucket(5, 0))
+    with pytest.raises(ConfigError, match="The ops bucket of 5 tokens has a refill_time of 0 ms"):
+        bench.do("put_drive", bench.drive("data", rate_limiter=limiter))
+    bench.do("put_drive", bench.drive("data"))
+    bench.start()
+    with pytest.raises(ConfigError, match="The ops bucket of 5 tokens has a refill_time of 0 ms"):
+        bench.do("patch_drive", schema.DriveUpdate("data", rate_limiter=limiter))
+    assert bench.machines[0].told == ["start"]
+
+
+def test_the_limits_of_a_running_drive_change_bucket_by_bucket(bench: Bench) -> None:
+    ops, bandwidth = schema.TokenBucket(5, 100), schema.TokenBucket(1000, 10)
+    bench.do("put_drive", bench.drive("data", rate_limiter=schema.RateLimiter(ops=ops)))
+    bench.start()
+    for change, left in (
+        (schema.RateLimiter(bandwidth=bandwidth), schema.RateLimiter(bandwidth, ops)),
+        (schema.RateLimiter(ops=NO_BUCKET), schema.RateLimiter(bandwidth)),
+    ):
+        update = schema.DriveUpdate("data", rate_limiter=change)
+        bench.do("patch_drive", update)
+        assert bench.machines[0].told[-1] == ("block", "data", update)
+        assert bench.controller.config.drives[0].rate_limiter == left
 
 
 def test_a_running_drive_gets_another_file(bench: Bench, tmp_path: Path) -> None:

@@ -66,27 +66,3 @@ cdef extern from "<linux/virtio_mmio.h>" nogil:
 cdef extern from "<linux/virtio_ids.h>" nogil:
     enum:
         VIRTIO_ID_BLOCK
-
-cdef extern from "<linux/virtio_blk.h>" nogil:
-    enum:
-        VIRTIO_BLK_F_SEG_MAX
-        VIRTIO_BLK_F_RO
-        VIRTIO_BLK_F_FLUSH
-        VIRTIO_BLK_T_IN
-        VIRTIO_BLK_T_OUT
-        VIRTIO_BLK_T_FLUSH
-        VIRTIO_BLK_T_GET_ID
-        VIRTIO_BLK_ID_BYTES
-        VIRTIO_BLK_S_OK
-        VIRTIO_BLK_S_IOERR
-        VIRTIO_BLK_S_UNSUPP
-
-    struct virtio_blk_config:
-        uint64_t capacity
-        uint32_t size_max
-        uint32_t seg_max
-
-    struct virtio_blk_outhdr:
-        uint32_t type
-        uint32_t ioprio
-        uint64_t sector

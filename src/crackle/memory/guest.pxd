@@ -29,3 +29,5 @@ cdef class GuestMemory:
     cdef uint8_t *span(self, uint64_t gpa, uint64_t size) noexcept nogil
     # Notes that the VMM wrote there: KVM's own dirty log sees only what vCPUs write.
     cdef void mark_dirty(self, uint64_t gpa, uint64_t size) noexcept nogil
+    # The same for [hva, hva + size), a range that span() gave.
+    cdef void mark_dirty_at(self, const uint8_t *hva, uint64_t size) noexcept nogil

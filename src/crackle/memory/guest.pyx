@@ -239,6 +239,17 @@ cdef class GuestMemory:
                     page += 1
                 return
 
+    cdef void mark_dirty_at(self, const uint8_t *hva, uint64_t size) noexcept nogil:
+        cdef int i
+        cdef region_t *r
+        if not self.tracking:
+            return
+        for i in range(self.count):
+            r = &self.table[i]
+            if hva >= r.hva and <uint64_t> (hva - r.hva) < r.size:
+                self.mark_dirty(r.gpa + <uint64_t> (hva - r.hva), size)
+                return
+
     # -- access from Python --------------------------------------------------------------------------------------
 
     cdef uint8_t *_checked(self, gpa, size) except NULL:

@@ -1,4 +1,6 @@
 from crackle.memory.guest import GuestMemory
+from crackle.ratelimit.limiter import RateLimiter
+from crackle.schema.rate_limiter import RateLimiter as Limits
 from crackle.virtio.device import VirtioDevice
 
 class Block(VirtioDevice):
@@ -30,7 +32,26 @@ class Block(VirtioDevice):
     def updates(self) -> int: ...
     @property
     def update_fails(self) -> int: ...
+    @property
+    def limiter(self) -> RateLimiter: ...
+    @property
+    def discard_count(self) -> int: ...
+    @property
+    def write_zeroes_count(self) -> int: ...
+    @property
+    def throttled_events(self) -> int: ...
+    @property
+    def engine_throttled_events(self) -> int: ...
+    @property
+    def remaining_requests(self) -> int: ...
     def __init__(
-        self, memory: GuestMemory, path: str, *, read_only: bool = False, writeback: bool = False
+        self,
+        memory: GuestMemory,
+        path: str,
+        *,
+        read_only: bool = False,
+        writeback: bool = False,
+        engine: str = "Sync",
+        limiter: Limits | None = None,
     ) -> None: ...
     def update(self, path: str) -> None: ...

@@ -1,34 +1,35 @@
 """virtio-block (virtio 1.2, section 5.2): a disk backed by a file or a block device.
 
-One queue. Requests are served on the I/O thread, one after the other, by `preadv` and `pwritev` straight between the file
-and guest memory. Owns the descriptor of the backing file.
+One queue. The I/O thread takes chains out of it, checks them, and submits them as requests to an engine
+(`block_engine`, `block_async`), which moves the data straight between the file and guest memory. Owns the descriptor of the
+backing file.
 """
 
-from libc.errno cimport EINTR, errno
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.errno cimport EOPNOTSUPP
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
-from posix.unistd cimport close
+from posix.unistd cimport close, read
 
+from crackle.devices.iothread cimport IoThread
+from crackle.includes.block cimport *
 from crackle.includes.threads cimport *
 from crackle.includes.virtio cimport *
 from crackle.memory.guest cimport GuestMemory
+from crackle.ratelimit.limiter cimport RateLimiter
+from crackle.virtio.block_engine cimport DO_ALLOCATE, DO_FLUSH, DO_NOTHING, DO_READ, DO_WRITE, Engine, operation, request
 from crackle.virtio.device cimport VirtioDevice
-from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers, iovec
+from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers, iovec
 
 import os
-import stat
 
 from crackle.errors import ConfigError
+from crackle.virtio.backing import open_backing
+from crackle.virtio.state import BlockState
 
 
-cdef extern from "<sys/uio.h>" nogil:
-    ssize_t preadv(int fd, const iovec *iov, int count, long offset)
-    ssize_t pwritev(int fd, const iovec *iov, int count, long offset)
-
-cdef extern from "<unistd.h>" nogil:
-    ssize_t pread(int fd, void *buffer, size_t size, long offset)
-    ssize_t pwrite(int fd, const void *buffer, size_t size, long offset)
-    int fdatasync(int fd)
+cdef extern from "<sys/epoll.h>" nogil:
+    enum:
+        EPOLLIN
 
 cdef enum:
     SECTOR = 512
@@ -43,6 +44,12 @@ cdef enum:
     MAX_BATCH = 4 * QUEUE_SIZE
     MAX_BATCH_NS = 20_000_000
 
+# What `take_all` left off for, beside what `pop` says.
+cdef enum:
+    QUEUE_HELD = 2      # the limiter or the engine takes no more: one of them says when it does
+    QUEUE_TIRED = 3     # enough for one turn
+
+cdef uint64_t ALLOCATE_FEATURES = <uint64_t> 1 << VIRTIO_BLK_F_DISCARD | <uint64_t> 1 << VIRTIO_BLK_F_WRITE_ZEROES
 
 # Nanoseconds to look out for the next request before asking for a notification. On a single CPU the driver could not
 # make one meanwhile.
@@ -62,25 +69,6 @@ cdef void note_latency(latency *l, uint64_t us) noexcept nogil:
     l.sum_us += us
 
 
-cdef open_backing(str path, bint read_only):
-    """(descriptor, size in bytes) of a regular file or block device; ConfigError otherwise."""
-    try:
-        # Without waiting, or a named pipe would be waited for; for files that are drives it means nothing.
-        fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise ConfigError(f"cannot open the drive's file {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"cannot open the drive's file {path!r}: {error}") from None
-    try:
-        mode = os.fstat(fd).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-            raise ConfigError(f"cannot use {path} as a drive: it is neither a regular file nor a block device")
-        return fd, os.lseek(fd, 0, os.SEEK_END)
-    except BaseException:
-        os.close(fd)
-        raise
-
-
 cdef class Block(VirtioDevice):
     """A disk.
 
@@ -88,7 +76,9 @@ cdef class Block(VirtioDevice):
     read_only: the guest cannot write, and the file is opened for reading only.
     writeback: offer FLUSH and honour it with fdatasync; without it the guest is told that writes are stable when they
     are answered, and they are only as stable as the host's page cache (Firecracker's "Unsafe").
-    Raises ConfigError when the file cannot be used.
+    engine: "Sync", a system call a request, or "Async", io_uring.
+    limiter: the schema's, for bytes read and written and for requests of any kind.
+    Raises ConfigError when the file or the engine cannot be used.
     """
 
     cdef int fd
@@ -96,15 +86,26 @@ cdef class Block(VirtioDevice):
     cdef readonly bint read_only, writeback
     cdef readonly str path
     cdef uint8_t serial[VIRTIO_BLK_ID_BYTES]
-    cdef chain request
+    cdef chain chain
+    cdef Engine engine
+    cdef readonly RateLimiter limiter
+    cdef uint64_t begun         # when this turn began, ns
+    cdef uint64_t clock         # when the thread last looked at it, ns
+    cdef uint32_t taken         # chains taken in this turn,
+    cdef uint32_t answered      # and answered
+    cdef bint held              # there may be chains in the queue that no notification will tell of
     cdef readonly uint64_t read_bytes, write_bytes, read_count, write_count, flush_count
+    cdef readonly uint64_t discard_count, write_zeroes_count
     cdef readonly uint64_t execute_fails, invalid_requests, empty_events, updates, update_fails
+    cdef readonly uint64_t throttled_events, engine_throttled_events, remaining_requests
     cdef latency reads, writes
 
     def __cinit__(self, *args, **kwargs):
         self.fd = -1
 
-    def __init__(self, GuestMemory memory, str path, *, bint read_only=False, bint writeback=False):
+    def __init__(
+        self, GuestMemory memory, str path, *, bint read_only=False, bint writeback=False, str engine="Sync", limiter=None
+    ):
         cdef uint64_t features = <uint64_t> 1 << VIRTIO_BLK_F_SEG_MAX
         self.read_only, self.writeback = read_only, writeback
         if read_only:
@@ -112,54 +113,84 @@ cdef class Block(VirtioDevice):
         if writeback:
             features |= <uint64_t> 1 << VIRTIO_BLK_F_FLUSH
         self.set_up(VIRTIO_ID_BLOCK, features, (QUEUE_SIZE,))
+        self.limiter = RateLimiter(limiter)
+        self.add_limiter(self.limiter, 0)
+        self.engine = new_engine(engine, memory)
         self.config_size = sizeof(virtio_blk_config)
-        self.use(path)
+        if self.use(path).discards:
+            self.device_features |= ALLOCATE_FEATURES
 
     def __dealloc__(self):
         if self.made and self.fd >= 0:
             close(self.fd)
 
     def close(self):
-        """Give the descriptors back; the I/O thread is stopped. Idempotent."""
+        """Wait for what is in flight and give the descriptors back; the I/O thread is stopped. Idempotent."""
         VirtioDevice.close(self)
+        if self.engine is not None:
+            with nogil:
+                pthread_mutex_lock(&self.lock)
+                self.engine.shut_down()
+                pthread_mutex_unlock(&self.lock)
         if self.fd >= 0:
             close(self.fd)
             self.fd = -1
 
+    def attach(self, IoThread io not None):
+        """Serve the queue and the engine on `io`."""
+        VirtioDevice.attach(self, io)
+        if self.engine.event_fd >= 0:
+            io.add(self.engine.event_fd, EPOLLIN, engine_ready, <void *> self, self)
+
+    # -- the backing file ----------------------------------------------------------------------------------------
+
     cdef use(self, str path):
-        """Put `path` behind the disk; once the disk is the guest's, tell it."""
+        """Put `path` behind the disk; once the disk is the guest's, tell it. The Backing."""
         cdef int fd, old = self.fd
         cdef virtio_blk_config config
         cdef char identity[VIRTIO_BLK_ID_BYTES]
-        fd, size = open_backing(path, self.read_only)
-        # GET_ID: like a disk's serial number, it tells one backing file from another (5.2.6).
-        status = os.fstat(fd)
-        serial = f"{status.st_dev}{status.st_rdev}{status.st_ino}".encode()[:VIRTIO_BLK_ID_BYTES]
+        backing = open_backing(path, self.read_only)
+        fd = backing.fd
         memset(identity, 0, VIRTIO_BLK_ID_BYTES)
-        memcpy(identity, <const char *> serial, len(serial))
+        memcpy(identity, <const char *> backing.identity, len(backing.identity))
         memset(&config, 0, sizeof(config))
-        config.capacity = size >> SECTOR_SHIFT
+        config.capacity = backing.size >> SECTOR_SHIFT
         config.seg_max = SEG_MAX
+        # 5.2.4: in sectors; one range a request.
+        config.max_discard_sectors = config.max_write_zeroes_sectors = MAX_TRANSFER >> SECTOR_SHIFT
+        config.max_discard_seg = config.max_write_zeroes_seg = config.write_zeroes_may_unmap = 1
+        config.discard_sector_alignment = max(backing.granularity >> SECTOR_SHIFT, 1)
         with nogil:
             pthread_mutex_lock(&self.lock)
+            self.on_drain()
             memcpy(self.serial, identity, VIRTIO_BLK_ID_BYTES)
             memcpy(self.config, &config, sizeof(config))
             self.sectors, self.fd = config.capacity, fd
+            self.engine.use(fd)
             if old >= 0:
                 self.config_changed()
             pthread_mutex_unlock(&self.lock)
         self.path = path
         if old >= 0:
             close(old)
+        return backing
 
     def update(self, str path):
-        """Put another file behind the disk while the guest runs, and tell the guest. ConfigError leaves the old one."""
+        """Put another file behind the disk while the guest runs, and tell the guest. ConfigError leaves the old one.
+
+        What is in flight goes to the old file, and is waited for.
+        """
         try:
             self.use(path)
         except ConfigError:
             self.update_fails += 1
             raise
         self.updates += 1
+
+    @property
+    def size(self):
+        """Bytes that the guest sees."""
+        return self.sectors << SECTOR_SHIFT
 
     def counters(self):
         """Firecracker's `block` metrics; read_agg and write_agg are microseconds that requests took."""
@@ -171,7 +202,13 @@ cdef class Block(VirtioDevice):
             "execute_fails": self.execute_fails,
             "invalid_reqs_count": self.invalid_requests,
             "flush_count": self.flush_count,
+            "discard_count": self.discard_count,
+            "write_zeroes_count": self.write_zeroes_count,
             "queue_event_count": self.queue_events,
+            "rate_limiter_event_count": self.limiter.events,
+            "rate_limiter_throttled_events": self.throttled_events,
+            "io_engine_throttled_events": self.engine_throttled_events,
+            "remaining_reqs_count": self.remaining_requests,
             "update_count": self.updates,
             "update_fails": self.update_fails,
             "read_bytes": self.read_bytes,
@@ -182,151 +219,284 @@ cdef class Block(VirtioDevice):
             "write_agg": self.writes,
         }
 
-    @property
-    def size(self):
-        """Bytes that the guest sees."""
-        return self.sectors << SECTOR_SHIFT
+    # -- saved state ---------------------------------------------------------------------------------------------
 
-    # -- on the I/O thread, with the lock held -------------------------------------------------------------------
+    def save_own(self):
+        """BlockState. What the guest has been told is written is on the disk when it is saved."""
+        if self.fd >= 0 and not self.read_only:
+            os.fdatasync(self.fd)
+        return BlockState(limiter=self.limiter.save())
+
+    def restore_own(self, state):
+        """The reverse of `save_own`; ValueError when the state is no disk's."""
+        if not isinstance(state, BlockState):
+            raise ValueError(f"a saved {type(state).__name__} for a disk")
+        self.limiter.restore(state.limiter)
+
+    def accept_features(self, features):
+        """A restored driver may discard whether or not this host's file system can: it is told so request by request."""
+        self.device_features |= features & ALLOCATE_FEATURES
+
+    # -- on the I/O thread, with the lock held: the queue ----------------------------------------------------------
 
     cdef void handle_queue(self, int index, Virtqueue queue) noexcept nogil:
-        cdef uint64_t begin = now_ns(), before = begin, until
-        cdef uint32_t served = 0, told = 0
+        if self.limiter.blocked:
+            self.throttled_events += 1
+        self.serve(queue)
+        if self.answered == 0 and self.taken == 0:
+            self.empty_events += 1
+
+    cdef void engine_event(self) noexcept nogil:
+        """Something in flight is done."""
+        cdef uint64_t ticks
+        pthread_mutex_lock(&self.lock)
+        read(self.engine.event_fd, &ticks, sizeof(ticks))
+        if self.running():
+            self.serve(<Virtqueue> self.table[0])
+        pthread_mutex_unlock(&self.lock)
+
+    cdef void serve(self, Virtqueue queue) noexcept nogil:
+        """One turn: take what is in the queue, answer what is done, until neither gives more."""
+        cdef uint32_t told = 0
         cdef int found
+        self.begun = self.clock = now_ns()
+        self.taken = self.answered = 0
+        self.held = False
         if not queue.ready:
             return
+        self.engine.announce(False)
         while True:
-            found = queue.pop(&self.request)
-            if found == QUEUE_EMPTY:
-                if served > told:
-                    told = served
-                    if queue.wants_interrupt():
-                        self.interrupt(VIRTIO_MMIO_INT_VRING)
-                    # A driver that waits for its answer asks again at once: look out for it for as long as a notification
-                    # would cost it. Until rearm() it need not send one.
-                    until = now_ns() + spin_ns
-                    while now_ns() < until:
-                        if queue.has_more():
-                            break
-                    else:
-                        if queue.rearm():
-                            break
-                elif queue.rearm():
-                    break
-                continue
+            self.reap(queue)
+            found = self.take_all(queue)
+            if self.engine.kick():
+                self.reap(queue)
             if found == QUEUE_BROKEN:
                 self.need_reset()
                 break
-            queue.push(self.request.head, self.serve(&self.request, &before))
-            queue.publish()
-            served += 1
-            if served == MAX_BATCH or before - begin >= MAX_BATCH_NS:
-                self.notify_again(index)
+            if found == QUEUE_TIRED or self.clock - self.begun >= MAX_BATCH_NS:
+                self.notify_again(0)
                 break
-        if served == 0:
-            self.empty_events += 1
-        elif served > told and queue.wants_interrupt():
+            if found == QUEUE_HELD and not self.limiter.blocked and self.engine.take() != NULL:
+                continue
+            if self.answered != told:
+                told = self.answered
+                if queue.wants_interrupt():
+                    self.interrupt(VIRTIO_MMIO_INT_VRING)
+                if self.look_out(queue, found == QUEUE_EMPTY):
+                    continue
+            self.held = found == QUEUE_HELD
+            if (self.held or queue.rearm()) and not self.engine.announce(True):
+                return
+            self.clock = now_ns()
+        self.engine.announce(True)
+        if self.answered != told and queue.wants_interrupt():
             self.interrupt(VIRTIO_MMIO_INT_VRING)
 
-    cdef uint32_t serve(self, chain *c, uint64_t *clock) noexcept nogil:
-        """Do one request (5.2.6); returns the number of bytes written to the guest's buffers."""
+    cdef bint look_out(self, Virtqueue queue, bint for_more) noexcept nogil:
+        """A driver that waits for its answer asks again at once: look out for it, and for what is in flight, for as long as
+        a notification would cost. Until rearm() the driver need not send one.
+        """
+        cdef uint64_t until = now_ns() + spin_ns
+        while now_ns() < until:
+            if (for_more and queue.has_more()) or self.engine.ready():
+                return True
+        return False
+
+    cdef int take_all(self, Virtqueue queue) noexcept nogil:
+        """Submit what is in the queue; what pop() found at last, QUEUE_HELD or QUEUE_TIRED."""
+        cdef request *r
+        cdef int found
+        while self.taken < MAX_BATCH:
+            if self.limiter.blocked:
+                return QUEUE_HELD
+            r = self.engine.take()
+            if r == NULL:
+                self.engine_throttled_events += 1
+                return QUEUE_HELD
+            found = queue.pop(&self.chain)
+            if found != QUEUE_CHAIN:
+                return found
+            self.parse(&self.chain, r)
+            if not r.invalid and not self.limiter.consume(
+                r.length if r.what == DO_READ or r.what == DO_WRITE else 0, 1
+            ):
+                queue.put_back()
+                self.throttled_events += 1
+                return QUEUE_HELD
+            self.taken += 1
+            self.remaining_requests += <uint16_t> (queue.cached_avail - queue.next_avail)
+            r.started = self.clock
+            if r.what == DO_NOTHING or self.engine.submit(r):
+                self.clock = now_ns()
+                self.finish(r, queue)
+                queue.publish()
+                if self.clock - self.begun >= MAX_BATCH_NS:
+                    break
+        return QUEUE_TIRED
+
+    cdef void reap(self, Virtqueue queue) noexcept nogil:
+        """Answer what is done of what was in flight."""
+        cdef request *r = self.engine.completed()
+        if r == NULL:
+            return
+        self.clock = now_ns()
+        while r != NULL:
+            self.finish(r, queue)
+            self.engine.release(r)
+            r = self.engine.completed()
+        queue.publish()
+
+    cdef void on_drain(self) noexcept nogil:
+        self.finish_all(<Virtqueue> self.table[0])
+
+    cdef void finish_all(self, Virtqueue queue) noexcept nogil:
+        """Wait for what is in flight."""
+        cdef uint32_t before = self.answered
+        cdef bint live = self.running() and queue.ready
+        cdef request *r
+        while self.engine.wait():
+            if live:
+                self.reap(queue)
+                continue
+            # The rings are no longer ours.
+            r = self.engine.completed()
+            while r != NULL:
+                self.engine.release(r)
+                r = self.engine.completed()
+        if live and self.answered != before and queue.wants_interrupt():
+            self.interrupt(VIRTIO_MMIO_INT_VRING)
+        if live and self.held and not self.limiter.blocked:
+            # The engine takes more now, and has nothing left to announce.
+            self.notify_again(0)
+
+    cdef void on_reset(self) noexcept nogil:
+        # Guest memory is the driver's again when the reset is done (2.4.1).
+        self.status = 0
+        self.finish_all(<Virtqueue> self.table[0])
+        self.held = False
+
+    # -- requests (5.2.6) ----------------------------------------------------------------------------------------
+
+    cdef void parse(self, chain *c, request *r) noexcept nogil:
+        """What the chain asks for, as a request; DO_NOTHING with the answer when that can be told without the file."""
         cdef virtio_blk_outhdr header
         cdef iovec *last
-        cdef uint8_t *status
-        cdef uint8_t result = VIRTIO_BLK_S_UNSUPP
-        cdef uint64_t length = 0
+        cdef int i
+        r.what, r.error, r.invalid, r.answer, r.length, r.count = DO_NOTHING, 0, False, VIRTIO_BLK_S_OK, 0, 0
+        r.head, r.status, r.counted, r.mode, r.fallback = c.head, NULL, NULL, 0, 0
         if copy_buffers(c.iov, c.readable, 0, &header, HEADER, False) != HEADER or c.writable == 0:
             # No header to obey, or no place for an answer.
-            self.invalid_requests += 1
-            return 0
+            r.invalid = True
+            return
         # The status is the last byte that the device writes, however the driver cut its buffers (2.7.4).
         last = &c.iov[c.readable + c.writable - 1]
         last.iov_len -= 1
-        status = <uint8_t *> last.iov_base + last.iov_len
+        r.status = <uint8_t *> last.iov_base + last.iov_len
+        if last.iov_len == 0:
+            c.writable -= 1
         if header.type == VIRTIO_BLK_T_IN:
-            length = c.writable_bytes - 1
-            result = self.transfer(&c.iov[c.readable], c.writable, length, header.sector, False, clock)
-            if result != VIRTIO_BLK_S_OK:
-                length = 0
+            r.iov, r.count, r.counted = &c.iov[c.readable], c.writable, &self.read_count
+            self.place(r, DO_READ, header.sector, c.writable_bytes - 1)
         elif header.type == VIRTIO_BLK_T_OUT:
-            result = self.write_out(c, header.sector, clock)
+            self.parse_write(c, r, header.sector)
         elif header.type == VIRTIO_BLK_T_FLUSH:
-            self.flush_count += 1
-            result = VIRTIO_BLK_S_OK
+            r.counted = &self.flush_count
             if self.writeback:
-                if fdatasync(self.fd) < 0:
-                    result = VIRTIO_BLK_S_IOERR
-                clock[0] = now_ns()
+                r.what = DO_FLUSH
         elif header.type == VIRTIO_BLK_T_GET_ID:
-            length = copy_buffers(&c.iov[c.readable], c.writable, 0, self.serial, VIRTIO_BLK_ID_BYTES, True)
-            result = VIRTIO_BLK_S_OK
+            r.length = copy_buffers(&c.iov[c.readable], c.writable, 0, self.serial, VIRTIO_BLK_ID_BYTES, True)
+            for i in range(c.readable, c.readable + c.writable):
+                self.engine.mark_written(c.iov[i].iov_base, c.iov[i].iov_len)
+        elif header.type == VIRTIO_BLK_T_DISCARD and self.driver_features >> VIRTIO_BLK_F_DISCARD & 1:
+            self.parse_allocate(c, r, False)
+        elif header.type == VIRTIO_BLK_T_WRITE_ZEROES and self.driver_features >> VIRTIO_BLK_F_WRITE_ZEROES & 1:
+            self.parse_allocate(c, r, True)
         else:
-            self.invalid_requests += 1
-        if result == VIRTIO_BLK_S_IOERR:
-            self.execute_fails += 1
-        status[0] = result
-        self.note_written(c)
-        return <uint32_t> length + 1
+            r.answer = VIRTIO_BLK_S_UNSUPP
 
-    cdef uint8_t write_out(self, chain *c, uint64_t sector, uint64_t *clock) noexcept nogil:
+    cdef void place(self, request *r, operation what, uint64_t sector, uint64_t length) noexcept nogil:
+        """Have `what` done to `length` bytes from `sector` on, if that is a part of the disk."""
+        cdef uint64_t count = length >> SECTOR_SHIFT
+        if length > MAX_TRANSFER or length & (SECTOR - 1) or sector > self.sectors or count > self.sectors - sector:
+            r.answer = VIRTIO_BLK_S_IOERR
+        elif length:
+            r.what, r.offset, r.length, r.left = what, sector << SECTOR_SHIFT, length, length
+
+    cdef void parse_write(self, chain *c, request *r, uint64_t sector) noexcept nogil:
         cdef uint64_t skip = HEADER
         cdef int first = 0
         if self.read_only:
-            return VIRTIO_BLK_S_IOERR
+            r.answer = VIRTIO_BLK_S_IOERR
+            return
         while skip and skip >= c.iov[first].iov_len:
             skip -= c.iov[first].iov_len
             first += 1
         if skip:
             c.iov[first].iov_base = <uint8_t *> c.iov[first].iov_base + skip
             c.iov[first].iov_len -= skip
-        return self.transfer(&c.iov[first], c.readable - first, c.readable_bytes - HEADER, sector, True, clock)
+        r.iov, r.count, r.counted = &c.iov[first], c.readable - first, &self.write_count
+        self.place(r, DO_WRITE, sector, c.readable_bytes - HEADER)
 
-    cdef uint8_t transfer(
-        self, iovec *iov, int count, uint64_t length, uint64_t sector, bint writing, uint64_t *clock
-    ) noexcept nogil:
-        cdef uint64_t sectors = length >> SECTOR_SHIFT, offset = sector << SECTOR_SHIFT, left = length, start = clock[0]
-        cdef ssize_t n
-        if length > MAX_TRANSFER or length & (SECTOR - 1) or sector > self.sectors or sectors > self.sectors - sector:
-            return VIRTIO_BLK_S_IOERR
-        while left:
-            if count == 1:
-                if writing:
-                    n = pwrite(self.fd, iov.iov_base, iov.iov_len, <long> offset)
-                else:
-                    n = pread(self.fd, iov.iov_base, iov.iov_len, <long> offset)
-            elif writing:
-                n = pwritev(self.fd, iov, count, <long> offset)
+    cdef void parse_allocate(self, chain *c, request *r, bint zeroes) noexcept nogil:
+        """DISCARD or WRITE_ZEROES of one range, as the configuration space says."""
+        cdef virtio_blk_discard_write_zeroes given
+        cdef int punch = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, zero = FALLOC_FL_KEEP_SIZE | FALLOC_FL_ZERO_RANGE
+        if self.read_only or c.readable_bytes < HEADER + sizeof(given):
+            r.answer = VIRTIO_BLK_S_IOERR
+            return
+        copy_buffers(c.iov, c.readable, HEADER, &given, sizeof(given), False)
+        if c.readable_bytes > HEADER + sizeof(given) or given.flags & ~<uint32_t> (
+            VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP if zeroes else 0
+        ):
+            r.answer = VIRTIO_BLK_S_UNSUPP
+            return
+        r.mode = r.fallback = punch
+        if zeroes:
+            # Kept as blocks of zeroes unless the driver allows otherwise, where there is such a thing.
+            if given.flags:
+                r.fallback = zero
             else:
-                n = preadv(self.fd, iov, count, <long> offset)
-            if n < 0 and errno == EINTR:
-                continue
-            if n <= 0:
-                return VIRTIO_BLK_S_IOERR
-            left -= n
-            offset += n
-            while count and n and <uint64_t> n >= iov.iov_len:
-                n -= iov.iov_len
-                iov += 1
-                count -= 1
-            if n:
-                iov.iov_base = <uint8_t *> iov.iov_base + n
-                iov.iov_len -= n
-        clock[0] = now_ns()
-        if writing:
-            self.write_count += 1
-            self.write_bytes += length
-            note_latency(&self.writes, (clock[0] - start) // 1000)
-        else:
-            self.read_count += 1
-            self.read_bytes += length
-            note_latency(&self.reads, (clock[0] - start) // 1000)
-        return VIRTIO_BLK_S_OK
+                r.mode = zero
+        r.counted = &self.write_zeroes_count if zeroes else &self.discard_count
+        self.place(r, DO_ALLOCATE, given.sector, <uint64_t> given.num_sectors << SECTOR_SHIFT)
 
-    cdef void note_written(self, chain *c) noexcept nogil:
-        cdef int i
-        cdef uint8_t *begin
-        if self.memory.tracking:
-            for i in range(c.readable, c.readable + c.writable):
-                # A transfer in parts has moved the start of a buffer, never its end; the status byte is one beyond it.
-                begin = self.memory.span(c.gpa[i], 1)
-                self.memory.mark_dirty(c.gpa[i], <uint8_t *> c.iov[i].iov_base + c.iov[i].iov_len + 1 - begin)
+    cdef void finish(self, request *r, Virtqueue queue) noexcept nogil:
+        """Answer a request; `publish` shows it to the driver."""
+        cdef uint32_t written = 0
+        cdef uint64_t us = (self.clock - r.started) // 1000
+        if r.error:
+            r.answer = VIRTIO_BLK_S_IOERR
+            if r.error == EOPNOTSUPP and r.what == DO_ALLOCATE:
+                r.answer = VIRTIO_BLK_S_UNSUPP
+        self.execute_fails += r.answer == VIRTIO_BLK_S_IOERR
+        self.invalid_requests += r.invalid or r.answer == VIRTIO_BLK_S_UNSUPP
+        if r.status != NULL:
+            written = 1
+            if r.answer == VIRTIO_BLK_S_OK:
+                if r.counted != NULL:
+                    r.counted[0] += 1
+                if r.what == DO_READ:
+                    self.read_bytes += r.length
+                    note_latency(&self.reads, us)
+                elif r.what == DO_WRITE:
+                    self.write_bytes += r.length
+                    note_latency(&self.writes, us)
+                if r.what == DO_READ or r.what == DO_NOTHING:
+                    written += <uint32_t> r.length
+            r.status[0] = r.answer
+            self.engine.mark_written(r.status, 1)
+        queue.push(r.head, written)
+        self.answered += 1
+
+
+cdef Engine new_engine(str name, GuestMemory memory):
+    if name == "Sync":
+        return Engine(memory)
+    if name == "Async":
+        from crackle.virtio.block_async import AsyncEngine
+        return AsyncEngine(memory)
+    raise ConfigError(f"there is no io_engine {name!r}; there are Sync and Async")
+
+
+cdef void engine_ready(void *context, uint32_t events) noexcept nogil:
+    (<Block> context).engine_event()

@@ -274,6 +274,9 @@ cdef class VirtioDevice:
         if state is not None:
             raise ValueError(f"a saved {type(state).__name__} for a device that saves nothing of its own")
 
+    def accept_features(self, features):
+        """Before a restore: offer what the saved driver has negotiated, where that depends on the host only."""
+
     @property
     def device_status(self):
         """The status register (2.1)."""

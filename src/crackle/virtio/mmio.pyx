@@ -210,6 +210,7 @@ cdef class MmioTransport:
     def restore(self, state):
         """The reverse of `save`, before the vCPUs run; ValueError when the state is not this device's."""
         cdef VirtioDevice device = self.device
+        device.accept_features(state.driver_features)
         if state.driver_features & ~device.device_features:
             raise ValueError(f"saved features {state.driver_features:#x} go beyond {device.device_features:#x}")
         if len(state.queues) != len(device.queues):

@@ -50,6 +50,7 @@ cdef class Virtqueue:
     cdef void reset(self) noexcept nogil
     cdef bint enable(self) noexcept nogil
     cdef int pop(self, chain *c) noexcept nogil
+    cdef void put_back(self) noexcept nogil
     cdef int add_buffer(self, chain *c, vring_desc *d) noexcept nogil
     cdef int broken(self, const char *why) noexcept nogil
     cdef void push(self, uint16_t head, uint32_t length) noexcept nogil

@@ -92,21 +92,12 @@ def _has(name: str, *values: object) -> Callable[[Any], bool]:
     return check
 
 
-def _limits(resource: Any) -> bool:
-    """Whether there is a rate limiter that limits anything."""
-    limiter = resource.rate_limiter
-    return limiter is not None and (limiter.bandwidth is not None or limiter.ops is not None)
-
-
 # What answers "not supported yet": command, condition on its resource (None: always), and what it is called.
 NOT_YET: tuple[tuple[str, Callable[[Any], bool] | None, str], ...] = (
     ("put_machine", _has("cpu_template", "C3", "T2", "T2S", "T2CL", "T2A"), "CPU templates"),
     ("patch_machine", _has("cpu_template", "C3", "T2", "T2S", "T2CL", "T2A"), "CPU templates"),
     ("put_cpu_config", None, "CPU templates"),
     ("put_drive", _has("socket"), "vhost-user drives"),
-    ("put_drive", _limits, "rate limiters of drives"),
-    ("put_drive", _has("io_engine", "Async"), "the Async io_engine of drives"),
-    ("patch_drive", _limits, "rate limiters of drives"),
     ("delete_drive", None, "removing drives"),
     ("put_serial", _has("rate_limiter"), "rate limiters of the serial console"),
     *((f"{verb}_network", None, "network interfaces") for verb in ("put", "patch", "delete")),

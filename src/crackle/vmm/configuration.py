@@ -79,9 +79,17 @@ def put_drive(config: VmConfig, drive: Drive) -> None:
                 "Unable to create the virtio block device: Invalid block config. path_on_host is missing."
             )
         read_only = bool(drive.is_read_only)
-        _check_backing_file("Unable to create the virtio block device", drive.path_on_host, read_only)
+        problem = "Unable to create the virtio block device"
+        _check_backing_file(problem, drive.path_on_host, read_only)
+        engine = drive.io_engine or "Sync"
+        with context(problem):
+            if engine == "Async":
+                from crackle.virtio.block_async import check_host
+
+                check_host()
+            limiter = limits(drive.rate_limiter)
     complete: Drive = msgspec.structs.replace(
-        drive, is_read_only=read_only, io_engine="Sync", rate_limiter=None
+        drive, is_read_only=read_only, io_engine=engine, rate_limiter=limiter
     )
     if at is not None:
         del drives[at]
@@ -110,9 +118,11 @@ def drive_to_change(config: VmConfig, update: DriveUpdate) -> Drive:
     drive = next((d for d in config.drives if d.drive_id == update.drive_id), None)
     if drive is None:
         raise ConfigError(f"There is no drive {update.drive_id!r}. Please verify the request arguments.")
-    if update.path_on_host is None:
+    if update.path_on_host is None and update.rate_limiter is None:
         raise ConfigError("There is nothing to change. Please verify the request arguments.")
-    _check_backing_file("Block", update.path_on_host, bool(drive.is_read_only))
+    check_limiter(update.rate_limiter)
+    if update.path_on_host is not None:
+        _check_backing_file("Block", update.path_on_host, bool(drive.is_read_only))
     return drive
 
 
@@ -149,6 +159,17 @@ def check_limiter(limiter: RateLimiter | None) -> None:
         Buckets(limiter).close()
 
 
+def limits(limiter: RateLimiter | None) -> RateLimiter | None:
+    """What of it limits anything, None for nothing. ConfigError when a bucket's numbers mean nothing."""
+    check_limiter(limiter)
+    if limiter is None:
+        return None
+    bandwidth, ops = _bucket_after(None, limiter.bandwidth), _bucket_after(None, limiter.ops)
+    if bandwidth is None and ops is None:
+        return None
+    return msgspec.structs.replace(limiter, bandwidth=bandwidth, ops=ops)
+
+
 def _check_opens(path: str, problem: str) -> None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -167,6 +188,10 @@ def _check_backing_file(problem: str, path: str, read_only: bool) -> None:
         raise ConfigError(
             f"{problem}: Virtio backend error: Error manipulating the backing file: {_reason(error)} {path}"
         ) from None
+    from crackle.virtio.backing import open_backing
+
+    with context(problem):
+        os.close(open_backing(path, read_only).fd)
 
 
 def _reason(error: OSError | ValueError) -> str:

@@ -28,13 +28,17 @@ def make_block(memory: GuestMemory, drive: Drive) -> Block:
         drive.path_on_host,
         read_only=bool(drive.is_read_only),
         writeback=drive.cache_type == "Writeback",
+        engine=drive.io_engine or "Sync",
+        limiter=drive.rate_limiter,
     )
 
 
 def update_block(block: Block, update: DriveUpdate) -> None:
-    """Put another file behind it; ConfigError keeps the old."""
+    """Put another file behind it, limit it otherwise; ConfigError changes nothing."""
     if update.path_on_host is not None:
         block.update(update.path_on_host)
+    if update.rate_limiter is not None:
+        block.update_limiter(0, update.rate_limiter)
 
 
 class Kind(msgspec.Struct, frozen=True):
