@@ -15,6 +15,10 @@ class ConfigError(CrackleError):
     """A configuration that cannot be honoured: a bad value, a missing file, a resource that is taken."""
 
 
+class TooLargeError(ConfigError):
+    """More than there is room for, which the API answers with status 413."""
+
+
 class StateError(CrackleError):
     """A command that is not allowed in the microVM's present state."""
 

@@ -1,0 +1,197 @@
+"""The thread that answers the guest's requests for metadata.
+
+A network device and the service share a *wire*, a pair of SOCK_SEQPACKET sockets: every message is a frame as a TAP
+device gives and takes it, with its struct virtio_net_hdr_v1. One thread serves all wires of a microVM. It waits in
+poll, with a timeout only while a connection waits for something, so it costs nothing when nobody asks.
+"""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found]  # the signal module drags in enum
+import contextlib
+import os
+import select
+import time
+from _thread import allocate_lock, start_new_thread
+
+from crackle.mmds.http import Responder
+from crackle.mmds.packet import MAX_MESSAGE_SIZE, VNET_HEADER_SIZE
+from crackle.mmds.stack import Stack
+from crackle.mmds.state import MmdsState
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from crackle.mmds.store import Store
+    from crackle.schema.mmds import MmdsConfig
+
+DEFAULT_ADDRESS = "169.254.169.254"
+
+# Messages taken from one wire, and given to it, before the others have their turn.
+_BATCH = 64
+
+
+def packed(address: str) -> bytes:
+    """The four bytes of a dotted IPv4 address that the schema has checked."""
+    return bytes(int(part) for part in address.split("."))
+
+
+class _Wire:
+    """One interface's link. Owns its end of it."""
+
+    def __init__(self, fd: int, stack: Stack) -> None:
+        self.fd = fd
+        self.stack = stack
+        # What the link did not take: no more is made until it does.
+        self.unsent: bytes | None = None
+        os.set_blocking(fd, False)
+
+    @property
+    def events(self) -> int:
+        return select.POLLIN | (0 if self.unsent is None else select.POLLOUT)
+
+    def receive(self, now: float) -> bool:
+        """Take what waits. False when the other end is gone."""
+        for _ in range(_BATCH):
+            try:
+                message = os.read(self.fd, MAX_MESSAGE_SIZE)
+            except (BlockingIOError, InterruptedError):
+                return True
+            except OSError:
+                return False
+            if not message:
+                return False
+            try:
+                self.stack.receive(message, now)
+            except Exception:
+                # No message is known to come here; should one be found, the service outlives it.
+                self.stack.counters["rx_accepted_err"] += 1
+        return True
+
+    def send(self, now: float) -> bool:
+        """Send what there is, as far as the link takes it. True if there is more, and it would take it."""
+        counters = self.stack.counters
+        for _ in range(_BATCH):
+            message = self.unsent or self.stack.transmit(now)
+            if message is None:
+                return False
+            try:
+                os.write(self.fd, message)
+            except (BlockingIOError, InterruptedError):
+                self.unsent = message
+                return False
+            except OSError:
+                counters["tx_errors"] += 1
+            else:
+                counters["tx_count"] += 1
+                counters["tx_frames"] += 1
+                counters["tx_bytes"] += len(message) - VNET_HEADER_SIZE
+            self.unsent = None
+        return True
+
+
+class Mmds:
+    """The metadata service of one microVM.
+
+    config: version, address and formats. store: the document, which whoever writes it keeps. wires: its ends of the
+    interfaces' links, which it takes over. `start` once, `stop` at the end; `stop` may be called again.
+    """
+
+    def __init__(self, config: MmdsConfig, store: Store, wires: Sequence[int]) -> None:
+        self._config = config
+        self._responder = Responder(config, store)
+        address = packed(config.ipv4_address or DEFAULT_ADDRESS)
+        self._wires = {fd: _Wire(fd, Stack(address, self._responder.take)) for fd in wires}
+        self._stacks = [wire.stack for wire in self._wires.values()]
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._ended = allocate_lock()  # held while the thread runs
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._ended.acquire()
+        try:
+            start_new_thread(self._run, ())
+        except BaseException:
+            self._ended.release()
+            raise
+
+    def stop(self) -> None:
+        """End the thread and close everything. Idempotent."""
+        if self._stop_fd < 0:
+            return
+        os.eventfd_write(self._stop_fd, 1)
+        with self._ended:
+            pass
+        os.close(self._stop_fd)
+        self._stop_fd = -1
+        for fd in self._wires:
+            os.close(fd)
+        self._wires.clear()
+
+    def counters(self) -> dict[str, int]:
+        """The section "mmds" of the metrics."""
+        names = self._stacks[0].counters if self._stacks else {}
+        return {
+            **{name: sum(stack.counters[name] for stack in self._stacks) for name in names},
+            "rx_no_token": self._responder.rx_no_token,
+            "rx_invalid_token": self._responder.rx_invalid_token,
+        }
+
+    def save(self) -> MmdsState:
+        """What a restored microVM needs to set the service up again."""
+        config = self._config
+        return MmdsState(
+            version=config.version,
+            ipv4_address=config.ipv4_address or DEFAULT_ADDRESS,
+            network_interfaces=tuple(config.network_interfaces),
+            imds_compat=config.imds_compat,
+        )
+
+    def _run(self) -> None:
+        _settle_thread()
+        poll = select.poll()
+        poll.register(self._stop_fd, select.POLLIN)
+        for wire in self._wires.values():
+            poll.register(wire.fd, wire.events)
+        live = dict(self._wires)
+        try:
+            busy = False
+            while True:
+                ready = poll.poll(0 if busy else _timeout_ms(live))
+                if any(fd == self._stop_fd for fd, _ in ready):
+                    return
+                now = time.monotonic()
+                for fd, events in ready:
+                    if events & ~select.POLLOUT and not live[fd].receive(now):
+                        # The device is gone; so are its connections.
+                        poll.unregister(fd)
+                        del live[fd]
+                busy = False
+                for fd, wire in live.items():
+                    before = wire.events
+                    wire.stack.expire(now)
+                    busy |= wire.send(now)
+                    if wire.events != before:
+                        poll.modify(fd, wire.events)
+        finally:
+            self._ended.release()
+
+
+def _settle_thread() -> None:
+    """Leave all signals to the main thread, and be called "mmds" where threads are listed."""
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, _signal.valid_signals())
+    # A jail may have no /proc.
+    with contextlib.suppress(OSError):
+        fd = os.open("/proc/thread-self/comm", os.O_WRONLY | os.O_CLOEXEC)
+        os.write(fd, b"mmds")
+        os.close(fd)
+
+
+def _timeout_ms(live: dict[int, _Wire]) -> int | None:
+    """How long to wait at most; None while nothing depends on time."""
+    deadlines = [at for wire in live.values() if (at := wire.stack.deadline()) is not None]
+    if not deadlines:
+        return None
+    # Rounded up: a moment early would only be asked again.
+    return max(0, int((min(deadlines) - time.monotonic()) * 1000) + 1)
