@@ -290,7 +290,7 @@ def test_registers_at_random(memory: GuestMemory, disk: Path, writes: list[tuple
 def test_a_serial_port_at_random(writes: list[tuple[int, int, int]]) -> None:
     bus, null = Bus("pio"), os.open("/dev/null", os.O_WRONLY)
     port = Serial(-1, null)
-    port.attach(bus)
+    port.attach(bus, 0x3F8)
     for offset, size, value in writes:
         bus.write(0x3F8 + offset, size, value)
         bus.read(0x3F8 + offset, size)

@@ -161,7 +161,7 @@ def test_a_forgotten_thread_ends_and_its_devices_give_their_descriptors_back(tmp
         block = Block(GuestMemory([(0, 1 << 20)]), str(path))
         io = IoThread()
         block.attach(io)
-        Serial(reading).attach(Bus("pio"), io)
+        Serial(reading).attach(Bus("pio"), 0x3F8, io)
         io.start()
         os.write(writing, b"typed while everything goes away")
         os.eventfd_write(block.notify_fds[0], 1)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crackle.devices.iothread import IoThread
-from crackle.devices.serial import SERIAL_PORT, Serial
+from crackle.devices.serial import Serial
 from crackle.kvm.bus import Bus
 
 DATA, IER, IIR, FCR, LCR, MCR, LSR, MSR, SCR = 0, 1, 2, 2, 3, 4, 5, 6, 7
@@ -25,6 +25,7 @@ DATA_READY, TRANSMITTER_EMPTY = 0x01, 0x60  # LSR
 DIVISOR_LATCH = 0x80  # LCR
 LOOP = 0x10  # MCR
 FIFO = 64
+PORT = 0x3F8
 
 
 class Line:
@@ -35,15 +36,15 @@ class Line:
         self.device = Serial(in_fd, out_fd, self.irq)
         self.bus = Bus("pio")
         self.io = IoThread() if threaded else None
-        self.device.attach(self.bus, self.io)
+        self.device.attach(self.bus, PORT, self.io)
         if self.io:
             self.io.start()
 
     def __getitem__(self, register: int) -> int:
-        return self.bus.read(SERIAL_PORT + register, 1)
+        return self.bus.read(PORT + register, 1)
 
     def __setitem__(self, register: int, value: int) -> None:
-        assert self.bus.write(SERIAL_PORT + register, 1, value) == 0
+        assert self.bus.write(PORT + register, 1, value) == 0
 
     def interrupts(self) -> int:
         try:
@@ -161,10 +162,10 @@ def test_loopback_returns_what_is_sent_and_sends_nothing(pipe: tuple[int, int]) 
 
 
 def test_a_wide_access_reaches_one_register(line: Line) -> None:
-    line.bus.write(SERIAL_PORT + SCR - 3, 4, 0xAABBCCDD)
+    line.bus.write(PORT + SCR - 3, 4, 0xAABBCCDD)
     assert line[MCR] == 0xDD & 0x1F
     assert line[SCR] == 0
-    assert line.bus.read(SERIAL_PORT + MCR, 4) == 0x1D
+    assert line.bus.read(PORT + MCR, 4) == 0x1D
 
 
 # -- interrupts ----------------------------------------------------------------------------------------------
@@ -351,7 +352,7 @@ while select.select([], [writing], [], 0)[1]:
     size += os.write(writing, bytes(65536))
 os.set_blocking(writing, True)
 serial, bus = Serial(-1, writing), Bus("pio")
-serial.attach(bus)
+serial.attach(bus, 0x3F8)
 threading.Thread(target=bus.write, args=(0x3F8, 1, 0x41)).start()  # stuck, until somebody reads
 threading.Thread(target=serial.feed, args=(b"t",)).start()
 found = b""

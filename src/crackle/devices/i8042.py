@@ -11,10 +11,6 @@ from _thread import allocate_lock
 
 from crackle.devices.state import I8042State
 
-PORT = 0x60
-PORTS = 5
-GSI = 1
-
 BUS_CONTINUE, BUS_RESET = 0, 1
 
 _DATA, _COMMAND = 0, 4

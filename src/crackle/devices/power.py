@@ -7,17 +7,19 @@ from __future__ import annotations
 
 BUS_CONTINUE, BUS_SHUTDOWN = 0, 2
 
-PORTS = 2
-
 _SLEEP_ENABLE = 0x20
 _SLEEP_TYPE = 0x1C
 _SLEEP_TYPE_SHIFT = 2
-SLEEP_TYPE_S5 = 5
-"""The value that the DSDT's \\_S5 object names."""
 
 
 class SleepControl:
-    """Sleep control at offset 0, sleep status at offset 1. Only S5, soft off, is known."""
+    """Sleep control at offset 0, sleep status at offset 1. Only S5, soft off, is known.
+
+    soft_off: the sleep type that the DSDT's \\_S5 object names.
+    """
+
+    def __init__(self, soft_off: int) -> None:
+        self._soft_off = soft_off
 
     def read(self, offset: int, size: int) -> int:
         """Never woken from anything."""
@@ -26,6 +28,6 @@ class SleepControl:
     def write(self, offset: int, size: int, value: int) -> int:
         """What the vCPU is to do: go on, or be switched off."""
         wanted = (value & _SLEEP_TYPE) >> _SLEEP_TYPE_SHIFT
-        if offset == 0 and value & _SLEEP_ENABLE and wanted == SLEEP_TYPE_S5:
+        if offset == 0 and value & _SLEEP_ENABLE and wanted == self._soft_off:
             return BUS_SHUTDOWN
         return BUS_CONTINUE

@@ -41,14 +41,11 @@ cdef enum:
     IER_MASK = 0x0f
     LCR_8N1 = 0x03
     DIVISOR_9600 = 12
-
-SERIAL_PORT = 0x3f8
-SERIAL_PORTS = 8
-SERIAL_GSI = 4
+    PORTS = 8
 
 
 cdef class Serial:
-    """The UART. in_fd: console input, or -1; out_fd: console output, or -1; irq_fd: an eventfd bound to GSI 4."""
+    """The UART. in_fd: console input, or -1; out_fd: console output, or -1; irq_fd: an eventfd bound to its line."""
 
     cdef pthread_mutex_t lock
     cdef int in_fd, out_fd, irq_fd
@@ -71,9 +68,9 @@ cdef class Serial:
     def __dealloc__(self):
         pthread_mutex_destroy(&self.lock)
 
-    def attach(self, Bus bus not None, IoThread io=None):
-        """Answer at ports 0x3f8 to 0x3ff of `bus`, and take input through `io` when there is an input descriptor."""
-        bus.attach(SERIAL_PORT, SERIAL_PORTS, serial_access, <void *> self, self)
+    def attach(self, Bus bus not None, uint64_t port, IoThread io=None):
+        """Answer at 8 ports of `bus` from `port` on, and take input through `io` when there is an input descriptor."""
+        bus.attach(port, PORTS, serial_access, <void *> self, self)
         if io is not None and self.in_fd >= 0:
             self.io = io
             self.source = io.add(self.in_fd, EPOLLIN | EPOLLONESHOT, serial_input, <void *> self, self)

@@ -45,6 +45,9 @@ cdef struct end_record:
     uint32_t ndata
     uint64_t data[16]
 
+# An ioctl on one of KVM's descriptors, without the GIL; KvmError "cannot {what}: ..." when it fails or `fd` is closed (-1).
+cdef long checked_ioctl(int fd, unsigned long request, void *argument, str what) except -1
+
 cdef class VcpuBase:
     cdef readonly int fd
     cdef readonly int index

@@ -49,6 +49,17 @@ cdef void *thread_entry(void *argument) noexcept nogil:
     return NULL
 
 
+cdef long checked_ioctl(int fd, unsigned long request, void *argument, str what) except -1:
+    cdef long result
+    if fd < 0:
+        raise KvmError(f"cannot {what}: it is closed")
+    with nogil:
+        result = c_ioctl(fd, request, argument)
+    if result < 0:
+        raise KvmError(f"cannot {what}: {strerror(errno).decode()}")
+    return result
+
+
 cdef class VcpuBase:
     """What every architecture's vCPU shares; `crackle.kvm.x86_64.Vcpu` adds the register state.
 
@@ -96,14 +107,7 @@ cdef class VcpuBase:
             self.fd = -1
 
     cdef int ioctl(self, unsigned long request, void *argument, str what) except -1:
-        cdef int result
-        if self.fd < 0:
-            raise KvmError(f"cannot {what}: vCPU {self.index} is closed")
-        with nogil:
-            result = c_ioctl(self.fd, request, argument)
-        if result < 0:
-            raise KvmError(f"cannot {what} of vCPU {self.index}: {strerror(errno).decode()}")
-        return result
+        return <int> checked_ioctl(self.fd, request, argument, f"{what} of vCPU {self.index}")
 
     # -- the loop ------------------------------------------------------------------------------------------------
 

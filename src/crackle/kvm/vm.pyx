@@ -13,6 +13,7 @@ from posix.fcntl cimport O_RDWR, open
 from posix.unistd cimport close
 
 from crackle.includes.kvm cimport *
+from crackle.kvm.vcpu cimport checked_ioctl
 from crackle.kvm.x86_64 cimport cpuid_list
 
 from crackle.errors import KvmError
@@ -21,9 +22,6 @@ from crackle.kvm.x86_64 import Vcpu
 
 cdef extern from "<fcntl.h>" nogil:
     int O_CLOEXEC
-
-cdef extern from "<sys/ioctl.h>" nogil:
-    int c_ioctl "ioctl" (int fd, unsigned long request, ...)
 
 cdef extern from "<linux/kvm.h>" nogil:
     enum:
@@ -131,14 +129,7 @@ cdef class _Descriptor:
         self.fd = -1
 
     cdef long ioctl(self, unsigned long request, void *argument, str what) except -1:
-        cdef long result
-        if self.fd < 0:
-            raise KvmError(f"cannot {what}: it is closed")
-        with nogil:
-            result = c_ioctl(self.fd, request, argument)
-        if result < 0:
-            raise KvmError(f"cannot {what}: {strerror(errno).decode()}")
-        return result
+        return checked_ioctl(self.fd, request, argument, what)
 
     def close(self):
         """Give the descriptor back. Idempotent."""

@@ -34,7 +34,7 @@ cdef void report(error) noexcept:
     """As an exception that ends a thread is reported."""
     import threading
 
-    threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread())))
+    threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, None)))
 
 
 cdef class PythonDevice(VirtioDevice):

@@ -9,14 +9,10 @@ import msgspec
 from crackle.arch import DeviceInfo, layout
 from crackle.devices.boot_timer import SIZE as BOOT_TIMER_SIZE
 from crackle.devices.boot_timer import BootTimer
-from crackle.devices.i8042 import GSI as I8042_GSI
 from crackle.devices.i8042 import I8042
-from crackle.devices.i8042 import PORT as I8042_PORT
-from crackle.devices.i8042 import PORTS as I8042_PORTS
 from crackle.devices.iothread import IoThread
-from crackle.devices.power import PORTS as SLEEP_PORTS
 from crackle.devices.power import SleepControl
-from crackle.devices.serial import SERIAL_GSI, Serial
+from crackle.devices.serial import Serial
 from crackle.errors import ConfigError, StateError
 from crackle.kvm import Bus
 from crackle.telemetry.names import PER_DEVICE
@@ -115,11 +111,11 @@ class Machine:
 
     def add_legacy_devices(self, console_out: int) -> None:
         """Serial console, keyboard controller, sleep registers, power button and, if asked for, the boot timer."""
-        self.serial = Serial(self._options.console_in, console_out, self._interrupt(SERIAL_GSI))
-        self.serial.attach(self.pio, self.io)
-        self.i8042 = I8042(self._interrupt(I8042_GSI))
-        self.pio.attach_python(I8042_PORT, I8042_PORTS, self.i8042)
-        self.pio.attach_python(self.sleep_port, SLEEP_PORTS, SleepControl())
+        self.serial = Serial(self._options.console_in, console_out, self._interrupt(layout.GSI_COM1))
+        self.serial.attach(self.pio, layout.COM1_PORT, self.io)
+        self.i8042 = I8042(self._interrupt(layout.GSI_KEYBOARD))
+        self.pio.attach_python(layout.I8042_PORT, layout.I8042_PORT_COUNT, self.i8042)
+        self.pio.attach_python(self.sleep_port, layout.SLEEP_PORT_COUNT, SleepControl(layout.S5_SLEEP_TYPE))
         self._power_fd = self._interrupt(layout.GSI_POWER)
         if self._options.boot_timer:
             self.boot_timer = BootTimer(self._report_boot_time)

@@ -60,11 +60,6 @@ _BYTE_ACCESS = 1
 _LOCAL_APIC = 0
 _IOAPIC = 1
 
-S5_SLEEP_TYPE = 5
-"""What the guest writes to SLP_TYP (bits 4:2 of the sleep control register) with SLP_EN (bit 5) to power
-off.
-"""
-
 _BUTTON_PRESSED = 0x80
 
 
@@ -180,7 +175,7 @@ def dsdt(devices: Sequence[DeviceInfo], *, power_gsi: int | None, sleep_port: in
         )
     body = aml.scope("\\_SB", *terms)
     if sleep_port is not None:
-        sleep_type = aml.integer(S5_SLEEP_TYPE)
+        sleep_type = aml.integer(layout.S5_SLEEP_TYPE)
         body += aml.name("\\_S5", aml.package(sleep_type, sleep_type, aml.integer(0), aml.integer(0)))
     return _table(b"DSDT", 2, body)
 

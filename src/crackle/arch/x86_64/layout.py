@@ -88,9 +88,10 @@ I8042_PORT_COUNT = 5
 I8042_COMMAND_PORT = 0x64
 I8042_RESET = 0xFE
 SLEEP_PORT = 0x600
-"""Proposed sleep control register (ACPI 6.5, 4.8.3.7), one byte; the sleep status register is the next
-port.
-"""
+SLEEP_PORT_COUNT = 2
+"""Sleep control register (ACPI 6.5, 4.8.3.7), one byte; the sleep status register is the next port."""
+S5_SLEEP_TYPE = 5
+"""What the guest writes to SLP_TYP (bits 4:2 of the sleep control register) with SLP_EN (bit 5) to be switched off."""
 
 MAX_VCPUS = 32
 
