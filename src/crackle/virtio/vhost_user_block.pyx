@@ -10,12 +10,10 @@ from libc.string cimport memcpy
 from posix.time cimport nanosleep, timespec
 
 from crackle.devices.iothread cimport IoThread
+from crackle.includes.block cimport VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX
 from crackle.includes.threads cimport *
 from crackle.includes.vhost_user cimport *
 from crackle.includes.virtio cimport (
-    VIRTIO_BLK_F_FLUSH,
-    VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_F_VERSION_1,
     VIRTIO_ID_BLOCK,
     VIRTIO_MMIO_INT_VRING,
