@@ -102,7 +102,7 @@ def test_a_drive_keeps_its_file_when_the_other_cannot_be_used(
     ("method", "path", "body"),
     [
         ("PUT", "/snapshot/create", {"snapshot_path": "s", "mem_file_path": "m"}),
-        ("PATCH", "/network-interfaces/e0", {"iface_id": "e0"}),
+        ("DELETE", "/network-interfaces/e0", None),
         ("DELETE", "/drives/root", None),
         ("GET", "/balloon/statistics", None),
         ("GET", "/hotplug/memory", None),

@@ -12,8 +12,13 @@ from crackle.schema.rate_limiter import RateLimiter
 MacAddress = Annotated[str, msgspec.Meta(pattern="^([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}$")]
 
 
-class NetworkInterface(Resource):
-    """A virtio network device on the tap device ``host_dev_name``."""
+# A `__dict__` keeps what is no part of the resource: the TAP, open from PUT on.
+class NetworkInterface(Resource, dict=True):
+    """A virtio network device on the tap device ``host_dev_name``.
+
+    ``drop_spoofed_mac``: frames that the guest sends from another address than ``guest_mac`` are dropped; they
+    are counted in any case.
+    """
 
     iface_id: str
     host_dev_name: str
@@ -21,6 +26,7 @@ class NetworkInterface(Resource):
     mtu: U16 | None = None
     rx_rate_limiter: RateLimiter | None = None
     tx_rate_limiter: RateLimiter | None = None
+    drop_spoofed_mac: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class NetworkInterfaceUpdate(Resource):

@@ -320,7 +320,7 @@ cdef class Block(VirtioDevice):
             if not r.invalid and not self.limiter.consume(
                 r.length if r.what == DO_READ or r.what == DO_WRITE else 0, 1
             ):
-                queue.put_back()
+                queue.put_back(1)
                 self.throttled_events += 1
                 return QUEUE_HELD
             self.taken += 1

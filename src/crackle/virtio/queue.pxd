@@ -50,9 +50,9 @@ cdef class Virtqueue:
     cdef void reset(self) noexcept nogil
     cdef bint enable(self) noexcept nogil
     cdef int pop(self, chain *c) noexcept nogil
-    cdef void put_back(self) noexcept nogil
     cdef int add_buffer(self, chain *c, vring_desc *d) noexcept nogil
     cdef int broken(self, const char *why) noexcept nogil
+    cdef void put_back(self, uint16_t count) noexcept nogil
     cdef void push(self, uint16_t head, uint32_t length) noexcept nogil
     cdef void publish(self) noexcept nogil
     cdef bint wants_interrupt(self) noexcept nogil

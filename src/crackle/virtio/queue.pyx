@@ -140,9 +140,9 @@ cdef class Virtqueue:
         self.next_avail += 1
         return QUEUE_CHAIN
 
-    cdef void put_back(self) noexcept nogil:
-        """Leave the chain that was taken last for the next `pop`."""
-        self.next_avail -= 1
+    cdef void put_back(self, uint16_t count) noexcept nogil:
+        """The last `count` chains that were popped are available again."""
+        self.next_avail -= count
 
     cdef void push(self, uint16_t head, uint32_t length) noexcept nogil:
         """Note that chain `head` is used, `length` bytes written into it; the driver sees it at the next `publish`."""

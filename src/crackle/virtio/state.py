@@ -37,8 +37,17 @@ class VhostUserBlockState(msgspec.Struct, frozen=True, kw_only=True, tag="vhost_
     config: bytes
 
 
+class NetState(msgspec.Struct, frozen=True, kw_only=True, tag="net"):
+    """What a network interface adds to its DeviceState: what its configuration space says, and its limiters."""
+
+    mac: bytes | None
+    mtu: int | None
+    rx_limiter: LimiterState
+    tx_limiter: LimiterState
+
+
 # One for each device that has something of its own to save; `type` in the file tells which it is.
-OwnState = BlockState | CustomState | VhostUserBlockState
+OwnState = BlockState | CustomState | VhostUserBlockState | NetState
 
 
 class DeviceState(msgspec.Struct, frozen=True, kw_only=True):

@@ -53,6 +53,8 @@ def _furnish(machine: Machine, config: VmConfig, options: BuildOptions) -> None:
         machine.add("block", drive.drive_id, drive)
         if drive.is_root_device:
             root = drive
+    for interface in config.network_interfaces:
+        machine.add("net", interface.iface_id, interface)
     for index, custom in enumerate(options.devices):
         machine.add_custom(f"{type(custom).__name__.lower()}{index}", custom)
     kernel, initrd = _load(machine.memory, config)

@@ -100,7 +100,7 @@ NOT_YET: tuple[tuple[str, Callable[[Any], bool] | None, str], ...] = (
     ("put_drive", _has("socket"), "vhost-user drives"),
     ("delete_drive", None, "removing drives"),
     ("put_serial", _has("rate_limiter"), "rate limiters of the serial console"),
-    *((f"{verb}_network", None, "network interfaces") for verb in ("put", "patch", "delete")),
+    ("delete_network", None, "removing network interfaces"),
     *((f"{verb}_pmem", None, "pmem devices") for verb in ("put", "patch", "delete")),
     ("put_vsock", None, "the vsock device"),
     ("put_entropy", None, "the entropy device"),

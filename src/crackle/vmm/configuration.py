@@ -6,6 +6,7 @@ them again.
 
 from __future__ import annotations
 
+import errno
 import os
 
 import msgspec
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
         DriveUpdate,
         MachineConfig,
         MachineConfigUpdate,
+        NetworkInterface,
+        NetworkInterfaceUpdate,
         RateLimiter,
         Serial,
         VmConfig,
@@ -97,6 +100,58 @@ def put_drive(config: VmConfig, drive: Drive) -> None:
     drives.insert(0 if drive.is_root_device else len(drives) if at is None else at, complete)
 
 
+def put_network(config: VmConfig, interface: NetworkInterface) -> None:
+    """The TAP stays open from now on: nobody else gets it, and one that had to be made stays to be set up."""
+    from crackle.virtio.net import MTU_RANGE
+    from crackle.virtio.tap import Tap
+
+    interfaces = config.network_interfaces
+    at = next((i for i, other in enumerate(interfaces) if other.iface_id == interface.iface_id), None)
+    others = [other for other in interfaces if other.iface_id != interface.iface_id]
+    with context("Network config error"):
+        mac = None if interface.guest_mac is None else interface.guest_mac.lower()
+        if mac is not None and mac in [other.guest_mac for other in others]:
+            raise ConfigError(f"The MAC address is already in use: {mac}")
+        with context("Could not create the network device"):
+            if interface.mtu is not None and not MTU_RANGE[0] <= interface.mtu <= MTU_RANGE[1]:
+                raise ConfigError(f"MTU {interface.mtu} is out of range [{MTU_RANGE[0]}, {MTU_RANGE[1]}]")
+            if interface.drop_spoofed_mac is True and mac is None:
+                raise ConfigError("drop_spoofed_mac needs a guest_mac to compare with")
+            rx_limiter, tx_limiter = limits(interface.rx_rate_limiter), limits(interface.tx_rate_limiter)
+            for other in others:
+                if other.host_dev_name == interface.host_dev_name:
+                    raise ConfigError(
+                        "Open tap device failed: Error while creating ifreq structure: Device or resource busy "
+                        f"(os error {errno.EBUSY}). Invalid TUN/TAP Backend provided by {interface.host_dev_name}: "
+                        f"it is in use by the interface {other.iface_id!r} of this microVM."
+                    )
+            before = None if at is None else interfaces[at]
+            if before is not None and before.host_dev_name == interface.host_dev_name:
+                tap = before.__dict__["tap"]
+            else:
+                tap = Tap(interface.host_dev_name)
+                if before is not None:
+                    before.__dict__["tap"].close()
+    complete: NetworkInterface = msgspec.structs.replace(
+        interface,
+        guest_mac=mac,
+        rx_rate_limiter=rx_limiter,
+        tx_rate_limiter=tx_limiter,
+    )
+    complete.__dict__["tap"] = tap
+    if at is None:
+        interfaces.append(complete)
+    else:
+        interfaces[at] = complete
+
+
+def release(config: VmConfig) -> None:
+    """Let go of what a configuration that is not used any more holds open."""
+    for interface in config.network_interfaces:
+        if "tap" in interface.__dict__:
+            interface.__dict__["tap"].close()
+
+
 def put_serial(config: VmConfig, serial: Serial) -> None:
     config.serial = serial
 
@@ -106,6 +161,7 @@ CONFIGURE: dict[str, Callable[[VmConfig, Any], None]] = {
     "patch_machine": put_machine,
     "put_boot_source": put_boot_source,
     "put_drive": put_drive,
+    "put_network": put_network,
     "put_serial": put_serial,
 }
 
@@ -124,6 +180,18 @@ def drive_to_change(config: VmConfig, update: DriveUpdate) -> Drive:
     if update.path_on_host is not None:
         _check_backing_file("Block", update.path_on_host, bool(drive.is_read_only))
     return drive
+
+
+def interface_to_change(config: VmConfig, update: NetworkInterfaceUpdate) -> NetworkInterface:
+    """The interface that `update` is about; ConfigError when it cannot be changed so."""
+    interface = next((i for i in config.network_interfaces if i.iface_id == update.iface_id), None)
+    if interface is None:
+        raise ConfigError(
+            f"There is no network interface {update.iface_id!r}. Please verify the request arguments."
+        )
+    check_limiter(update.rx_rate_limiter)
+    check_limiter(update.tx_rate_limiter)
+    return interface
 
 
 def merge(resource: Any, update: Any) -> None:

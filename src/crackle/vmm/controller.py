@@ -19,14 +19,14 @@ from crackle.telemetry.logger import DEFAULT_INSTANCE_ID, Logger
 from crackle.telemetry.metrics import Metrics
 from crackle.version import VERSION
 from crackle.vmm.commands import NOT_STARTED, PAUSED, RUNNING, STOPPED, Command, check_state, check_supported
-from crackle.vmm.configuration import CONFIGURE, context, drive_to_change, merge
+from crackle.vmm.configuration import CONFIGURE, context, drive_to_change, interface_to_change, merge, release
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any, Protocol
 
-    from crackle.schema import DriveUpdate, LoggerConfig, MachineConfig, MetricsConfig
+    from crackle.schema import DriveUpdate, LoggerConfig, MachineConfig, MetricsConfig, NetworkInterfaceUpdate
 
     class Shell(Protocol):
         """The part of a machine that needs only the machine configuration, being made ahead of time."""
@@ -196,6 +196,12 @@ class Controller:
             self._running_machine().update("block", update.drive_id, update)
         merge(drive, update)
 
+    def _patch_network(self, update: NetworkInterfaceUpdate) -> None:
+        with context("Network config error: Unable to update the net device"):
+            interface = interface_to_change(self.config, update)
+            self._running_machine().update("net", update.iface_id, update)
+        merge(interface, update)
+
     def stop(self) -> None:
         """End the microVM, whatever its state, and let go of everything it holds; idempotent."""
         self.state = STOPPED
@@ -208,6 +214,7 @@ class Controller:
             last = machine.metrics()
             self.metrics.sources[:] = [lambda: last]
             machine.stop()
+        release(self.config)
 
     def _running_machine(self) -> Machine:
         assert self.machine is not None, "a started microVM has a machine"

@@ -5,6 +5,8 @@ The kinds have the names of Firecracker's metrics sections. A device's module is
 
 from __future__ import annotations
 
+import os
+
 import msgspec
 
 TYPE_CHECKING = False
@@ -13,9 +15,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from crackle.memory import GuestMemory
-    from crackle.schema import Drive, DriveUpdate
+    from crackle.schema import Drive, DriveUpdate, NetworkInterface, NetworkInterfaceUpdate
     from crackle.virtio.block import Block
     from crackle.virtio.device import VirtioDevice
+    from crackle.virtio.net import Net
 
 
 def make_block(memory: GuestMemory, drive: Drive) -> Block:
@@ -41,6 +44,35 @@ def update_block(block: Block, update: DriveUpdate) -> None:
         block.update_limiter(0, update.rate_limiter)
 
 
+def make_net(memory: GuestMemory, interface: NetworkInterface) -> Net:
+    """On the TAP that was opened when the interface was configured. ConfigError when there is none."""
+    from crackle.virtio.net import Net
+    from crackle.virtio.tap import open_tap
+
+    tap = interface.__dict__.get("tap")
+    fd = open_tap(interface.host_dev_name) if tap is None else tap.take()
+    try:
+        return Net(
+            memory,
+            fd,
+            mac=None if interface.guest_mac is None else bytes.fromhex(interface.guest_mac.replace(":", "")),
+            mtu=interface.mtu,
+            rx_limiter=interface.rx_rate_limiter,
+            tx_limiter=interface.tx_rate_limiter,
+            drop_spoofed=interface.drop_spoofed_mac is True,
+        )
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def update_net(net: Net, update: NetworkInterfaceUpdate) -> None:
+    """Change its limits; ConfigError changes nothing."""
+    for index, limits in enumerate((update.rx_rate_limiter, update.tx_rate_limiter)):
+        if limits is not None:
+            net.update_limiter(index, limits)
+
+
 class Kind(msgspec.Struct, frozen=True):
     """make(memory, resource) -> device; update(device, resource), or None for what cannot be changed."""
 
@@ -50,4 +82,5 @@ class Kind(msgspec.Struct, frozen=True):
 
 KINDS = {
     "block": Kind(make_block, update_block),
+    "net": Kind(make_net, update_net),
 }
