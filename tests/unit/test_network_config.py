@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,14 +116,13 @@ def test_the_tap_is_held_from_the_moment_it_is_configured(bench: Bench) -> None:
         open_tap(bench.tap)
     assert machine.metrics()["net_eth0"]["tx_count"] == 0
     bench.controller.stop()
-    with pytest.raises(ConfigError):
-        open_tap("")
+    os.close(open_tap(bench.tap))
 
 
 def test_a_microvm_that_never_starts_gives_its_taps_back(bench: Bench) -> None:
     bench.put()
     bench.controller.stop()
-    bench.put("x")
+    os.close(open_tap(bench.tap))
 
 
 def test_an_interface_may_be_configured_again_with_and_without_another_tap(bench: Bench) -> None:

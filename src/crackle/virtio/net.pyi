@@ -1,6 +1,9 @@
 from crackle.memory.guest import GuestMemory
-from crackle.ratelimit.limiter import Limits, RateLimiter
+from crackle.ratelimit.limiter import RateLimiter
+from crackle.schema.rate_limiter import RateLimiter as Limits
 from crackle.virtio.device import VirtioDevice
+
+MTU_RANGE: tuple[int, int]
 
 class Net(VirtioDevice):
     @property

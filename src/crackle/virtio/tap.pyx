@@ -23,10 +23,12 @@ cdef class Tap:
     cdef int fd
     cdef readonly str name
 
-    def __cinit__(self, str name not None):
+    def __cinit__(self, *args, **kwargs):
         self.fd = -1
-        self.fd = open_tap(name)
-        self.name = name
+
+    def __init__(self, str name not None):
+        self.close()
+        self.fd, self.name = open_tap(name), name
 
     def __dealloc__(self):
         if self.fd >= 0:
