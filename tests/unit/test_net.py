@@ -452,7 +452,7 @@ def test_frames_beyond_the_limit_stay_in_the_tap_and_are_not_told(namespace: Nam
         for one in sent:
             link.host.send(one)
         assert [data for _, data in link.wait_received(5)] == sent[:5]
-        link.settle()
+        time.sleep(0.05)  # nothing is drained, as settle() would
         assert link.received() == []
         assert link.device.counters()["rx_rate_limiter_throttled"] >= 1
         link.device.update_limiter(RX, RateLimiter(None, TokenBucket(0, 0)))
