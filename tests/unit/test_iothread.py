@@ -193,3 +193,25 @@ def test_many_queues_are_served_by_one_thread(tmp_path) -> None:
         io.close()
         for bench, _ in benches:
             bench.close()
+
+
+def test_a_step_serves_what_is_ready_on_the_calling_thread(tmp_path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(4096))
+    io = IoThread()
+    before = threads()
+    with Bench(Block(GuestMemory([(0, 1 << 20)]), str(path)), io) as bench:
+        bench.memory.write(HEADER, FLUSH)
+        ring = bench.begin(RING, 64)
+        while io.step():
+            pass
+        submit(ring)
+        bench.notify()
+        assert ring.reap() == []
+        assert io.step() == 1
+        assert len(ring.reap()) == 1
+        assert io.step() == 0
+        assert threads() == before
+        io.start()
+        with pytest.raises(StateError):
+            io.step()

@@ -22,5 +22,6 @@ cdef class IoThread:
     cdef readonly uint64_t wakeups
     cdef event_source *add(self, int fd, uint32_t events, event_handler handler, void *context, object owner) except NULL
     cdef int modify(self, event_source *source, uint32_t events) noexcept nogil
+    cdef int look(self, int timeout) noexcept nogil
     cdef void loop(self) noexcept nogil
     cdef wake(self, int ask)

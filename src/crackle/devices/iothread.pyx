@@ -125,30 +125,36 @@ cdef class IoThread:
         event.events, event.data.ptr = events, source
         return epoll_ctl(self.epoll_fd, EPOLL_CTL_MOD, source.fd, &event)
 
-    cdef void loop(self) noexcept nogil:
-        cdef thread_sync *sync = <thread_sync *> self.sync
+    cdef int look(self, int timeout) noexcept nogil:
+        """Wait up to `timeout` milliseconds and serve what is ready; how many handlers ran, -1 when it cannot go on."""
         cdef epoll_event events[BATCH]
         cdef event_source *source
         cdef uint64_t ticks
-        cdef bint resting, busy
-        cdef int i, n
+        cdef int i, served = 0, n = epoll_wait(self.epoll_fd, events, BATCH, timeout)
+        if n < 0:
+            return 0 if errno == EINTR else -1
+        for i in range(n):
+            source = <event_source *> events[i].data.ptr
+            if source == NULL:
+                read(self.wake_fd, &ticks, sizeof(ticks))
+            else:
+                served += 1
+                source.handler(source.context, events[i].events)
+        return served
+
+    cdef void loop(self) noexcept nogil:
+        cdef thread_sync *sync = <thread_sync *> self.sync
+        cdef bint resting
+        cdef int served
         while True:
             # Who asks for a pause has stopped the guest. A look that begins after that and finds nothing ready says that
             # all that the guest submitted has been served.
             resting = load_acquire(&self.ask) == ASK_PAUSE
-            n = epoll_wait(self.epoll_fd, events, BATCH, 0 if resting else -1)
-            if n < 0 and errno != EINTR:
+            served = self.look(0 if resting else -1)
+            if served < 0:
                 break
             self.wakeups += not resting
-            busy = False
-            for i in range(n):
-                source = <event_source *> events[i].data.ptr
-                if source == NULL:
-                    read(self.wake_fd, &ticks, sizeof(ticks))
-                else:
-                    busy = True
-                    source.handler(source.context, events[i].events)
-            if resting and not busy:
+            if resting and not served:
                 pthread_mutex_lock(&sync.mutex)
                 if self.ask == ASK_PAUSE:
                     self.state = IS_PAUSED
@@ -229,6 +235,15 @@ cdef class IoThread:
                 while self.state != IS_STOPPED:
                     pthread_cond_wait(&sync.changed, &sync.mutex)
                 pthread_mutex_unlock(&sync.mutex)
+
+    def step(self):
+        """For tests: serve what is ready once, on the calling thread instead of the I/O thread; how many handlers ran."""
+        cdef int served
+        if self.state != IS_NEW or self.epoll_fd < 0:
+            raise StateError("the I/O thread has been started already")
+        with nogil:
+            served = self.look(0)
+        return served
 
     def close(self):
         """Stop, and give the descriptors back. Idempotent."""
