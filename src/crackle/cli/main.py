@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from crackle.cli import net as network_commands
 from crackle.errors import CrackleError
 
 app = typer.Typer(
@@ -16,6 +17,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(network_commands.app, name="net")
 
 
 @app.command()

@@ -1,0 +1,156 @@
+"""`crackle net`: networks for microVMs; and `attached`, which is what `crackle run --net` does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from crackle.errors import ConfigError
+from crackle.hostnet.plan import DEFAULT_NETWORK, parse_range
+
+if TYPE_CHECKING:
+    from crackle.hostnet.networks import Attachment
+
+# What is imported only when a network is touched: pyroute2 takes a quarter of a second.
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+app = typer.Typer(
+    no_args_is_help=True, help="Networks for microVMs: a bridge with NAT, a TAP device for each guest."
+)
+
+NetworkName = Annotated[str, typer.Argument(help="Name of the network, which is its bridge's too.")]
+OnNetwork = Annotated[str, typer.Option("--network", help="Name of the network.")]
+
+
+@app.command()
+def up(
+    network: NetworkName = DEFAULT_NETWORK,
+    addresses: Annotated[
+        str | None, typer.Option("--range", help="Address range, like 10.1.2.0/24; by default a free one.")
+    ] = None,
+    nat: Annotated[bool, typer.Option(help="Let guests reach the world through this host.")] = True,
+) -> None:
+    """Make a network that stays until it is taken down.
+
+    `crackle run --net` makes one for itself where there is none.
+    """
+    from crackle.hostnet import networks
+
+    made = networks.up(network, None if addresses is None else parse_range(addresses), use_nat=nat)
+    print(f"{made.name}: {made.mark.range}, gateway {made.mark.gateway}")
+
+
+@app.command("ls")
+def list_() -> None:
+    """List networks and the microVMs on them, in the format of /etc/hosts."""
+    from crackle.hostnet import networks
+
+    for network in networks.networks():
+        notes = [f"gateway {network.mark.gateway}", "NAT" if network.mark.nat else "no NAT"]
+        if network.mark.automatic:
+            notes.append("goes with its last microVM")
+        print(f"# {network.name}: {network.mark.range}, {', '.join(notes)}")
+        for member in network.members:
+            notes = [member.tap] + ([] if member.running else ["not running"])
+            if member.mark.owner is not None:
+                notes.append(f"process {member.mark.owner[0]}")
+            print(f"{member.mark.address}\t{member.mark.name}\t# {', '.join(notes)}")
+
+
+@app.command()
+def add(
+    name: Annotated[str, typer.Argument(help="Name of the microVM.")],
+    network: OnNetwork = DEFAULT_NETWORK,
+    user: Annotated[int | None, typer.Option(help="User id that may open the TAP device.")] = None,
+) -> None:
+    """Make a TAP device for a microVM that crackle-vmm will run.
+
+    Prints the body for PUT /network-interfaces/eth0 and the argument for the guest's kernel command line.
+    """
+    import msgspec
+
+    from crackle.hostnet import networks
+    from crackle.schema.net import NetworkInterface
+
+    place = networks.attach(name, network, user=user)
+    interface = NetworkInterface("eth0", place.tap, guest_mac=place.mac, mtu=place.mtu)
+    print(msgspec.json.encode(interface).decode())
+    print(place.boot_argument())
+
+
+@app.command()
+def remove(
+    name: Annotated[str, typer.Argument(help="Name of the microVM.")], network: OnNetwork = DEFAULT_NETWORK
+) -> None:
+    """Remove a microVM's TAP device."""
+    from crackle.hostnet import networks
+
+    networks.detach(name, network)
+
+
+@app.command()
+def down(
+    network: NetworkName = DEFAULT_NETWORK,
+    force: Annotated[bool, typer.Option("--force", help="Even if microVMs are running on it.")] = False,
+) -> None:
+    """Take a network down: bridge, TAP devices, NAT, and packet forwarding if it was turned on for it."""
+    from crackle.hostnet import networks
+
+    networks.down(network, force=force)
+
+
+@contextmanager
+def attached(name: str | None, network: str) -> Iterator[Attachment]:
+    """A place on a network for the microVM in this block. However the block ends, it is given back.
+
+    A signal that asks the process to end ends the block first; then the process exits with 128 and its number.
+    """
+    from crackle.hostnet import networks
+
+    ending = _Ending()
+    place = networks.attach(name, network, owner=os.getpid())
+    try:
+        with ending:
+            yield place
+    finally:
+        # Somebody may have taken the network down meanwhile, by force.
+        with contextlib.suppress(ConfigError):
+            networks.detach(place.name, network, owner=os.getpid())
+        ending.close()
+
+
+class _Ending:
+    """Signals that ask the process to end: noted from the beginning to `close`; in the block they end it, once."""
+
+    def __init__(self) -> None:
+        self._open = False
+        self._noted = 0
+        self._before = {number: signal.signal(number, self._note) for number in _ENDING}
+
+    def __enter__(self) -> None:
+        self._open = True
+        if self._noted:
+            self._note(self._noted, None)
+
+    def __exit__(self, *exc: object) -> None:
+        self._open = False
+
+    def _note(self, number: int, _frame: object) -> None:
+        self._noted = number
+        if self._open:
+            self._open = False
+            sys.exit(128 + number)
+
+    def close(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._noted:
+            sys.exit(128 + self._noted)
