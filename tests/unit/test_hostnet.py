@@ -317,7 +317,7 @@ def test_a_signal_ends_the_block_and_what_was_made_for_it(host: Namespace, numbe
     before = state(host)
     program = (
         "import time\nfrom crackle.cli.net import attached\n"
-        "with attached('web', 'crackle'):\n print('up', flush=True)\n time.sleep(1000)"
+        "with attached('web', 'crackle'):\n print('up', flush=True)\n while True: time.sleep(0.05)"
     )
     process = host.popen(sys.executable, "-c", program, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
