@@ -75,7 +75,7 @@ builder: Any = types.ModuleType("crackle.vmm.builder")
 builder.build = build
 sys.modules["crackle.vmm.builder"] = builder
 shell: Any = types.ModuleType("crackle.vmm.shell")
-shell.prepare = lambda _config: None
+shell.prepare = lambda _config, _shared=False: None
 sys.modules["crackle.vmm.shell"] = shell
 
 sys.exit(run(sys.argv[1:]))

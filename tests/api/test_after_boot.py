@@ -75,7 +75,7 @@ def test_a_drive_gets_another_file(started: Vmm, tmp_path: Path, told: Callable[
     ("drive", "body", "fault"),
     [
         ("none", {"path_on_host": "/dev/null"}, "There is no drive 'none'"),
-        ("root", {}, "There is nothing to change"),
+        ("root", {}, "Running method expected different backend: there is nothing to change."),
         ("root", {"path_on_host": "/none"}, "No such file or directory (os error 2) /none"),
         ("root", {"path_on_host": "refused"}, "this file is refused"),
         (

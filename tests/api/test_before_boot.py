@@ -171,7 +171,8 @@ def test_boot_source_drives_and_serial_show_in_the_configuration(vmm: Vmm, kerne
         (
             "/drives/a",
             {"drive_id": "a", "is_root_device": False, "socket": "/s"},
-            "Crackle does not support vhost",
+            "Drive config error: Unable to create the virtio block device: Vhost user backend error: cannot "
+            "connect to the vhost-user back end at '/s': No such file or directory",
         ),
         ("/logger", {"level": "loud"}, "Logger error: 'loud' is not a log level"),
         ("/logger", {"log_path": "/none/log"}, "Logger error: Failed to open target file: No such file"),

@@ -169,40 +169,43 @@ class StorageDaemon:
         assert DAEMON is not None
         self.image = image
         self.socket = directory / f"{image.name}.vhost"
-        monitor = directory / f"{image.name}.qmp"
-        switch = "on" if writable else "off"
+        self._monitor = directory / f"{image.name}.qmp"
+        ready = directory / f"{image.name}.pid"
         command = [
             DAEMON,
             "--blockdev",
             f"driver=file,node-name=disk,filename={image},read-only={'off' if writable else 'on'}",
             "--export",
             "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,"
-            f"addr.path={self.socket},writable={switch}",
+            f"addr.path={self.socket},writable={'on' if writable else 'off'}",
             "--chardev",
-            f"socket,id=monitor,path={monitor},server=on,wait=off",
+            f"socket,id=monitor,path={self._monitor},server=on,wait=off",
             "--monitor",
             "chardev=monitor",
+            "--pidfile",
+            str(ready),
         ]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self._monitor = socket.socket(socket.AF_UNIX)
-        self._monitor.settimeout(PATIENCE)
+        # Not before it has started: its monitor is deaf for good to who connects too early.
         deadline = time.monotonic() + PATIENCE
-        while self._monitor.connect_ex(str(monitor)) or not self.socket.exists():
-            assert time.monotonic() < deadline, "qemu-storage-daemon does not start"
-            assert self.process.poll() is None, "qemu-storage-daemon ended"
+        while not ready.exists():
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                self.kill()
+                raise AssertionError("qemu-storage-daemon does not start")
             time.sleep(0.01)
-        self._file = self._monitor.makefile("rw")
-        self._file.readline()
-        self._command("qmp_capabilities")
 
     def _command(self, name: str, **arguments: object) -> None:
-        self._file.write(json.dumps({"execute": name, "arguments": arguments}) + "\n")
-        self._file.flush()
-        while True:
-            answer = json.loads(self._file.readline())
-            if "event" not in answer:
-                assert "return" in answer, answer
-                return
+        with socket.socket(socket.AF_UNIX) as monitor:
+            monitor.settimeout(PATIENCE)
+            monitor.connect(str(self._monitor))
+            with monitor.makefile("rw") as file:
+                file.readline()
+                for command in ({"execute": "qmp_capabilities"}, {"execute": name, "arguments": arguments}):
+                    file.write(json.dumps(command) + "\n")
+                    file.flush()
+                    while "event" in (answer := json.loads(file.readline())):
+                        pass
+                    assert "return" in answer, answer
 
     def resize(self, size: int) -> None:
         """Give the disk another number of bytes. Version 7.2 serves it, but goes on telling the old one: see Relay."""
@@ -214,8 +217,6 @@ class StorageDaemon:
         self.process.wait()
 
     def close(self) -> None:
-        self._file.close()
-        self._monitor.close()
         self.kill()
 
     def __enter__(self) -> StorageDaemon:

@@ -67,8 +67,9 @@ class FakeMachine:
 class FakeShell:
     """Remembers for which machine it was made, and whether it was closed."""
 
-    def __init__(self, machine: schema.MachineConfig) -> None:
+    def __init__(self, machine: schema.MachineConfig, shared: bool) -> None:
         self.machine = machine
+        self.shared = shared
         self.closed = False
 
     def close(self) -> None:
@@ -97,8 +98,8 @@ class Bench:
         self.machines.append(machine)
         return machine
 
-    def _prepare(self, machine: schema.MachineConfig) -> FakeShell:
-        self.shells.append(FakeShell(machine))
+    def _prepare(self, machine: schema.MachineConfig, shared: bool) -> FakeShell:
+        self.shells.append(FakeShell(machine, shared))
         return self.shells[-1]
 
     def do(self, name: str, resource: object = None) -> Any:
@@ -389,11 +390,6 @@ def test_a_drive_needs_a_sector_at_least(bench: Bench, size: int, words: str) ->
     with pytest.raises(ConfigError, match=f"^Drive config error: Unable to create .*cannot use .*: {words}"):
         bench.do("put_drive", bench.drive("data"))
     assert bench.drive_ids() == []
-
-
-def test_vhost_user_drives_are_not_supported_yet(bench: Bench) -> None:
-    with pytest.raises(ConfigError, match="Crackle does not support vhost-user drives yet"):
-        bench.do("put_drive", bench.drive("data", socket="/tmp/s"))
 
 
 @pytest.mark.parametrize("engine", [None, "Sync", "Async"])

@@ -127,8 +127,8 @@ class VmmProcess:
         options = BuildOptions(boot_timer="boot-timer" in self._options, logger=self._logger)
         return builder.build(config, ready, options)
 
-    def _prepare(self, machine_config: MachineConfig) -> Shell | None:
-        return shell.prepare(machine_config)
+    def _prepare(self, machine_config: MachineConfig, shared: bool) -> Shell | None:
+        return shell.prepare(machine_config, shared)
 
     def _started(self, machine: Machine) -> None:
         self._terminal.set_raw()

@@ -41,3 +41,8 @@ class VmConfig(msgspec.Struct, rename="kebab", kw_only=True):
     pmem: list[Pmem] = msgspec.field(default_factory=list)
     memory_hotplug: MemoryHotplug | None = None
     serial: Serial | msgspec.UnsetType | None = msgspec.UNSET
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether another process is to have guest memory too: the back end of a vhost-user drive."""
+        return any(drive.socket is not None for drive in self.drives)

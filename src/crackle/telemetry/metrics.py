@@ -12,7 +12,7 @@ import time
 import msgspec
 
 from crackle.errors import ConfigError, CrackleError
-from crackle.telemetry.names import PER_DEVICE, SECTIONS, STORED_NAMES, STORED_SECTIONS
+from crackle.telemetry.names import SECTIONS, STORED_NAMES, STORED_SECTIONS, SUMMED
 from crackle.telemetry.sink import Sink
 
 TYPE_CHECKING = False
@@ -118,7 +118,7 @@ class Metrics:
 
 
 def _kind_of(name: str) -> str | None:
-    return next((kind for kind in PER_DEVICE if name.startswith(f"{kind}_")), None)
+    return next((kind for kind in SUMMED if name.startswith(f"{kind}_")), None)
 
 
 def _merge(into: Section, given: Mapping[str, Any]) -> None:

@@ -117,6 +117,9 @@ class VhostUser:
         """Hang up. Idempotent."""
         self._socket.close()
 
+    def __del__(self) -> None:
+        self._socket.close()
+
     def get_config(self, size: int) -> bytes:
         """The first `size` bytes (up to 256) of the device's configuration space."""
 

@@ -11,6 +11,7 @@ import os
 from crackle.arch import LoadedKernel, build_cmdline, configure_system, enter_kernel, load_initrd, load_kernel
 from crackle.errors import ConfigError
 from crackle.memory import GuestMemory
+from crackle.vmm.devices import is_read_only, kind_of_drive
 from crackle.vmm.machine import BuildOptions, Machine
 from crackle.vmm.shell import Shell
 
@@ -28,10 +29,11 @@ def build(config: VmConfig, shell: Shell | None, options: BuildOptions) -> Machi
     ConfigError or KvmError when it cannot be made.
     """
     assert config.machine_config is not None, "the controller fills it in"
-    if shell is not None and shell.config != config.machine_config:
+    wanted = (config.machine_config, config.shares_memory)
+    if shell is not None and (shell.config, shell.shared) != wanted:
         shell.abandon()
         shell = None
-    parts = (shell or Shell(config.machine_config)).take()
+    parts = (shell or Shell(*wanted)).take()
     try:
         machine = Machine(parts, options)
     except BaseException:
@@ -49,10 +51,13 @@ def _furnish(machine: Machine, config: VmConfig, options: BuildOptions) -> None:
     """Add the devices and the kernel."""
     machine.add_legacy_devices(_console_output(machine, config, options))
     root: Drive | None = None
+    read_only = False
     for drive in config.drives:
-        machine.add("block", drive.drive_id, drive)
+        kind = kind_of_drive(drive)
+        machine.add(kind, drive.drive_id, drive)
         if drive.is_root_device:
             root = drive
+            read_only = is_read_only(machine.devices[kind, drive.drive_id])
     for interface in config.network_interfaces:
         machine.add("net", interface.iface_id, interface)
     for index, custom in enumerate(options.devices):
@@ -62,7 +67,7 @@ def _furnish(machine: Machine, config: VmConfig, options: BuildOptions) -> None:
         config.boot_source.boot_args,
         root=root is not None,
         partuuid=None if root is None else root.partuuid,
-        read_only=root is not None and bool(root.is_read_only),
+        read_only=read_only,
         devices=machine.device_infos,
     )
     configure_system(

@@ -97,7 +97,6 @@ NOT_YET: tuple[tuple[str, Callable[[Any], bool] | None, str], ...] = (
     ("put_machine", _has("cpu_template", "C3", "T2", "T2S", "T2CL", "T2A"), "CPU templates"),
     ("patch_machine", _has("cpu_template", "C3", "T2", "T2S", "T2CL", "T2A"), "CPU templates"),
     ("put_cpu_config", None, "CPU templates"),
-    ("put_drive", _has("socket"), "vhost-user drives"),
     ("delete_drive", None, "removing drives"),
     ("put_serial", _has("rate_limiter"), "rate limiters of the serial console"),
     ("delete_network", None, "removing network interfaces"),

@@ -13,6 +13,7 @@ import msgspec
 
 from crackle.errors import ConfigError, CrackleError, os_reason
 from crackle.schema.machine import updated
+from crackle.vmm.devices import ConnectedDrive, connect_drive
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,23 +78,11 @@ def put_drive(config: VmConfig, drive: Drive) -> None:
                 f"A root block device already exists! It is {drives[0].drive_id!r}; "
                 f"{drive.drive_id!r} cannot be another."
             )
-        if drive.path_on_host is None:
-            raise ConfigError(
-                "Unable to create the virtio block device: Invalid block config. path_on_host is missing."
-            )
-        read_only = bool(drive.is_read_only)
-        problem = "Unable to create the virtio block device"
-        _check_backing_file(problem, drive.path_on_host, read_only)
-        engine = drive.io_engine or "Sync"
-        with context(problem):
-            if engine == "Async":
-                from crackle.virtio.block_async import check_host
-
-                check_host()
-            limiter = limits(drive.rate_limiter)
-    complete: Drive = msgspec.structs.replace(
-        drive, is_read_only=read_only, io_engine=engine, rate_limiter=limiter
-    )
+        with context("Unable to create the virtio block device"):
+            if drive.socket is None:
+                complete = _complete_file_drive(drive)
+            else:
+                complete = _connect_drive(drive, None if at is None else drives[at])
     if at is not None:
         del drives[at]
     # The root device comes first: the guest's /dev/vda is the first device.
@@ -152,6 +141,35 @@ def release(config: VmConfig) -> None:
             interface.__dict__["tap"].close()
 
 
+def _complete_file_drive(drive: Drive) -> Drive:
+    if drive.path_on_host is None:
+        raise ConfigError("Invalid block config. path_on_host is missing.")
+    read_only = bool(drive.is_read_only)
+    _check_backing_file(drive.path_on_host, read_only)
+    engine = drive.io_engine or "Sync"
+    if engine == "Async":
+        from crackle.virtio.block_async import check_host
+
+        check_host()
+    complete: Drive = msgspec.structs.replace(
+        drive, is_read_only=read_only, io_engine=engine, rate_limiter=limits(drive.rate_limiter)
+    )
+    return complete
+
+
+def _connect_drive(drive: Drive, before: Drive | None) -> Drive:
+    for name in ("path_on_host", "is_read_only", "rate_limiter", "io_engine"):
+        if getattr(drive, name) is not None:
+            raise ConfigError(
+                f"Invalid block config. A drive with a socket has no {name}: the back end decides."
+            )
+    if isinstance(before, ConnectedDrive):
+        # A back end that serves one at a time would keep the new connection waiting.
+        before.backend.close()
+    with context("Vhost user backend error"):
+        return connect_drive(drive)
+
+
 def put_serial(config: VmConfig, serial: Serial) -> None:
     config.serial = serial
 
@@ -174,11 +192,16 @@ def drive_to_change(config: VmConfig, update: DriveUpdate) -> Drive:
     drive = next((d for d in config.drives if d.drive_id == update.drive_id), None)
     if drive is None:
         raise ConfigError(f"There is no drive {update.drive_id!r}. Please verify the request arguments.")
-    if update.path_on_host is None and update.rate_limiter is None:
-        raise ConfigError("There is nothing to change. Please verify the request arguments.")
+    changes = update.path_on_host is not None or update.rate_limiter is not None
+    if changes is (drive.socket is not None):
+        what = "a vhost-user drive's back end decides" if changes else "there is nothing to change"
+        raise ConfigError(
+            f"Running method expected different backend: {what}. Please verify the request arguments."
+        )
     check_limiter(update.rate_limiter)
     if update.path_on_host is not None:
-        _check_backing_file("Block", update.path_on_host, bool(drive.is_read_only))
+        with context("Block"):
+            _check_backing_file(update.path_on_host, bool(drive.is_read_only))
     return drive
 
 
@@ -246,7 +269,7 @@ def _check_opens(path: str, problem: str) -> None:
     os.close(fd)
 
 
-def _check_backing_file(problem: str, path: str, read_only: bool) -> None:
+def _check_backing_file(path: str, read_only: bool) -> None:
     flags = os.O_RDONLY if read_only else os.O_RDWR
     try:
         os.close(os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK))
@@ -254,12 +277,11 @@ def _check_backing_file(problem: str, path: str, read_only: bool) -> None:
             raise IsADirectoryError(21, "Is a directory")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{problem}: Virtio backend error: Error manipulating the backing file: {_reason(error)} {path}"
+            f"Virtio backend error: Error manipulating the backing file: {_reason(error)} {path}"
         ) from None
     from crackle.virtio.backing import open_backing
 
-    with context(problem):
-        os.close(open_backing(path, read_only).fd)
+    os.close(open_backing(path, read_only).fd)
 
 
 def _reason(error: OSError | ValueError) -> str:

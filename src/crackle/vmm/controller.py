@@ -20,6 +20,7 @@ from crackle.telemetry.metrics import Metrics
 from crackle.version import VERSION
 from crackle.vmm.commands import NOT_STARTED, PAUSED, RUNNING, STOPPED, Command, check_state, check_supported
 from crackle.vmm.configuration import CONFIGURE, context, drive_to_change, interface_to_change, merge, release
+from crackle.vmm.devices import kind_of_drive
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
         def stop(self) -> None: ...
 
     Build = Callable[[VmConfig, "Shell | None"], "Machine"]
-    Prepare = Callable[[MachineConfig], "Shell | None"]
+    Prepare = Callable[[MachineConfig, bool], "Shell | None"]
 
 APP_NAME = "Crackle"
 
@@ -72,8 +73,8 @@ class Controller:
 
     ``build`` makes the machine out of the configuration when it starts. ``prepare``, if given, makes ahead of
     time what needs only the machine configuration; it is called with the first configuration command and
-    again when the machine configuration changes. What it returns goes to ``build``, or is abandoned when it no
-    longer fits. ``shell`` is what was made for the default machine already.
+    again when the machine configuration changes, or whether guest memory is shared. What it returns goes to
+    ``build``, or is abandoned when it no longer fits. ``shell`` is what was made for the default machine already.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Controller:
         self._build = build
         self._prepare = prepare
         self._shell = shell
-        self._shell_for = None if shell is None else self.config.machine_config
+        self._shell_for = None if shell is None else (self.config.machine_config, False)
 
     def execute(self, command: Command) -> Any:
         """The command's result, or None if it has none.
@@ -193,7 +194,7 @@ class Controller:
     def _patch_drive(self, update: DriveUpdate) -> None:
         with context("Drive config error: Unable to patch the block device"):
             drive = drive_to_change(self.config, update)
-            self._running_machine().update("block", update.drive_id, update)
+            self._running_machine().update(kind_of_drive(drive), update.drive_id, update)
         merge(drive, update)
 
     def _patch_network(self, update: NetworkInterfaceUpdate) -> None:
@@ -230,15 +231,16 @@ class Controller:
     # Making ready ahead of time
 
     def _prepare_shell(self) -> None:
-        if self._prepare is None or self._shell_for == self.config.machine_config:
+        assert self.config.machine_config is not None
+        wanted = self.config.machine_config, self.config.shares_memory
+        if self._prepare is None or self._shell_for == wanted:
             return
         if self._shell is not None:
             self._shell.abandon()
             self._shell = None
-        assert self.config.machine_config is not None
-        self._shell_for = self.config.machine_config
+        self._shell_for = wanted
         try:
-            self._shell = self._prepare(self.config.machine_config)
+            self._shell = self._prepare(*wanted)
         except Exception as error:
             # What cannot be made ahead of time fails again, with its reason, when the microVM starts.
             self.logger.debug(f"Nothing was made ahead of time: {error}")

@@ -9,16 +9,20 @@ import os
 
 import msgspec
 
+from crackle.schema.drive import Drive
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
     from crackle.memory import GuestMemory
-    from crackle.schema import Drive, DriveUpdate, NetworkInterface, NetworkInterfaceUpdate
+    from crackle.schema import DriveUpdate, NetworkInterface, NetworkInterfaceUpdate
     from crackle.virtio.block import Block
     from crackle.virtio.device import VirtioDevice
     from crackle.virtio.net import Net
+    from crackle.virtio.vhost_user import VhostUser
+    from crackle.virtio.vhost_user_block import VhostUserBlock
 
 
 def make_block(memory: GuestMemory, drive: Drive) -> Block:
@@ -73,6 +77,53 @@ def update_net(net: Net, update: NetworkInterfaceUpdate) -> None:
             net.update_limiter(index, limits)
 
 
+class ConnectedDrive(Drive, dict=True):
+    """A vhost-user drive, and the connection that was made when it was configured: there are back ends that take one
+    only. The connection is no field, so that no document shows it; it ends with the last who holds it.
+    """
+
+    @property
+    def backend(self) -> VhostUser:
+        """As `connect_drive` made it."""
+        connection: VhostUser = vars(self)["backend"]
+        return connection
+
+
+def connect_drive(drive: Drive) -> ConnectedDrive:
+    """`drive` with a connection to its back end; ConfigError when that is no use."""
+    from crackle.virtio.vhost_user_block import connect
+
+    assert drive.socket is not None
+    connected = ConnectedDrive(**msgspec.structs.asdict(drive))
+    vars(connected)["backend"] = connect(drive.socket, writeback=drive.cache_type == "Writeback")
+    return connected
+
+
+def make_vhost_user_block(memory: GuestMemory, drive: Drive) -> VhostUserBlock:
+    """ConfigError when the back end is no use (any more)."""
+    from crackle.virtio.vhost_user_block import VhostUserBlock
+
+    if not isinstance(drive, ConnectedDrive) or drive.backend.fileno() < 0:
+        # A start that failed has closed what it was given.
+        drive = connect_drive(drive)
+    return VhostUserBlock(memory, drive.backend)
+
+
+def update_vhost_user_block(block: VhostUserBlock, _update: DriveUpdate) -> None:
+    """Read its configuration again; ConfigError keeps the old."""
+    block.update()
+
+
+def kind_of_drive(drive: Drive) -> str:
+    """Which kind of device a drive is."""
+    return "block" if drive.socket is None else "vhost_user_block"
+
+
+def is_read_only(disk: Any) -> bool:
+    """Whether nobody may write to a disk, which for a vhost-user drive only its back end knows."""
+    return bool(disk.read_only)
+
+
 class Kind(msgspec.Struct, frozen=True):
     """make(memory, resource) -> device; update(device, resource), or None for what cannot be changed."""
 
@@ -83,4 +134,5 @@ class Kind(msgspec.Struct, frozen=True):
 KINDS = {
     "block": Kind(make_block, update_block),
     "net": Kind(make_net, update_net),
+    "vhost_user_block": Kind(make_vhost_user_block, update_vhost_user_block),
 }

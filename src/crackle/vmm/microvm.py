@@ -123,11 +123,15 @@ class MicroVM:
         """Press the ACPI power button."""
         self._machine().press_power_button()
 
-    def update_drive(self, drive_id: str, path: str | os.PathLike[str]) -> None:
-        """Put another file behind a drive; the guest learns of the new size."""
+    def update_drive(self, drive_id: str, path: str | os.PathLike[str] | None = None) -> None:
+        """Put another file behind a drive; the guest learns of the new size.
+
+        Without a path, for a vhost-user drive: ask its back end again.
+        """
         from crackle.schema.drive import DriveUpdate
 
-        self._controller.execute(Command("patch_drive", DriveUpdate(drive_id, os.fspath(path))))
+        update = DriveUpdate(drive_id, None if path is None else os.fspath(path))
+        self._controller.execute(Command("patch_drive", update))
 
     def wait(self, timeout: float | None = None) -> ExitStatus:
         """Wait until the guest ends by itself, and say how. TimeoutError after `timeout` seconds.

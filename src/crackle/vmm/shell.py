@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from crackle.schema.machine import MachineConfig
 
 _BACKINGS = {"None": "anonymous", "Transparent": "transparent", "2M": "hugepages"}
+_SHARED_BACKINGS = {"None": "memfd", "Transparent": "memfd", "2M": "hugepages-memfd"}
 
 
 class Parts(msgspec.Struct):
@@ -42,12 +43,15 @@ class Parts(msgspec.Struct):
 class Shell:
     """A virtual machine without devices or kernel, being made on a thread of its own.
 
+    shared: another process will have guest memory too, so it is a memfd.
+
     `take` waits for that thread and hands the parts over; `close` waits too and gives them back; `abandon` gives
     them back in the background. After any of them the shell owns nothing.
     """
 
-    def __init__(self, config: MachineConfig) -> None:
+    def __init__(self, config: MachineConfig, shared: bool = False) -> None:
         self.config = config
+        self.shared = shared
         self._parts = Parts()
         self._error: BaseException | None = None
         self._made = allocate_lock()
@@ -56,7 +60,7 @@ class Shell:
 
     def _run(self) -> None:
         try:
-            _make(self.config, self._parts)
+            _make(self.config, self.shared, self._parts)
         except BaseException as error:
             self._error = error
         finally:
@@ -84,13 +88,13 @@ class Shell:
         return parts
 
 
-def prepare(config: MachineConfig) -> Shell:
-    """Start making the shell of a machine with `config`."""
-    return Shell(config)
+def prepare(config: MachineConfig, shared: bool = False) -> Shell:
+    """Start making the shell of a machine with `config`; shared: another process will have its memory too."""
+    return Shell(config, shared)
 
 
-def _make(config: MachineConfig, parts: Parts) -> None:
-    backing = _BACKINGS[config.huge_pages]
+def _make(config: MachineConfig, shared: bool, parts: Parts) -> None:
+    backing = (_SHARED_BACKINGS if shared else _BACKINGS)[config.huge_pages]
     parts.memory = memory = GuestMemory(memory_layout(config.mem_size_mib << 20), backing=backing)
     parts.kvm = kvm = Kvm()
     missing = kvm.missing()
