@@ -139,6 +139,9 @@ def release(config: VmConfig) -> None:
     for interface in config.network_interfaces:
         if "tap" in interface.__dict__:
             interface.__dict__["tap"].close()
+    for drive in config.drives:
+        if isinstance(drive, ConnectedDrive):
+            drive.backend.close()
 
 
 def _complete_file_drive(drive: Drive) -> Drive:
