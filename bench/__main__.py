@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench.rows import BUILD, GUESTS, ROOT, Bench, Row
 
-AREAS = ("exits", "boot", "start", "api", "memory", "block", "linux")
+AREAS = ("exits", "boot", "start", "api", "memory", "block", "net", "linux")
 
 
 def reference_name(path: str) -> str:

@@ -141,6 +141,7 @@ class Monitor:
         vcpus: int = 1,
         drives: Sequence[Path] = (),
         io_engine: str = "Sync",
+        network: Sequence[Mapping[str, object]] = (),
     ) -> None:
         """Everything up to InstanceStart. guest: the name of a bare-metal guest or the path of a kernel."""
         kernel = GUESTS / f"{guest}.elf" if isinstance(guest, str) else guest
@@ -155,6 +156,8 @@ class Monitor:
                 "io_engine": io_engine,
             }
             self.request("PUT", f"/drives/drive{number}", body)
+        for interface in network:
+            self.request("PUT", f"/network-interfaces/{interface['iface_id']}", interface)
 
     def start(self) -> None:
         """InstanceStart."""
