@@ -1,4 +1,4 @@
-"""net.*: virtio-net from a polling bare-metal guest on a TAP, beside the reference and beside a loop in C on the same TAP.
+"""net.*: virtio-net from a polling bare-metal guest on a TAP, beside the reference and beside a loop in C.
 
 All traffic stays in a network namespace that ends with the run. Receiving, what is told is what the guest saw.
 """
@@ -97,7 +97,7 @@ def sender(network: Network, tool: Path, test: Test) -> Iterator[None]:
 
 
 def device_cpu_ns(pid: int) -> int:
-    """CPU time of a monitor's threads so far without its vCPUs, which poll (Documentation/scheduler/sched-stats.rst)."""
+    """CPU time of a monitor so far without its vCPUs, which poll (Documentation/scheduler/sched-stats.rst)."""
     total = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
         if "vcpu" not in (task / "comm").read_text():
