@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from crackle.errors import KvmError as KvmError
     from crackle.errors import StateError as StateError
     from crackle.schema.drive import Drive as Drive
+    from crackle.schema.net import NetworkInterface as NetworkInterface
     from crackle.virtio.custom import VirtioDevice as VirtioDevice
     from crackle.vmm.console import Console as Console
     from crackle.vmm.machine import ExitStatus as ExitStatus
@@ -32,6 +33,7 @@ _MODULE_OF = {
     "GuestError": "crackle.errors",
     "KvmError": "crackle.errors",
     "MicroVM": "crackle.vmm.microvm",
+    "NetworkInterface": "crackle.schema.net",
     "StateError": "crackle.errors",
     "VirtioDevice": "crackle.virtio.custom",
 }

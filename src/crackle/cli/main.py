@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from crackle.cli import net as network_commands
-from crackle.errors import CrackleError
+from crackle.errors import ConfigError, CrackleError
+from crackle.hostnet.plan import DEFAULT_NETWORK
+
+if TYPE_CHECKING:
+    from crackle.schema.net import NetworkInterface
 
 app = typer.Typer(
     name="crackle",
@@ -35,6 +39,14 @@ def run(
     read_only: Annotated[
         bool, typer.Option("--read-only", help="Give the guest the root disk read-only.")
     ] = False,
+    net: Annotated[
+        bool,
+        typer.Option("--net", help="Give the guest a network: address, way out through this host, name."),
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="The guest's name on its network.")] = None,
+    network: Annotated[str, typer.Option(help="The network that --net joins, or makes for this run.")] = (
+        DEFAULT_NETWORK
+    ),
 ) -> None:
     """Boot a microVM with its console on this terminal. Ctrl-] ends it.
 
@@ -42,6 +54,9 @@ def run(
     """
     from crackle.cli.run import run as run_microvm
     from crackle.vmm.microvm import DEFAULT_BOOT_ARGS
+
+    arguments = DEFAULT_BOOT_ARGS if boot_args is None else boot_args
+    interfaces: list[NetworkInterface] = []
 
     def boot(console: tuple[int, int]) -> None:
         from crackle import MicroVM
@@ -53,13 +68,22 @@ def run(
             drives=drive or (),
             cpus=cpus,
             memory=memory,
-            boot_args=DEFAULT_BOOT_ARGS if boot_args is None else boot_args,
+            boot_args=arguments,
             read_only=read_only,
+            interfaces=interfaces,
             console=console,
         ) as vm:
             vm.wait()
 
-    raise typer.Exit(run_microvm(boot))
+    if not net:
+        if name is not None or network != DEFAULT_NETWORK:
+            raise ConfigError("--name and --network say what --net is to do: give --net as well.")
+        raise typer.Exit(run_microvm(boot))
+    with network_commands.attached(name, network) as place:
+        arguments = f"{arguments} {place.boot_argument()}"
+        interfaces = [network_commands.interface(place)]
+        status = run_microvm(boot)
+    raise typer.Exit(status)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from crackle.hostnet.plan import DEFAULT_NETWORK, parse_range
 
 if TYPE_CHECKING:
     from crackle.hostnet.networks import Attachment
+    from crackle.schema.net import NetworkInterface
 
 # What is imported only when a network is touched: pyroute2 takes a quarter of a second.
 
@@ -78,11 +79,12 @@ def add(
     import msgspec
 
     from crackle.hostnet import networks
-    from crackle.schema.net import NetworkInterface
 
     place = networks.attach(name, network, user=user)
-    interface = NetworkInterface("eth0", place.tap, guest_mac=place.mac, mtu=place.mtu)
-    print(msgspec.json.encode(interface).decode())
+    given = {
+        name: value for name, value in msgspec.to_builtins(interface(place)).items() if value is not None
+    }
+    print(msgspec.json.encode(given).decode())
     print(place.boot_argument())
 
 
@@ -105,6 +107,13 @@ def down(
     from crackle.hostnet import networks
 
     networks.down(network, force=force)
+
+
+def interface(place: Attachment) -> NetworkInterface:
+    """The guest's interface for its place on a network. It cannot speak under another MAC address than its own."""
+    from crackle.schema.net import NetworkInterface
+
+    return NetworkInterface("eth0", place.tap, place.mac, place.mtu, drop_spoofed_mac=True)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from crackle.schema.config import VmConfig
     from crackle.schema.machine import HugePages
+    from crackle.schema.net import NetworkInterface
     from crackle.virtio.custom import VirtioDevice
     from crackle.vmm.machine import ExitStatus
 
@@ -40,6 +41,7 @@ class MicroVM:
     kernel, initrd: paths of a vmlinux or bzImage and of an initial RAM disk.
     rootfs: path of an image that becomes the root device /dev/vda; `read_only` mounts and opens it so.
     drives: more disks, as paths or `Drive` resources, from /dev/vdb on (from /dev/vda without rootfs).
+    interfaces: network interfaces, as names of TAP devices or `NetworkInterface` resources; the guest's eth0, eth1...
     devices: virtio devices written in Python, subclasses of `crackle.VirtioDevice`.
     boot_args: the kernel command line; the default puts the console on the serial port.
     cpus: 1 to 32, two to a core with `smt`. memory: in MiB, backed as `huge_pages` says: "None", "Transparent", or "2M"
@@ -58,6 +60,7 @@ class MicroVM:
         *,
         initrd: str | os.PathLike[str] | None = None,
         drives: Sequence[str | os.PathLike[str] | Drive] = (),
+        interfaces: Sequence[str | NetworkInterface] = (),
         devices: Sequence[VirtioDevice] = (),
         read_only: bool = False,
         boot_args: str = DEFAULT_BOOT_ARGS,
@@ -93,6 +96,8 @@ class MicroVM:
             execute(Command("put_boot_source", source))
             for drive in _drives(rootfs, drives, read_only):
                 execute(Command("put_drive", drive))
+            for interface in _interfaces(interfaces):
+                execute(Command("put_network", interface))
         except BaseException:
             self.stop()
             raise
@@ -224,3 +229,16 @@ def _drives(
     if len(set(names)) < len(names):
         raise CrackleError(f"two drives have the same name: {', '.join(sorted(names))}")
     return result
+
+
+def _interfaces(interfaces: Sequence[str | NetworkInterface]) -> list[NetworkInterface]:
+    from crackle.schema.net import NetworkInterface
+
+    if isinstance(interfaces, str):
+        raise ConfigError(
+            f"interfaces must be a sequence of TAP devices and NetworkInterfaces, not the name {interfaces!r} alone"
+        )
+    return [
+        NetworkInterface(f"eth{index}", interface) if isinstance(interface, str) else interface
+        for index, interface in enumerate(interfaces)
+    ]
