@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from crackle.errors import StateError as StateError
     from crackle.schema.drive import Drive as Drive
     from crackle.schema.net import NetworkInterface as NetworkInterface
+    from crackle.schema.vsock import Vsock as Vsock
     from crackle.virtio.custom import VirtioDevice as VirtioDevice
     from crackle.vmm.console import Console as Console
     from crackle.vmm.machine import ExitStatus as ExitStatus
@@ -36,6 +37,7 @@ _MODULE_OF = {
     "NetworkInterface": "crackle.schema.net",
     "StateError": "crackle.errors",
     "VirtioDevice": "crackle.virtio.custom",
+    "Vsock": "crackle.schema.vsock",
 }
 
 __all__ = [  # noqa: PLE0604  (the names are resolved by __getattr__)

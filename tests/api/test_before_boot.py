@@ -268,7 +268,6 @@ def test_an_unknown_path_with_a_body(vmm: Vmm, method: str, fault: str) -> None:
 # A body that fits, for each endpoint that is not built yet.
 LATER = [
     ("PUT", "/cpu-config", {}),
-    ("PUT", "/vsock", {"guest_cid": 3, "uds_path": "/tmp/v"}),
     ("PUT", "/balloon", {"amount_mib": 1, "deflate_on_oom": True}),
     ("GET", "/balloon", None),
     ("PUT", "/entropy", {}),

@@ -186,7 +186,8 @@ def test_what_the_api_shows_is_a_configuration_file(
         ({"machine-config": {"cpus": 1}}, "unknown field `cpus`"),
         ({"logger": {"log_path": "/none/log"}}, "Logger error: Failed to open target file"),
         ({"metrics": {"metrics_path": "/none/m"}}, "Metrics error: Cannot initialize the metrics system"),
-        ({"vsock": {"guest_cid": 3, "uds_path": "/v"}}, "Crackle does not support the vsock device yet."),
+        ({"entropy": {}}, "Crackle does not support the entropy device yet."),
+        ({"vsock": {"guest_cid": 3, "uds_path": "/none/v"}}, "Vsock config error: Cannot create backend"),
         (
             {"boot-source": {"kernel_image_path": "/dev/null", "boot_args": "unbootable"}},
             "Start microvm error: this",

@@ -124,6 +124,8 @@ class VmmProcess:
         self._logger.info("Successfully started microvm that was configured from one single json")
 
     def _build(self, config: VmConfig, ready: Any) -> Machine:
+        if config.vsock is not None:
+            _allow_many_descriptors()
         options = BuildOptions(boot_timer="boot-timer" in self._options, logger=self._logger)
         return builder.build(config, ready, options)
 
@@ -202,3 +204,11 @@ class VmmProcess:
         self._controller.stop()
         self._loop.close()
         self._metrics.close()
+
+
+def _allow_many_descriptors() -> None:
+    """One for each vsock connection: as many as the hard limit allows."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

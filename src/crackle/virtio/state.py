@@ -46,8 +46,19 @@ class NetState(msgspec.Struct, frozen=True, kw_only=True, tag="net"):
     tx_limiter: LimiterState
 
 
+class VsockState(msgspec.Struct, frozen=True, kw_only=True, tag="vsock"):
+    """What a vsock device adds to its DeviceState. Connections end with the snapshot.
+
+    uds_path: of the Unix socket, unless whoever restores names another. last_port: the last that a host program got.
+    """
+
+    cid: int
+    uds_path: str
+    last_port: int
+
+
 # One for each device that has something of its own to save; `type` in the file tells which it is.
-OwnState = BlockState | CustomState | VhostUserBlockState | NetState
+OwnState = BlockState | CustomState | VhostUserBlockState | NetState | VsockState
 
 
 class DeviceState(msgspec.Struct, frozen=True, kw_only=True):

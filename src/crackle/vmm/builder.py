@@ -60,6 +60,8 @@ def _furnish(machine: Machine, config: VmConfig, options: BuildOptions) -> None:
             read_only = is_read_only(machine.devices[kind, drive.drive_id])
     for interface in config.network_interfaces:
         machine.add("net", interface.iface_id, interface)
+    if config.vsock is not None:
+        machine.add("vsock", "vsock", config.vsock)
     for index, custom in enumerate(options.devices):
         machine.add_custom(f"{type(custom).__name__.lower()}{index}", custom)
     kernel, initrd = _load(machine.memory, config)

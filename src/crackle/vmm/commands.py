@@ -101,7 +101,6 @@ NOT_YET: tuple[tuple[str, Callable[[Any], bool] | None, str], ...] = (
     ("put_serial", _has("rate_limiter"), "rate limiters of the serial console"),
     ("delete_network", None, "removing network interfaces"),
     *((f"{verb}_pmem", None, "pmem devices") for verb in ("put", "patch", "delete")),
-    ("put_vsock", None, "the vsock device"),
     ("put_entropy", None, "the entropy device"),
     *((name, None, "the balloon device") for name in ALLOWED if "balloon" in name),
     *((name, None, "memory hotplug") for name in ALLOWED if "memory_hotplug" in name),

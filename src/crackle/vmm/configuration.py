@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         RateLimiter,
         Serial,
         VmConfig,
+        Vsock,
     )
 
 # The kernel command line's room, its final NUL included (Documentation/arch/x86/boot.rst, cmdline_size).
@@ -173,6 +174,15 @@ def _connect_drive(drive: Drive, before: Drive | None) -> Drive:
         return connect_drive(drive)
 
 
+def put_vsock(config: VmConfig, vsock: Vsock) -> None:
+    with context("Vsock config error: Cannot create backend for vsock device"):
+        from crackle.virtio.vsock_mux import Multiplexer
+
+        Multiplexer(vsock.guest_cid, vsock.uds_path).close()
+    # The device has one name only; clients of old versions still give it one.
+    config.vsock = msgspec.structs.replace(vsock, vsock_id=msgspec.UNSET)
+
+
 def put_serial(config: VmConfig, serial: Serial) -> None:
     config.serial = serial
 
@@ -183,6 +193,7 @@ CONFIGURE: dict[str, Callable[[VmConfig, Any], None]] = {
     "put_boot_source": put_boot_source,
     "put_drive": put_drive,
     "put_network": put_network,
+    "put_vsock": put_vsock,
     "put_serial": put_serial,
 }
 

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
     from crackle.memory import GuestMemory
     from crackle.schema import DriveUpdate, NetworkInterface, NetworkInterfaceUpdate
+    from crackle.schema import Vsock as VsockResource
     from crackle.virtio.block import Block
     from crackle.virtio.device import VirtioDevice
     from crackle.virtio.net import Net
     from crackle.virtio.vhost_user import VhostUser
     from crackle.virtio.vhost_user_block import VhostUserBlock
+    from crackle.virtio.vsock import Vsock
 
 
 def make_block(memory: GuestMemory, drive: Drive) -> Block:
@@ -124,6 +126,13 @@ def is_read_only(disk: Any) -> bool:
     return bool(disk.read_only)
 
 
+def make_vsock(memory: GuestMemory, vsock: VsockResource) -> Vsock:
+    """ConfigError when the Unix socket cannot be made."""
+    from crackle.virtio.vsock import Vsock
+
+    return Vsock(memory, vsock.guest_cid, vsock.uds_path)
+
+
 class Kind(msgspec.Struct, frozen=True):
     """make(memory, resource) -> device; update(device, resource), or None for what cannot be changed."""
 
@@ -135,4 +144,5 @@ KINDS = {
     "block": Kind(make_block, update_block),
     "net": Kind(make_net, update_net),
     "vhost_user_block": Kind(make_vhost_user_block, update_vhost_user_block),
+    "vsock": Kind(make_vsock),
 }

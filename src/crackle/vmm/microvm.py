@@ -15,6 +15,7 @@ from crackle.errors import ConfigError, CrackleError, GuestError, StateError
 from crackle.schema.boot import BootSource
 from crackle.schema.drive import Drive
 from crackle.schema.machine import MachineConfigUpdate
+from crackle.schema.vsock import Vsock
 from crackle.telemetry.logger import OFF, Logger
 from crackle.vmm.builder import build
 from crackle.vmm.commands import Command
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from crackle.virtio.custom import VirtioDevice
     from crackle.vmm.machine import ExitStatus
 
+DEFAULT_GUEST_CID = 3
 DEFAULT_BOOT_ARGS = "console=ttyS0 reboot=k panic=1 i8042.noaux i8042.nomux"
 
 
@@ -42,6 +44,7 @@ class MicroVM:
     rootfs: path of an image that becomes the root device /dev/vda; `read_only` mounts and opens it so.
     drives: more disks, as paths or `Drive` resources, from /dev/vdb on (from /dev/vda without rootfs).
     interfaces: network interfaces, as names of TAP devices or `NetworkInterface` resources; the guest's eth0, eth1...
+    vsock: path of the Unix socket that leads to the vsock ports of the guest, whose CID is 3; or a `Vsock` resource.
     devices: virtio devices written in Python, subclasses of `crackle.VirtioDevice`.
     boot_args: the kernel command line; the default puts the console on the serial port.
     cpus: 1 to 32, two to a core with `smt`. memory: in MiB, backed as `huge_pages` says: "None", "Transparent", or "2M"
@@ -61,6 +64,7 @@ class MicroVM:
         initrd: str | os.PathLike[str] | None = None,
         drives: Sequence[str | os.PathLike[str] | Drive] = (),
         interfaces: Sequence[str | NetworkInterface] = (),
+        vsock: str | os.PathLike[str] | Vsock | None = None,
         devices: Sequence[VirtioDevice] = (),
         read_only: bool = False,
         boot_args: str = DEFAULT_BOOT_ARGS,
@@ -98,6 +102,10 @@ class MicroVM:
                 execute(Command("put_drive", drive))
             for interface in _interfaces(interfaces):
                 execute(Command("put_network", interface))
+            if vsock is not None:
+                if not isinstance(vsock, Vsock):
+                    vsock = Vsock(DEFAULT_GUEST_CID, os.fspath(vsock))
+                execute(Command("put_vsock", vsock))
         except BaseException:
             self.stop()
             raise

@@ -1,0 +1,3 @@
+class Table:
+    @property
+    def count(self) -> int: ...
