@@ -71,10 +71,19 @@ def _operation(method: str, key: str, route: Route) -> dict[str, Any]:
             "content": _json({"type": "object"} if body is None else _reference(body)),
         }
     result = _RESULTS.get(route.command)
-    if result is not None:
+    if route.command == "get_mmds":
+        operation["responses"] = {
+            "200": {"description": "The document", "content": _json({"type": "object"})}
+        }
+    elif result is not None:
         operation["responses"] = {"200": {"description": "The answer", "content": _json(_reference(result))}}
     else:
         operation["responses"] = {"204": {"description": "Done"}}
+    if route.command in ("put_mmds", "patch_mmds"):
+        operation["responses"]["413"] = {
+            "description": "More than there is room for",
+            "content": _json(_reference(Fault)),
+        }
     operation["responses"]["400"] = {
         "description": "Refused, with the reason",
         "content": _json(_reference(Fault)),

@@ -30,7 +30,7 @@ class Route(msgspec.Struct, frozen=True):
     ``id_field`` the field the path repeats.
 
     ``counter`` is the stem of the metrics ``<counter>_count`` and ``<counter>_fails``; ``deprecated`` is
-    the field whose presence makes the request a deprecated one.
+    the field whose presence makes the request a deprecated one, or whose value where ``deprecated_value`` is given.
     """
 
     command: str
@@ -38,6 +38,23 @@ class Route(msgspec.Struct, frozen=True):
     id_field: str | None = None
     counter: str | None = None
     deprecated: str | None = None
+    deprecated_value: str | None = None
+
+    @property
+    def deprecation(self) -> str:
+        """What a client of a deprecated request should know."""
+        if self.deprecated_value is None:
+            return f"the field {self.deprecated} is deprecated."
+        return f"{self.deprecated_value} is deprecated."
+
+    def is_deprecated(self, resource: Any) -> bool:
+        """Whether what is asked for with ``resource`` is."""
+        if self.deprecated is None:
+            return False
+        value = getattr(resource, self.deprecated)
+        if self.deprecated_value is not None:
+            return bool(value == self.deprecated_value)
+        return value is not None and value is not msgspec.UNSET
 
 
 # By method, first segment and, where "/" is in the key, second segment.
@@ -64,7 +81,9 @@ ROUTES = {
     ),
     ("PUT", "metrics"): Route("put_metrics", "MetricsConfig", counter="metrics"),
     ("PUT", "mmds"): Route("put_mmds", "", counter="mmds"),
-    ("PUT", "mmds/config"): Route("put_mmds_config", "MmdsConfig", counter="mmds"),
+    ("PUT", "mmds/config"): Route(
+        "put_mmds_config", "MmdsConfig", counter="mmds", deprecated="version", deprecated_value="V1"
+    ),
     ("PUT", "network-interfaces"): Route("put_network", "NetworkInterface", "iface_id", "network"),
     ("PUT", "pmem"): Route("put_pmem", "Pmem", "id", "pmem"),
     ("PUT", "serial"): Route("put_serial", "Serial", counter="serial"),
@@ -100,6 +119,8 @@ _BY_VALUE = {
     "Resumed": "resume",
 }
 
+_ANY_JSON = dict | list | str | bool | int | float | None  # type: ignore[type-arg]
+
 _NO_BODY = {
     "PUT": "Empty PUT request.",
     "PATCH": "Empty PATCH request.",
@@ -123,7 +144,8 @@ def find_route(method: str, path: str, body: bytes) -> tuple[Route, str]:
     first, _, rest = path.lstrip("/").partition("/")
     second, _, tail = rest.partition("/")
     key = first
-    if first in _SECOND_WORD and (second or first in _NEED_SECOND):
+    has_second_word = first in _SECOND_WORD and (first != "mmds" or method == "PUT")
+    if has_second_word and (second or first in _NEED_SECOND):
         key = f"{first}/{second}"
         if second == "hinting":
             key = f"{key}/{tail.partition('/')[0]}"
@@ -173,15 +195,11 @@ def parse(route: Route, path_id: str, body: bytes) -> Request:
     check = _CHECKS.get(route.command)
     if check is not None:
         check(resource)
-    deprecated = route.deprecated is not None and getattr(resource, route.deprecated) not in (
-        None,
-        msgspec.UNSET,
-    )
-    return Request(Command(route.command, resource), route, deprecated)
+    return Request(Command(route.command, resource), route, route.is_deprecated(resource))
 
 
 def _decode_body(route: Route, body: bytes) -> Any:
-    resource_type: Any = getattr(schema, route.body) if route.body else dict
+    resource_type: Any = getattr(schema, route.body) if route.body else _ANY_JSON
     try:
         return decode(body or b"{}", resource_type)
     except msgspec.DecodeError as error:

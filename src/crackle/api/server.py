@@ -16,7 +16,7 @@ import msgspec
 
 from crackle.api.http import HttpConnection
 from crackle.api.routes import RequestError, find_route, parse
-from crackle.errors import CrackleError
+from crackle.errors import CrackleError, TooLargeError
 from crackle.telemetry.logger import INFO
 from crackle.vmm.loop import READABLE, WRITABLE
 
@@ -36,6 +36,7 @@ _HEAD = "HTTP/1.1 {}\r\nServer: Crackle API\r\nConnection: {}\r\n"
 _OK = "200 OK"
 _NO_CONTENT = "204 No Content"
 _BAD_REQUEST = "400 Bad Request"
+_TOO_LARGE = "413 Payload Too Large"
 _BUSY = "503 Service Unavailable"
 _INTERNAL = "500 Internal Server Error"
 
@@ -113,7 +114,7 @@ class ApiServer:
             deprecated = request.deprecated
             if deprecated:
                 controller.metrics.counters["deprecated_api"]["deprecated_http_api_calls"] += 1
-                logger.warning(f"{method} /{path.strip('/')}: the field {route.deprecated} is deprecated.")
+                logger.warning(f"{method} /{path.strip('/')}: {route.deprecation}")
             latency = _LATENCIES.get(request.command.name)
             if latency is None:
                 result = controller.execute(request.command)
@@ -125,11 +126,12 @@ class ApiServer:
             if counts is not None and f"{counter}_fails" in counts:
                 counts[f"{counter}_fails"] += 1
             message = str(error)
+            status = _TOO_LARGE if isinstance(error, TooLargeError) else _BAD_REQUEST
             if not isinstance(error, RequestError):
-                logger.error(f"Received Error. Status code: {_BAD_REQUEST}. Message: {message}")
+                logger.error(f"Received Error. Status code: {status}. Message: {message}")
             else:
                 logger.error(message)
-            return fault(_BAD_REQUEST, message, keep=keep, deprecated=deprecated)
+            return fault(status, message, keep=keep, deprecated=deprecated)
         except Exception as error:
             message = f"Internal error: {type(error).__name__}: {error}"
             logger.error(message)

@@ -63,10 +63,12 @@ class VmmProcess:
         listener: socket | None,
         config: bytes | None,
         ready: Shell | None,
+        metadata: bytes | None = None,
     ) -> None:
         self._options = options
         self._logger = logger
         self._config = config
+        self._metadata = metadata
         self._status = 0
         self._signal = 0
         self._terminal = Terminal(0)
@@ -74,6 +76,8 @@ class VmmProcess:
         self._metrics = Metrics()
         if metrics_sink is not None:
             self._metrics.attach(metrics_sink)
+        limit = options.number("http-api-max-payload-size") or 0
+        metadata_limit = options.number("mmds-size-limit")
         self._controller = Controller(
             self._build,
             self._prepare,
@@ -82,8 +86,8 @@ class VmmProcess:
             metrics=self._metrics,
             on_start=self._started,
             shell=ready,
+            metadata_limit=limit if metadata_limit is None else metadata_limit,
         )
-        limit = options.number("http-api-max-payload-size") or 0
         self._server = None if listener is None else ApiServer(self._loop, listener, self._controller, limit)
         self._watch_signals()
 
@@ -92,6 +96,8 @@ class VmmProcess:
         try:
             if self._server is not None:
                 self._report_start()
+            if self._metadata is not None:
+                self._put_metadata(self._metadata)
             if self._config is not None:
                 self._start_from_file(self._config)
             self._loop.run()
@@ -101,6 +107,16 @@ class VmmProcess:
             signal.signal(self._signal, signal.SIG_DFL)
             os.kill(os.getpid(), self._signal)
         return self._status
+
+    def _put_metadata(self, text: bytes) -> None:
+        problem = "Populating MMDS from file failed"
+        try:
+            self._controller.execute(Command("put_mmds", msgspec.json.decode(text)))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise CrackleError(f"{problem}: metadata provided not valid json: {error}") from None
+        except CrackleError as error:
+            raise CrackleError(f"{problem}: {error}") from error
+        self._logger.info("Successfully added metadata to mmds from file")
 
     def _start_from_file(self, text: bytes) -> None:
         problem = "Failed to build MicroVM from Json"

@@ -101,7 +101,9 @@ def _serve(options: Options, logger: Logger) -> int:
     logger.info(f"Running Crackle v{VERSION}")
     metrics_sink = _open_metrics(options)
     config_path = options.value("config-file")
-    config = None if config_path is None else _read_config(config_path)
+    config = None if config_path is None else _read(config_path, "configuration file")
+    metadata_path = options.value("metadata")
+    metadata = None if metadata_path is None else _read(metadata_path, "mmds content file")
     listener = None
     if "no-api" not in options:
         path = options.value("api-sock") or ""
@@ -120,7 +122,7 @@ def _serve(options: Options, logger: Logger) -> int:
 
         if sys.modules["typing_extensions"] is None:
             del sys.modules["typing_extensions"]
-        process = VmmProcess(options, logger, metrics_sink, listener, config, shell)
+        process = VmmProcess(options, logger, metrics_sink, listener, config, shell, metadata)
         gc.freeze()
         gc.enable()
         return process.run()
@@ -131,7 +133,6 @@ def _serve(options: Options, logger: Logger) -> int:
 def _refuse_unsupported(options: Options) -> None:
     for name, what in (
         ("enable-pci", "PCI"),
-        ("metadata", "the metadata service"),
         ("snapshot-version", "snapshots"),
         ("describe-snapshot", "snapshots"),
     ):
@@ -168,12 +169,12 @@ def _open_metrics(options: Options) -> Sink | None:
         raise ExitError(str(error)) from None
 
 
-def _read_config(path: str) -> bytes:
+def _read(path: str, what: str) -> bytes:
     try:
         with open(path, "rb", buffering=0) as file:
             return file.readall()
     except OSError as error:
-        raise ExitError(f"Unable to read the configuration file: {os_reason(error)}: {path}") from None
+        raise ExitError(f"Unable to read the {what}: {os_reason(error)}: {path}") from None
 
 
 def _listen(path: str) -> socket:

@@ -12,6 +12,9 @@ import contextlib
 import os
 import select
 import time
+
+# The C module itself: the socket module drags in selectors and enum.
+from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_SEQPACKET, socketpair
 from _thread import allocate_lock, start_new_thread
 
 from crackle.mmds.http import Responder
@@ -26,15 +29,20 @@ if TYPE_CHECKING:
     from crackle.mmds.store import Store
     from crackle.schema.mmds import MmdsConfig
 
-DEFAULT_ADDRESS = "169.254.169.254"
-
 # Messages taken from one wire, and given to it, before the others have their turn.
 _BATCH = 64
 
 
-def packed(address: str) -> bytes:
-    """The four bytes of a dotted IPv4 address that the schema has checked."""
-    return bytes(int(part) for part in address.split("."))
+def address_of(config: MmdsConfig) -> bytes:
+    """The four bytes of the service's IPv4 address, which whoever took the configuration has filled in."""
+    assert config.ipv4_address is not None
+    return bytes(int(part) for part in config.ipv4_address.split("."))
+
+
+def make_wire() -> tuple[int, int]:
+    """The two ends of a wire, of which neither ever waits: the device's and the service's."""
+    ends = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK)
+    return ends[0].detach(), ends[1].detach()
 
 
 class _Wire:
@@ -101,8 +109,7 @@ class Mmds:
     def __init__(self, config: MmdsConfig, store: Store, wires: Sequence[int]) -> None:
         self._config = config
         self._responder = Responder(config, store)
-        address = packed(config.ipv4_address or DEFAULT_ADDRESS)
-        self._wires = {fd: _Wire(fd, Stack(address, self._responder.take)) for fd in wires}
+        self._wires = {fd: _Wire(fd, Stack(address_of(config), self._responder.take)) for fd in wires}
         self._stacks = [wire.stack for wire in self._wires.values()]
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._ended = allocate_lock()  # held while the thread runs
@@ -141,9 +148,10 @@ class Mmds:
     def save(self) -> MmdsState:
         """What a restored microVM needs to set the service up again."""
         config = self._config
+        assert config.ipv4_address is not None
         return MmdsState(
             version=config.version,
-            ipv4_address=config.ipv4_address or DEFAULT_ADDRESS,
+            ipv4_address=config.ipv4_address,
             network_interfaces=tuple(config.network_interfaces),
             imds_compat=config.imds_compat,
         )

@@ -108,7 +108,7 @@ def _is_index(step: str) -> bool:
 
 def _ordered(value: Any, depth: int = 0) -> Any:
     """`value` with sorted keys in every object, as listings show them. ConfigError if it is nested too deeply."""
-    if depth > MAX_DEPTH:
+    if depth == MAX_DEPTH and isinstance(value, dict | list):
         raise ConfigError(f"The metadata is nested more than {MAX_DEPTH} levels deep.")
     if isinstance(value, dict):
         return {key: _ordered(value[key], depth + 1) for key in sorted(value)}

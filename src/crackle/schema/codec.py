@@ -19,6 +19,8 @@ _WORDING = (
     ("Object contains unknown field ", "unknown field "),
     ("Invalid enum value ", "unknown variant "),
 )
+# How it opens where a text does not match a pattern, which says nothing to who reads the message.
+_PATTERN = "Expected `str` matching regex "
 
 
 def decode(data: bytes, resource: type[T]) -> T:
@@ -41,6 +43,8 @@ def explain(error: msgspec.DecodeError, resource: type | None = None, data: byte
     With `data`, the text that did not decode, it also says which value was given.
     """
     text, _, path = str(error).partition(" - at ")
+    if text.startswith(_PATTERN):
+        text = "invalid syntax"
     for opening, wording in _WORDING:
         if text.startswith(opening):
             text = wording + text.removeprefix(opening).replace("'", "`")

@@ -104,7 +104,6 @@ NOT_YET: tuple[tuple[str, Callable[[Any], bool] | None, str], ...] = (
     ("put_entropy", None, "the entropy device"),
     *((name, None, "the balloon device") for name in ALLOWED if "balloon" in name),
     *((name, None, "memory hotplug") for name in ALLOWED if "memory_hotplug" in name),
-    *((name, None, "the metadata service") for name in ALLOWED if "mmds" in name),
     ("create_snapshot", None, "snapshots"),
     ("load_snapshot", None, "snapshots"),
 )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         DriveUpdate,
         MachineConfig,
         MachineConfigUpdate,
+        MmdsConfig,
         NetworkInterface,
         NetworkInterfaceUpdate,
         RateLimiter,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
         VmConfig,
         Vsock,
     )
+
+DEFAULT_MMDS_ADDRESS = "169.254.169.254"
 
 # The kernel command line's room, its final NUL included (Documentation/arch/x86/boot.rst, cmdline_size).
 CMDLINE_MAX_SIZE = 2048
@@ -187,6 +190,37 @@ def put_serial(config: VmConfig, serial: Serial) -> None:
     config.serial = serial
 
 
+def put_mmds(config: VmConfig, mmds: MmdsConfig) -> None:
+    with context("MMDS config error"):
+        if mmds.ipv4_address is not None and not _is_link_local(mmds.ipv4_address):
+            raise ConfigError(
+                f"The MMDS IPv4 address is not link local. It is {mmds.ipv4_address}; one from 169.254.1.0 to "
+                "169.254.254.255 can be used."
+            )
+        if not mmds.network_interfaces:
+            raise ConfigError(
+                "The list of network interface IDs that allow forwarding MMDS requests is empty."
+            )
+        known = [interface.iface_id for interface in config.network_interfaces]
+        unknown = [name for name in mmds.network_interfaces if name not in known]
+        if unknown:
+            raise ConfigError(
+                "The list of network interface IDs provided contains at least one ID that does not correspond to "
+                f"any existing network interface. It is {unknown[0]!r}."
+            )
+    config.mmds_config = msgspec.structs.replace(
+        mmds,
+        network_interfaces=[name for name in known if name in mmds.network_interfaces],
+        ipv4_address=mmds.ipv4_address or DEFAULT_MMDS_ADDRESS,
+    )
+
+
+def _is_link_local(address: str) -> bool:
+    """Whether it is one that RFC 3927, 2.1 lets be used."""
+    first, second, third, _ = address.split(".")
+    return (first, second) == ("169", "254") and third not in ("0", "255")
+
+
 CONFIGURE: dict[str, Callable[[VmConfig, Any], None]] = {
     "put_machine": put_machine,
     "patch_machine": put_machine,
@@ -195,6 +229,7 @@ CONFIGURE: dict[str, Callable[[VmConfig, Any], None]] = {
     "put_network": put_network,
     "put_vsock": put_vsock,
     "put_serial": put_serial,
+    "put_mmds_config": put_mmds,
 }
 
 

@@ -10,7 +10,7 @@ import time
 
 import msgspec
 
-from crackle.errors import ConfigError
+from crackle.errors import ConfigError, TooLargeError
 from crackle.schema.boot import BootSource
 from crackle.schema.config import VmConfig
 from crackle.schema.instance import InstanceInfo, Version
@@ -27,7 +27,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any, Protocol
 
-    from crackle.schema import DriveUpdate, LoggerConfig, MachineConfig, MetricsConfig, NetworkInterfaceUpdate
+    from crackle.mmds.store import Store
+    from crackle.schema import (
+        DriveUpdate,
+        LoggerConfig,
+        MachineConfig,
+        MetricsConfig,
+        MmdsConfig,
+        NetworkInterfaceUpdate,
+    )
 
     class Shell(Protocol):
         """The part of a machine that needs only the machine configuration, being made ahead of time."""
@@ -58,6 +66,7 @@ if TYPE_CHECKING:
         def pause(self) -> None: ...
         def resume(self) -> None: ...
         def send_ctrl_alt_del(self) -> None: ...
+        def serve_metadata(self, config: MmdsConfig, store: Store) -> None: ...
         def update(self, kind: str, identifier: str, resource: Any) -> None: ...
         def metrics(self) -> Mapping[str, Mapping[str, Any]]: ...
         def stop(self) -> None: ...
@@ -67,6 +76,9 @@ if TYPE_CHECKING:
 
 APP_NAME = "Crackle"
 
+# Bytes of metadata, as compact JSON.
+DEFAULT_METADATA_LIMIT = 51200
+
 
 class Controller:
     """Executes commands on one microVM. Not thread-safe: one thread gives all commands.
@@ -75,6 +87,7 @@ class Controller:
     time what needs only the machine configuration; it is called with the first configuration command and
     again when the machine configuration changes, or whether guest memory is shared. What it returns goes to
     ``build``, or is abandoned when it no longer fits. ``shell`` is what was made for the default machine already.
+    ``metadata_limit`` is in bytes.
     """
 
     def __init__(
@@ -87,6 +100,7 @@ class Controller:
         metrics: Metrics | None = None,
         on_start: Callable[[Machine], None] | None = None,
         shell: Shell | None = None,
+        metadata_limit: int = DEFAULT_METADATA_LIMIT,
     ) -> None:
         self.instance_id = instance_id
         self.logger = Logger(instance_id) if logger is None else logger
@@ -97,6 +111,8 @@ class Controller:
         self.state = NOT_STARTED
         self.machine: Machine | None = None
         self.on_start = on_start
+        self._metadata_limit = metadata_limit
+        self._store: Store | None = None
         self._build = build
         self._prepare = prepare
         self._shell = shell
@@ -152,6 +168,30 @@ class Controller:
             self.metrics.configure(config, self.instance_id)
         self.config.metrics = config
 
+    # Metadata
+
+    def _metadata(self) -> Store:
+        """The metadata document's store, made when it is first asked for; a guest that runs without gets none."""
+        if self._store is None:
+            if self.state != NOT_STARTED and self.config.mmds_config is None:
+                raise ConfigError("The MMDS data store is not initialized.")
+            from crackle.mmds.store import Store
+
+            self._store = Store(self._metadata_limit)
+        return self._store
+
+    def _get_mmds(self) -> Any:
+        with context("MMDS error"):
+            return self._metadata().get()
+
+    def _put_mmds(self, document: Any = None) -> None:
+        with _metadata_context():
+            self._metadata().put(document)
+
+    def _patch_mmds(self, patch: Any = None) -> None:
+        with _metadata_context():
+            self._metadata().patch(patch)
+
     # Life
 
     def _start(self) -> None:
@@ -163,6 +203,8 @@ class Controller:
             shell, self._shell, self._shell_for = self._shell, None, None
             machine = self._build(self.config, shell)
             try:
+                if self.config.mmds_config is not None:
+                    machine.serve_metadata(self.config.mmds_config, self._metadata())
                 machine.start()
             except BaseException:
                 machine.stop()
@@ -244,6 +286,18 @@ class Controller:
         except Exception as error:
             # What cannot be made ahead of time fails again, with its reason, when the microVM starts.
             self.logger.debug(f"Nothing was made ahead of time: {error}")
+
+
+class _metadata_context(context):  # noqa: N801 - reads as a statement
+    """Says that it is about metadata, and whether there is too much of it."""
+
+    def __init__(self) -> None:
+        super().__init__("MMDS error")
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, TooLargeError):
+            self._words = "MMDS limit exceeded error"
+        super().__exit__(kind, error, trace)
 
 
 def commands_of(config: VmConfig) -> list[Command]:

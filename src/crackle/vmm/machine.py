@@ -24,6 +24,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from crackle.mmds.service import Mmds
+    from crackle.mmds.store import Store
+    from crackle.schema import MmdsConfig
     from crackle.telemetry.logger import Logger
     from crackle.virtio.custom import VirtioDevice as CustomDevice
     from crackle.virtio.device import VirtioDevice
@@ -83,6 +86,7 @@ class Machine:
         self.transports: list[MmioTransport] = []
         self.device_infos: list[DeviceInfo] = []
         self.devices: dict[tuple[str, str], VirtioDevice] = {}
+        self.mmds: Mmds | None = None
         self.serial = Serial()
         self.i8042 = I8042()
         self.boot_timer: BootTimer | None = None
@@ -133,6 +137,18 @@ class Machine:
             self._python_io = IoThread("python")
         self._attach("custom", identifier, PythonDevice(self.memory, device), self._python_io)
 
+    def serve_metadata(self, config: MmdsConfig, store: Store) -> None:
+        """Answer the guest's requests for the document in `store`, on the interfaces that `config` names."""
+        from crackle.mmds.service import Mmds, address_of, make_wire
+
+        wires = []
+        for name in config.network_interfaces:
+            theirs, ours = make_wire()
+            wires.append(ours)
+            net: Any = self.devices["net", name]
+            net.detour(theirs, address_of(config))
+        self.mmds = Mmds(config, store, wires)
+
     def _attach(self, kind: str, identifier: str, device: VirtioDevice, io: IoThread) -> None:
         """Give a virtio device its window, its interrupt, and its place on the I/O thread. The machine closes it."""
         index = len(self.transports)
@@ -161,6 +177,8 @@ class Machine:
             self.boot_timer.start()
         for io in self._io_threads():
             io.start()
+        if self.mmds is not None:
+            self.mmds.start()
         for vcpu in self.vcpus:
             vcpu.start(self.pio, self.mmio, self.exit_fd, profile=self._options.profile)
 
@@ -236,6 +254,8 @@ class Machine:
             vcpu.stop()
         for io in self._io_threads():
             io.close()
+        if self.mmds is not None:
+            self.mmds.stop()
         for transport in self.transports:
             transport.device.close()
         while self._fds:
@@ -269,6 +289,8 @@ class Machine:
             "uart": _counters(self.serial, _UART),
             "i8042": _counters(self.i8042, _I8042),
         }
+        if self.mmds is not None:
+            tree["mmds"] = self.mmds.counters()
         for (kind, identifier), device in self.devices.items():
             tree[f"{kind}_{identifier}" if kind in PER_DEVICE else kind] = device.counters()
         return tree
