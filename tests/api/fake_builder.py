@@ -43,6 +43,9 @@ class Machine:
     def resume(self) -> None:
         self._note("resume")
 
+    def serve_metadata(self, config: Any, _store: Any) -> None:
+        self._note("metadata", *config.network_interfaces, config.ipv4_address, config.version)
+
     def send_ctrl_alt_del(self) -> None:
         self._note("ctrl-alt-del")
         self._ended = ExitStatus("reset", "the guest asked for a reset", 0)

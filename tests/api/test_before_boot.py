@@ -273,10 +273,6 @@ LATER = [
     ("PUT", "/entropy", {}),
     ("PUT", "/pmem/p", {"id": "p", "path_on_host": "/dev/null"}),
     ("PUT", "/hotplug/memory", {"total_size_mib": 1024}),
-    ("GET", "/mmds", None),
-    ("PUT", "/mmds", {"latest": {}}),
-    ("PATCH", "/mmds", {"latest": {}}),
-    ("PUT", "/mmds/config", {"network_interfaces": ["e0"]}),
     ("PUT", "/snapshot/load", {"snapshot_path": "s", "mem_file_path": "m"}),
 ]
 

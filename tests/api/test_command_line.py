@@ -55,7 +55,12 @@ def test_help_and_version(run_to_end: Run) -> None:
         (["--api-sock", "/none/socket"], 1, "Failed to bind the API socket at /none/socket: No such file"),
         (["--api-sock", "x" * 200], 1, "Failed to bind the API socket at xxx"),
         (["--enable-pci"], 1, "Argument 'enable-pci': Crackle does not support PCI yet."),
-        (["--metadata", "m"], 1, "Argument 'metadata': Crackle does not support the metadata service yet."),
+        (["--metadata", "/none"], 1, "Unable to read the mmds content file: No such file or directory"),
+        (
+            ["--metadata", "/dev/null"],
+            1,
+            "Populating MMDS from file failed: metadata provided not valid json:",
+        ),
         (["--snapshot-version"], 1, "Crackle does not support snapshots yet."),
         (["--describe-snapshot", "s"], 1, "Crackle does not support snapshots yet."),
     ],

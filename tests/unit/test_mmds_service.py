@@ -46,7 +46,7 @@ def open_tap(namespace: Namespace, name: str, offloads: int) -> int:
 @contextmanager
 def service(wires: list[int], version: str = "V1", document: Any = DOCUMENT) -> Iterator[Mmds]:
     """A running service on these wires."""
-    mmds = Mmds(MmdsConfig(["eth0"], version), store_of(document), wires)  # type: ignore[arg-type]
+    mmds = Mmds(MmdsConfig(["eth0"], version, "169.254.169.254"), store_of(document), wires)  # type: ignore[arg-type]
     mmds.start()
     try:
         yield mmds
