@@ -113,7 +113,7 @@ class VmmProcess:
         try:
             self._controller.execute(Command("put_mmds", msgspec.json.decode(text)))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise CrackleError(f"{problem}: metadata provided not valid json: {error}") from None
+            raise CrackleError(f"{problem}: metadata provided not valid json: {error}.") from None
         except CrackleError as error:
             raise CrackleError(f"{problem}: {error}") from error
         self._logger.info("Successfully added metadata to mmds from file")
