@@ -43,6 +43,8 @@ cdef enum:
     # A driver that never stops submitting must not keep the I/O thread from other devices, and from who wants to stop it.
     MAX_BATCH = 4 * QUEUE_SIZE
     MAX_BATCH_NS = 20_000_000
+    IN_VAIN = 4
+    TRY_AGAIN = 16
 
 # What `take_all` left off for, beside what `pop` says.
 cdef enum:
@@ -51,8 +53,8 @@ cdef enum:
 
 cdef uint64_t ALLOCATE_FEATURES = <uint64_t> 1 << VIRTIO_BLK_F_DISCARD | <uint64_t> 1 << VIRTIO_BLK_F_WRITE_ZEROES
 
-# Nanoseconds to look out for the next request before asking for a notification. On a single CPU the driver could not
-# make one meanwhile.
+# Nanoseconds to look out for the next request before asking for a notification, about what that and the sleep would cost. On
+# a single CPU the driver could not make one meanwhile.
 cdef uint64_t spin_ns = 10_000 if len(os.sched_getaffinity(0)) > 1 else 0
 
 
@@ -90,6 +92,7 @@ cdef class Block(VirtioDevice):
     cdef Engine engine
     cdef readonly RateLimiter limiter
     cdef uint64_t begun         # when this turn began, ns
+    cdef uint32_t vain          # times in a row that nothing more came while it looked out
     cdef uint64_t clock         # when the thread last looked at it, ns
     cdef uint32_t taken         # chains taken in this turn,
     cdef uint32_t answered      # and answered
@@ -293,13 +296,18 @@ cdef class Block(VirtioDevice):
             self.interrupt(VIRTIO_MMIO_INT_VRING)
 
     cdef bint look_out(self, Virtqueue queue, bint for_more) noexcept nogil:
-        """A driver that waits for its answer asks again at once: look out for it, and for what is in flight, for as long as
-        a notification would cost. Until rearm() the driver need not send one.
+        """A driver that waits for its answer asks again at once: look out for it, and for what is in flight. Until rearm()
+        it need not send a notification. Where that has been in vain, it is tried now and then only.
         """
         cdef uint64_t until = now_ns() + spin_ns
+        if self.vain >= IN_VAIN and self.vain % TRY_AGAIN:
+            self.vain += 1
+            return False
         while now_ns() < until:
             if (for_more and queue.has_more()) or self.engine.ready():
+                self.vain = 0
                 return True
+        self.vain += 1
         return False
 
     cdef int take_all(self, Virtqueue queue) noexcept nogil:
