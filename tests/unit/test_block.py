@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -19,103 +17,31 @@ from crackle.errors import ConfigError
 from crackle.memory import GuestMemory
 from crackle.virtio.block import Block
 from support import driver
-from support.driver import F_EVENT_IDX, F_INDIRECT, F_VERSION_1, NEEDS_RESET, STATUS, Bench, Buffer, Ring
+from support.disk import (
+    ARENA,
+    DISCARD,
+    FEATURES,
+    FLUSH,
+    GET_ID,
+    HIGH,
+    IN,
+    IOERR,
+    LOW,
+    OK,
+    OUT,
+    PAGE,
+    RING,
+    SECTOR,
+    SECTORS,
+    TABLE,
+    UNSUPP,
+    UNTOUCHED,
+    Disk,
+    submit_reads,
+)
+from support.driver import F_EVENT_IDX, NEEDS_RESET, STATUS, Buffer, Ring
 
-IN, OUT, FLUSH, GET_ID, DISCARD = 0, 1, 4, 8, 11
-OK, IOERR, UNSUPP = 0, 1, 2
-UNTOUCHED = 0x55
 F_RO, F_FLUSH = 1 << 5, 1 << 9
-SECTOR, SECTORS, PAGE = 512, 64, 4096
-RING, TABLE, ARENA = 0x1000, 0x8000, 0x10000
-LOW, HIGH = 1 << 20, 1 << 32
-FEATURES = F_VERSION_1 | F_INDIRECT
-
-
-class Answer(NamedTuple):
-    """What came back of a request: its status byte, the device-writable bytes before it, and used.len."""
-
-    status: int
-    data: bytes
-    written: int
-
-
-class Disk(Bench):
-    """A disk of 64 sectors of random bytes, with a driver that has set it up."""
-
-    engine = "Sync"
-
-    def __init__(self, path: Path, *, features: int = FEATURES, **options: Any) -> None:
-        self.path = path
-        if not path.exists():
-            path.write_bytes(os.urandom(SECTORS * SECTOR))
-        options.setdefault("engine", self.engine)
-        super().__init__(Block(GuestMemory([(0, LOW), (HIGH, LOW)]), str(path), **options))
-        self.ring = self.begin(RING, 256, features)
-        self.place = ARENA
-
-    def buffers(self, size: int, cuts: Sequence[int], *, writable: bool, gap: int = 3) -> list[Buffer]:
-        """`size` bytes in pieces cut at `cuts`, with a gap after each; in low and high memory in turn."""
-        edges = [0, *sorted(cut % (size + 1) for cut in cuts), size]
-        found = []
-        for n, (begin, end) in enumerate(itertools.pairwise(edges)):
-            gpa = self.place + (HIGH if n % 2 else 0)
-            found.append(Buffer(gpa, end - begin, writable))
-            self.place += end - begin + gap
-            assert self.place < LOW
-        return found
-
-    def scatter(self, buffers: Sequence[Buffer], data: bytes) -> None:
-        for gpa, size, _ in buffers:
-            self.memory.write(gpa, data[:size])
-            data = data[size:]
-
-    def gather(self, buffers: Sequence[Buffer]) -> bytes:
-        return b"".join(self.memory.read(gpa, size) for gpa, size, _ in buffers)
-
-    def run(
-        self, readable: Sequence[Buffer], writable: Sequence[Buffer], direct: int | None = None
-    ) -> Answer:
-        """Submit one chain, wait for it, and check that no byte changed around its writable buffers."""
-        self.scatter(writable, bytes([UNTOUCHED]) * sum(size for _, size, _ in writable))
-        image = [self.memory.read(0, LOW), self.memory.read(HIGH, LOW)]
-        head = self.ring.add([*readable, *writable], direct=direct, table=TABLE)
-        self.ring.offer(head)
-        self.notify()
-        self.settle()
-        [(used, written)] = self.ring.reap()
-        assert used == head
-        answer = self.gather(writable)
-        for gpa, size, _ in writable:
-            region, start = (1, gpa - HIGH) if gpa >= HIGH else (0, gpa)
-            image[region] = (
-                image[region][:start] + self.memory.read(gpa, size) + image[region][start + size :]
-            )
-        assert self.memory.read(ARENA, LOW - ARENA) == image[0][ARENA:]
-        assert self.memory.read(HIGH, LOW) == image[1]
-        return Answer(answer[-1] if answer else -1, answer[:-1], written)
-
-    def request(
-        self,
-        kind: int,
-        sector: int = 0,
-        data: bytes = b"",
-        room: int = 0,
-        *,
-        out_cuts: Sequence[int] = (16,),
-        in_cuts: Sequence[int] | None = None,
-        direct: int | None = None,
-    ) -> Answer:
-        """A request with `data` for the device and `room` bytes for its answer."""
-        self.place = ARENA
-        message = struct.pack("<IIQ", kind, 0, sector) + data
-        readable = self.buffers(len(message), out_cuts, writable=False)
-        self.scatter(readable, message)
-        writable = self.buffers(room + 1, (room,) if in_cuts is None else in_cuts, writable=True)
-        return self.run(readable, writable, direct)
-
-    @property
-    def contents(self) -> bytes:
-        return self.path.read_bytes()
 
 
 @pytest.fixture(scope="module", params=["Sync", "Async"], autouse=True)
@@ -288,17 +214,6 @@ def test_a_request_without_room_for_a_status_is_not_carried_out(disk: Disk) -> N
 
 
 # -- many at once --------------------------------------------------------------------------------------------
-
-
-def submit_reads(disk: Disk, count: int) -> list[int]:
-    """Offer `count` one-sector reads at once, sector i to page i; their heads."""
-    disk.memory.write(ARENA, b"".join(struct.pack("<IIQ", IN, 0, i % SECTORS) for i in range(count)))
-    heads = []
-    for i in range(count):
-        data = Buffer(HIGH + i * PAGE, SECTOR, True)
-        heads.append(disk.ring.add([Buffer(ARENA + 16 * i, 16), data, Buffer(ARENA + PAGE + i, 1, True)]))
-    disk.ring.offer(*heads)
-    return heads
 
 
 def test_requests_are_served_in_the_order_in_which_they_were_made_available(disk: Disk) -> None:
