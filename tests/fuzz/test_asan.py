@@ -15,7 +15,19 @@ sys.path.insert(0, str(HERE))
 
 import asan  # noqa: E402
 
-UNITS = ("block", "bus", "iothread", "memory", "mmio", "queue", "serial", "vcpu")
+UNITS = (
+    "block",
+    "block_discard",
+    "block_engines",
+    "block_limits",
+    "bus",
+    "iothread",
+    "memory",
+    "mmio",
+    "queue",
+    "serial",
+    "vcpu",
+)
 
 pytestmark = pytest.mark.timeout(900)
 

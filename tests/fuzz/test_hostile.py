@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -30,6 +31,7 @@ from support import driver
 from support.driver import F_EVENT_IDX, F_INDIRECT, F_VERSION_1, NEEDS_RESET, STATUS, Bench, Buffer, Ring
 from support.fence import SANITIZED, Fenced
 
+F_ALLOCATE = 1 << 13 | 1 << 14  # discard and write zeroes
 GPA, SIZE = 0x10000, 0x10000
 """The memory neither begins at address 0 nor ends where an address space does."""
 END = GPA + SIZE
@@ -67,7 +69,7 @@ def disk(tmp_path_factory) -> Path:
 class Guest(Bench):
     """A disk over memory that outlives it."""
 
-    def __init__(self, memory: GuestMemory, disk: Path, **options: bool) -> None:
+    def __init__(self, memory: GuestMemory, disk: Path, **options: Any) -> None:
         memory.write(GPA, bytes(SIZE))
         super().__init__(Block(memory, str(disk), **options))
 
@@ -200,7 +202,7 @@ def test_descriptors_made_to_hurt(memory: GuestMemory) -> None:
 
 blocks = st.lists(st.tuples(st.just(512), st.booleans()), max_size=3)
 pieces = st.lists(st.tuples(st.sampled_from([0, 1, 511, 512, 513]), st.booleans()), max_size=4)
-kinds = st.sampled_from([0, 1, 4, 8])
+kinds = st.sampled_from([0, 4, 1, 8, 11, 0, 4, 1, 13])
 good = st.tuples(kinds, st.integers(0, SECTORS - 3), blocks)
 bad = st.tuples(kinds | st.integers(0, (1 << 32) - 1), st.sampled_from([0, SECTORS, 1 << 55]) | words, pieces)
 slots = st.integers(0, 15)
@@ -224,7 +226,8 @@ scripts = st.lists(requests, max_size=25) | st.lists(requests | rings, max_size=
 scripts |= st.lists(st.one_of(requests, rings, registers), max_size=25)
 
 
-def test_a_disk_whose_driver_is_mad(memory: GuestMemory, disk: Path) -> None:
+@pytest.mark.parametrize("engine", ["Sync", "Async"])
+def test_a_disk_whose_driver_is_mad(memory: GuestMemory, disk: Path, engine: str) -> None:
     """Requests that are nearly right and registers at random, while the device serves."""
     reached: Counter[str] = Counter()
 
@@ -233,8 +236,8 @@ def test_a_disk_whose_driver_is_mad(memory: GuestMemory, disk: Path) -> None:
         features=st.sampled_from([0, F_EVENT_IDX, F_INDIRECT, F_INDIRECT | F_EVENT_IDX]),
     )
     def attack(script: list[tuple[str, object, object]], features: int) -> None:
-        with Guest(memory, disk, writeback=True) as guest:
-            ring = guest.begin(RING, 16, F_VERSION_1 | features)
+        with Guest(memory, disk, writeback=True, engine=engine) as guest:
+            ring = guest.begin(RING, 16, F_VERSION_1 | F_ALLOCATE | features)
             for action, first, second in script:
                 play(guest, ring, action, first, second)
             guest.notify()
@@ -299,9 +302,10 @@ def test_a_serial_port_at_random(writes: list[tuple[int, int, int]]) -> None:
     os.close(null)
 
 
+@pytest.mark.parametrize("engine", ["Sync", "Async"])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_guest_that_changes_its_rings_while_they_are_read(
-    memory: GuestMemory, disk: Path, seed: int
+    memory: GuestMemory, disk: Path, seed: int, engine: str
 ) -> None:
     """What was checked must be what is used: another CPU rewrites descriptors and headers meanwhile."""
     noise = random.Random(seed)
@@ -313,7 +317,7 @@ def test_a_guest_that_changes_its_rings_while_they_are_read(
         for bits in (0, 1, 2, 3, 4)
         for following in (0, 1, 15, 0xFFFF)
     ]
-    with Guest(memory, disk) as guest:
+    with Guest(memory, disk, engine=engine) as guest:
         for _ in range(30):
             memory.write(GPA, bytes(SIZE))
             ring = guest.begin(RING, 16, F_VERSION_1 | F_INDIRECT)
@@ -340,8 +344,11 @@ def test_a_guest_that_changes_its_rings_while_they_are_read(
         guest.prove_alive()
 
 
-def test_a_driver_that_resets_the_device_while_it_is_served(memory: GuestMemory, disk: Path) -> None:
-    with Guest(memory, disk) as guest:
+@pytest.mark.parametrize("engine", ["Sync", "Async"])
+def test_a_driver_that_resets_the_device_while_it_is_served(
+    memory: GuestMemory, disk: Path, engine: str
+) -> None:
+    with Guest(memory, disk, engine=engine) as guest:
         for n in range(300):
             ring = guest.begin(RING, 16, F_VERSION_1)
             memory.write(HEADERS, struct.pack("<IIQ", 0, 0, 0))
