@@ -107,9 +107,6 @@ def test_two_guests_reach_each_other_and_a_web_server_behind_the_host(
     for guest in (one, two):
         assert guest.sh("wget -q -O - http://192.0.2.2/page") == "from far away"
     assert (tmp_path / "log").read_text().count("192.0.2.1 - - ") == 2  # the host's address, not the guests'
-    listed = host.run(*COMMAND, "net", "ls").stdout
-    assert re.search(r"^10\.213\.0\.2\tone\t", listed, re.MULTILINE)
-    assert re.search(r"^10\.213\.0\.3\ttwo\t", listed, re.MULTILINE)
 
     one.type("reboot -f\n")
     assert one.process.wait(60) == 0

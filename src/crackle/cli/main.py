@@ -9,7 +9,7 @@ import typer
 
 from crackle.cli import net as network_commands
 from crackle.errors import ConfigError, CrackleError
-from crackle.hostnet.plan import DEFAULT_NETWORK
+from crackle.hostnet import DEFAULT_NETWORK
 
 if TYPE_CHECKING:
     from crackle.schema.net import NetworkInterface

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from crackle.errors import ConfigError
-from crackle.hostnet.plan import DEFAULT_NETWORK, parse_range
+from crackle.hostnet import DEFAULT_NETWORK
 
 if TYPE_CHECKING:
     from crackle.hostnet.networks import Attachment
@@ -44,6 +44,7 @@ def up(
     `crackle run --net` makes one for itself where there is none.
     """
     from crackle.hostnet import networks
+    from crackle.hostnet.plan import parse_range
 
     made = networks.up(network, None if addresses is None else parse_range(addresses), use_nat=nat)
     print(f"{made.name}: {made.mark.range}, gateway {made.mark.gateway}")

@@ -85,22 +85,30 @@ def _signal(child: int, number: int) -> None:
 def _attend(child: int, keys: int | None) -> int:
     """Pass keys on until the child ends; returns its exit status as a shell would give it."""
     ended = os.pidfd_open(child)
+    # A signal that arrives just before the poll ends it too.
+    woken, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    before = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     try:
         poll = select.poll()
         poll.register(ended, select.POLLIN)
+        poll.register(woken, select.POLLIN)
         if keys is not None:
             poll.register(0, select.POLLIN)
         while True:
             ready = {fd for fd, _ in poll.poll()}
             if ended in ready:
                 break
+            if woken in ready:
+                os.read(woken, 64)
             if keys is not None and 0 in ready and not _pass_keys(child, keys):
                 poll.unregister(0)
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)
         return code if code >= 0 else 128 - code
     finally:
-        os.close(ended)
+        signal.set_wakeup_fd(before)
+        for fd in (ended, woken, wake):
+            os.close(fd)
 
 
 def _pass_keys(child: int, keys: int) -> bool:

@@ -5,3 +5,6 @@ Nothing is kept in files. What belongs to a network is written on the interfaces
 `ip link` shows), so that it ends when they do, in a network namespace too. Only the `crackle` command imports this
 package, never the VMM process.
 """
+
+DEFAULT_NETWORK = "crackle"
+"""The name of the network, and of its bridge, that is meant where none is given."""

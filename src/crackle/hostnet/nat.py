@@ -81,6 +81,11 @@ def others_forward() -> bool:
         return False
 
 
+def find_nft() -> str | None:
+    """The path of nft, which an ordinary user's PATH may not lead to."""
+    return shutil.which("nft", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
+
+
 def _list(what: str) -> list[dict[str, dict[str, str]]]:
     found: list[dict[str, dict[str, str]]] = json.loads(_nft("", "--json", "list", what))["nftables"]
     return found
@@ -88,7 +93,7 @@ def _list(what: str) -> list[dict[str, dict[str, str]]]:
 
 def _nft(commands: str, *arguments: str) -> str:
     """What nft prints on doing what `arguments` say, or else `commands`, all or none. ConfigError if it does not."""
-    program = shutil.which("nft", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
+    program = find_nft()
     if program is None:
         raise ConfigError(
             "NAT needs the program nft: install the package nftables, or go without (--no-nat)."

@@ -14,7 +14,7 @@ from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, NamedTuple
 
 from crackle.errors import ConfigError
-from crackle.hostnet import nat, plan
+from crackle.hostnet import DEFAULT_NETWORK, nat, plan
 from crackle.hostnet.links import Link, Links
 from crackle.hostnet.plan import Bridge, Tap
 
@@ -68,9 +68,7 @@ def networks() -> list[Network]:
         return _look(links)
 
 
-def up(
-    name: str = plan.DEFAULT_NETWORK, range_: IPv4Network | None = None, *, use_nat: bool = True
-) -> Network:
+def up(name: str = DEFAULT_NETWORK, range_: IPv4Network | None = None, *, use_nat: bool = True) -> Network:
     """Make a network that stays until `down`. One that is there for the microVMs on it only, stays from now on."""
     plan.check_network(name)
     with Links() as links:
@@ -86,7 +84,7 @@ def up(
         return Network(name, mark, found.members)
 
 
-def down(name: str = plan.DEFAULT_NETWORK, *, force: bool = False) -> None:
+def down(name: str = DEFAULT_NETWORK, *, force: bool = False) -> None:
     """Take a network down, and the TAP devices on it; only with `force` if microVMs are running on it."""
     with Links() as links:
         _sweep(links)
@@ -104,7 +102,7 @@ def down(name: str = plan.DEFAULT_NETWORK, *, force: bool = False) -> None:
 
 def attach(
     name: str | None = None,
-    network: str = plan.DEFAULT_NETWORK,
+    network: str = DEFAULT_NETWORK,
     *,
     owner: int | None = None,
     user: int | None = None,
@@ -147,7 +145,7 @@ def attach(
     )
 
 
-def detach(name: str, network: str = plan.DEFAULT_NETWORK, *, owner: int | None = None) -> None:
+def detach(name: str, network: str = DEFAULT_NETWORK, *, owner: int | None = None) -> None:
     """Remove a microVM's TAP device, and the network if it was made for it and nobody else is on it.
 
     owner: only if it is this process's.

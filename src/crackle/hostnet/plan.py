@@ -13,7 +13,6 @@ from crackle.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-DEFAULT_NETWORK = "crackle"
 RANGES = [IPv4Network((0x0AD50000 + (number << 8), 24)) for number in range(64)]
 """Where a network gets its addresses from if nobody says: the first that is free of 10.213.0.0/24 to 10.213.63.0/24."""
 
