@@ -49,6 +49,7 @@ cdef class Net(VirtioDevice):
     cdef uint8_t head[HEAD]
     cdef iovec gathered[QUEUE_SIZE + 1]
     cdef write_times writes
+    cdef uint64_t patience_ns, gave_up
     cdef readonly uint64_t rx_queue_events, tx_queue_events, tap_events
     cdef readonly uint64_t no_rx_buffer, no_tx_buffer, rx_bytes, rx_frames, rx_fails, tap_read_fails, rx_throttled
     cdef readonly uint64_t tx_bytes, tx_frames, tx_fails, tx_malformed, tx_spoofed, tx_remaining, tap_write_fails
@@ -67,5 +68,6 @@ cdef class Net(VirtioDevice):
     cdef ssize_t fetch(self) noexcept nogil
     cdef void receive(self, Virtqueue queue) noexcept nogil
     cdef void transmit(self, Virtqueue queue) noexcept nogil
+    cdef bint look_out(self, Virtqueue queue) noexcept nogil
     cdef bint send(self, chain *c, uint64_t *clock) noexcept nogil
     cdef bint for_wire(self, size_t size) noexcept nogil
