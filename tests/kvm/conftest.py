@@ -119,7 +119,7 @@ class BareMachine:
 
 @pytest.fixture
 def machine(guests: Path) -> Iterator[Callable[..., BareMachine]]:
-    """Makes machines: machine(guest, boot_args, drives=[...], memory_mib=, vcpus=); not started yet."""
+    """Makes machines: machine(guest, boot_args, drives=[...], memory_mib=, vcpus=, network=[...]); not started yet."""
     made: list[BareMachine] = []
 
     def make(
@@ -129,8 +129,10 @@ def machine(guests: Path) -> Iterator[Callable[..., BareMachine]]:
         drives: list[dict[str, Any]] | None = None,
         memory_mib: int = 64,
         vcpus: int = 1,
+        network: list[dict[str, Any]] | None = None,
     ) -> BareMachine:
         config = configuration(guests / f"{guest}.elf", boot_args, drives or [], memory_mib, vcpus)
+        config["network-interfaces"] = network or []
         made.append(BareMachine(config))
         return made[-1]
 
