@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from crackle.errors import KvmError as KvmError
     from crackle.errors import StateError as StateError
     from crackle.schema.drive import Drive as Drive
+    from crackle.schema.mmds import MmdsConfig as MmdsConfig
     from crackle.schema.net import NetworkInterface as NetworkInterface
     from crackle.schema.vsock import Vsock as Vsock
     from crackle.virtio.custom import VirtioDevice as VirtioDevice
@@ -34,6 +35,7 @@ _MODULE_OF = {
     "GuestError": "crackle.errors",
     "KvmError": "crackle.errors",
     "MicroVM": "crackle.vmm.microvm",
+    "MmdsConfig": "crackle.schema.mmds",
     "NetworkInterface": "crackle.schema.net",
     "StateError": "crackle.errors",
     "VirtioDevice": "crackle.virtio.custom",

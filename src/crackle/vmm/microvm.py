@@ -15,12 +15,13 @@ from crackle.errors import ConfigError, CrackleError, GuestError, StateError
 from crackle.schema.boot import BootSource
 from crackle.schema.drive import Drive
 from crackle.schema.machine import MachineConfigUpdate
+from crackle.schema.mmds import MmdsConfig
 from crackle.schema.vsock import Vsock
 from crackle.telemetry.logger import OFF, Logger
 from crackle.vmm.builder import build
 from crackle.vmm.commands import Command
 from crackle.vmm.console import Console
-from crackle.vmm.controller import Controller
+from crackle.vmm.controller import DEFAULT_METADATA_LIMIT, Controller
 from crackle.vmm.machine import BuildOptions, Machine
 from crackle.vmm.shell import Shell, prepare
 
@@ -45,6 +46,9 @@ class MicroVM:
     drives: more disks, as paths or `Drive` resources, from /dev/vdb on (from /dev/vda without rootfs).
     interfaces: network interfaces, as names of TAP devices or `NetworkInterface` resources; the guest's eth0, eth1...
     vsock: path of the Unix socket that leads to the vsock ports of the guest, whose CID is 3; or a `Vsock` resource.
+    metadata: a JSON document that the guest finds at http://169.254.169.254 on every interface, opening a session first
+    (MMDS version 2); `mmds`, a `MmdsConfig`, says so otherwise. Either is enough; `self.metadata` changes the document,
+    which has at most `metadata_limit` bytes.
     devices: virtio devices written in Python, subclasses of `crackle.VirtioDevice`.
     boot_args: the kernel command line; the default puts the console on the serial port.
     cpus: 1 to 32, two to a core with `smt`. memory: in MiB, backed as `huge_pages` says: "None", "Transparent", or "2M"
@@ -65,6 +69,9 @@ class MicroVM:
         drives: Sequence[str | os.PathLike[str] | Drive] = (),
         interfaces: Sequence[str | NetworkInterface] = (),
         vsock: str | os.PathLike[str] | Vsock | None = None,
+        metadata: Any = None,
+        mmds: MmdsConfig | None = None,
+        metadata_limit: int = DEFAULT_METADATA_LIMIT,
         devices: Sequence[VirtioDevice] = (),
         read_only: bool = False,
         boot_args: str = DEFAULT_BOOT_ARGS,
@@ -90,7 +97,11 @@ class MicroVM:
             devices=tuple(devices),
         )
         self._controller = Controller(
-            self._build, prepare, instance_id=instance_id, logger=logger or Logger(instance_id, level=OFF)
+            self._build,
+            prepare,
+            instance_id=instance_id,
+            logger=logger or Logger(instance_id, level=OFF),
+            metadata_limit=metadata_limit,
         )
         try:
             execute = self._controller.execute
@@ -106,6 +117,13 @@ class MicroVM:
                 if not isinstance(vsock, Vsock):
                     vsock = Vsock(DEFAULT_GUEST_CID, os.fspath(vsock))
                 execute(Command("put_vsock", vsock))
+            if mmds is None and metadata is not None:
+                names = [interface.iface_id for interface in self._controller.config.network_interfaces]
+                mmds = MmdsConfig(names, "V2")
+            if mmds is not None:
+                execute(Command("put_mmds_config", mmds))
+            if metadata is not None:
+                self.metadata = metadata
         except BaseException:
             self.stop()
             raise
@@ -145,6 +163,10 @@ class MicroVM:
 
         update = DriveUpdate(drive_id, None if path is None else os.fspath(path))
         self._controller.execute(Command("patch_drive", update))
+
+    def patch_metadata(self, patch: Any) -> None:
+        """Change the metadata document by a JSON merge patch (RFC 7396): None removes a key."""
+        self._controller.execute(Command("patch_mmds", patch))
 
     def wait(self, timeout: float | None = None) -> ExitStatus:
         """Wait until the guest ends by itself, and say how. TimeoutError after `timeout` seconds.
@@ -206,6 +228,18 @@ class MicroVM:
         """The configuration, as GET /vm/config gives it."""
         config: VmConfig = self._controller.execute(Command("get_config"))
         return config
+
+    @property
+    def metadata(self) -> Any:
+        """The document that the guest reads from its metadata service. Assigning replaces it.
+
+        ConfigError for one that is too large, and when the guest runs without a metadata service.
+        """
+        return self._controller.execute(Command("get_mmds"))
+
+    @metadata.setter
+    def metadata(self, document: Any) -> None:
+        self._controller.execute(Command("put_mmds", document))
 
     def metrics(self) -> dict[str, Any]:
         """Counters of the devices and vCPUs since the start."""
