@@ -19,30 +19,16 @@ from _thread import allocate_lock, start_new_thread
 
 from crackle.mmds.http import Responder
 from crackle.mmds.packet import MAX_MESSAGE_SIZE, VNET_HEADER_SIZE
-from crackle.mmds.stack import Stack
+from crackle.mmds.stack import COUNTERS, Stack
 from crackle.mmds.state import MmdsState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from crackle.mmds.store import Store
     from crackle.schema.mmds import MmdsConfig
 
 # Messages taken from one wire, and given to it, before the others have their turn.
 _BATCH = 64
-
-
-def address_of(config: MmdsConfig) -> bytes:
-    """The four bytes of the service's IPv4 address, which whoever took the configuration has filled in."""
-    assert config.ipv4_address is not None
-    return bytes(int(part) for part in config.ipv4_address.split("."))
-
-
-def make_wire() -> tuple[int, int]:
-    """The two ends of a wire, of which neither ever waits: the device's and the service's."""
-    ends = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK)
-    return ends[0].detach(), ends[1].detach()
 
 
 class _Wire:
@@ -53,7 +39,6 @@ class _Wire:
         self.stack = stack
         # What the link did not take: no more is made until it does.
         self.unsent: bytes | None = None
-        os.set_blocking(fd, False)
 
     @property
     def events(self) -> int:
@@ -102,17 +87,28 @@ class _Wire:
 class Mmds:
     """The metadata service of one microVM.
 
-    config: version, address and formats. store: the document, which whoever writes it keeps. wires: its ends of the
-    interfaces' links, which it takes over. `start` once, `stop` at the end; `stop` may be called again.
+    config: version, address and formats. store: the document, which whoever writes it keeps. `connect` once for each
+    interface, then `start` once; `stop` ends it and may be called again.
     """
 
-    def __init__(self, config: MmdsConfig, store: Store, wires: Sequence[int]) -> None:
+    def __init__(self, config: MmdsConfig, store: Store) -> None:
+        assert config.ipv4_address is not None, "filled in by whoever takes the configuration"
+        self.address = bytes(int(part) for part in config.ipv4_address.split("."))
         self._config = config
         self._responder = Responder(config, store)
-        self._wires = {fd: _Wire(fd, Stack(address_of(config), self._responder.take)) for fd in wires}
-        self._stacks = [wire.stack for wire in self._wires.values()]
+        self._wires: list[_Wire] = []
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._ended = allocate_lock()  # held while the thread runs
+
+    def connect(self) -> int:
+        """Make a wire: the result is the device's end of it, which is the caller's and never waits."""
+        ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK)
+        self.take(ours.detach())
+        return theirs.detach()
+
+    def take(self, fd: int) -> None:
+        """Serve whoever is behind `fd`, a wire's end or a TAP device that does not wait. Closed by `stop`."""
+        self._wires.append(_Wire(fd, Stack(self.address, self._responder.take)))
 
     def start(self) -> None:
         """Begin to answer."""
@@ -132,15 +128,13 @@ class Mmds:
             pass
         os.close(self._stop_fd)
         self._stop_fd = -1
-        for fd in self._wires:
-            os.close(fd)
-        self._wires.clear()
+        for wire in self._wires:
+            os.close(wire.fd)
 
     def counters(self) -> dict[str, int]:
         """The section "mmds" of the metrics."""
-        names = self._stacks[0].counters if self._stacks else {}
         return {
-            **{name: sum(stack.counters[name] for stack in self._stacks) for name in names},
+            **{name: sum(wire.stack.counters[name] for wire in self._wires) for name in COUNTERS},
             "rx_no_token": self._responder.rx_no_token,
             "rx_invalid_token": self._responder.rx_invalid_token,
         }
@@ -160,9 +154,9 @@ class Mmds:
         _settle_thread()
         poll = select.poll()
         poll.register(self._stop_fd, select.POLLIN)
-        for wire in self._wires.values():
+        live = {wire.fd: wire for wire in self._wires}
+        for wire in self._wires:
             poll.register(wire.fd, wire.events)
-        live = dict(self._wires)
         try:
             busy = False
             while True:

@@ -26,7 +26,7 @@ EVICTABLE_AFTER_S = 10.0
 
 _MAX_REPLIES = 100
 
-_COUNTERS = (
+COUNTERS = (
     "rx_accepted",
     "rx_accepted_err",
     "rx_accepted_unusual",
@@ -48,7 +48,7 @@ class Stack:
     """
 
     def __init__(self, address: bytes, serve: Serve) -> None:
-        self.counters = dict.fromkeys(_COUNTERS, 0)
+        self.counters = dict.fromkeys(COUNTERS, 0)
         self._address = address
         self._serve = serve
         self._connections: dict[tuple[bytes, int], Connection] = {}

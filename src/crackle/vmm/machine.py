@@ -139,15 +139,12 @@ class Machine:
 
     def serve_metadata(self, config: MmdsConfig, store: Store) -> None:
         """Answer the guest's requests for the document in `store`, on the interfaces that `config` names."""
-        from crackle.mmds.service import Mmds, address_of, make_wire
+        from crackle.mmds.service import Mmds
 
-        wires = []
+        self.mmds = Mmds(config, store)
         for name in config.network_interfaces:
-            theirs, ours = make_wire()
-            wires.append(ours)
             net: Any = self.devices["net", name]
-            net.detour(theirs, address_of(config))
-        self.mmds = Mmds(config, store, wires)
+            net.detour(self.mmds.connect(), self.mmds.address)
 
     def _attach(self, kind: str, identifier: str, device: VirtioDevice, io: IoThread) -> None:
         """Give a virtio device its window, its interrupt, and its place on the I/O thread. The machine closes it."""
