@@ -58,7 +58,7 @@ bench: setup
 
 fuzz: build
 	CRACKLE_HYPOTHESIS=fuzz $(BIN)/python tests/fuzz/asan.py --timeout 0 \
-	  tests/fuzz/test_hostile.py tests/unit/test_queue.py tests/unit/test_block.py
+	  $(wildcard tests/fuzz/test_hostile*.py) tests/unit/test_queue.py tests/unit/test_block.py
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bench.monitor import Monitor, alternate
+from bench.monitor import Monitor, alternate, device_seconds
 from bench.rows import BUILD, ROOT, Bench, Row, absolute, paired
 
 if TYPE_CHECKING:
@@ -96,15 +96,6 @@ def sender(network: Network, tool: Path, test: Test) -> Iterator[None]:
         process.wait()
 
 
-def device_cpu_ns(pid: int) -> int:
-    """CPU time of a monitor so far without its vCPUs, which poll (Documentation/scheduler/sched-stats.rst)."""
-    total = 0
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        if "vcpu" not in (task / "comm").read_text():
-            total += int((task / "schedstat").read_text().split()[0])
-    return total
-
-
 @contextmanager
 def guest(network: Network, command: Sequence[str], bench: Bench, options: str) -> Iterator[Monitor]:
     """A monitor whose guest runs `net` with these options; it halts at the end of them."""
@@ -121,14 +112,14 @@ def measure(network: Network, command: Sequence[str], bench: Bench, tool: Path, 
     with guest(network, command, bench, options) as monitor:
         monitor.wait_output("net offered")
         with sender(network, tool, test):
-            before = device_cpu_ns(monitor.pid)
+            before = device_seconds(monitor.pid)
             printed = monitor.wait_output("net end")
-            cpu = device_cpu_ns(monitor.pid) - before
+            cpu = device_seconds(monitor.pid) - before
     found = re.search(rf"net {test.operation} {test.size} frames=(\d+) bytes=(\d+) us=(\d+)", printed)
     if not found or not int(found[1]):
         raise RuntimeError(f"no result of {test.name} in: {printed}")
     frames, size, us = map(int, found.groups())
-    return Speed(frames / us * 1e6, cpu / 1e9 / (size / (1 << 30)))
+    return Speed(frames / us * 1e6, cpu / (size / (1 << 30)))
 
 
 def loop(network: Network, tool: Path, test: Test) -> Speed:
