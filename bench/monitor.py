@@ -142,6 +142,7 @@ class Monitor:
         drives: Sequence[Path] = (),
         io_engine: str = "Sync",
         network: Sequence[Mapping[str, object]] = (),
+        vsock: Mapping[str, object] | None = None,
     ) -> None:
         """Everything up to InstanceStart. guest: the name of a bare-metal guest or the path of a kernel."""
         kernel = GUESTS / f"{guest}.elf" if isinstance(guest, str) else guest
@@ -158,6 +159,8 @@ class Monitor:
             self.request("PUT", f"/drives/drive{number}", body)
         for interface in network:
             self.request("PUT", f"/network-interfaces/{interface['iface_id']}", interface)
+        if vsock is not None:
+            self.request("PUT", "/vsock", vsock)
 
     def start(self) -> None:
         """InstanceStart."""
