@@ -17,7 +17,8 @@ ROOTFS = Path(__file__).resolve().parents[2] / "guest" / "rootfs"
 PAYLOAD_SIZE = 8 << 20
 IMAGE_SIZE = 64 << 20
 TOOLS_SIZE = 192 << 20
-TOOLS = ("curl", "ethtool", "fio", "iperf3")
+# Programs, and the packages that they come in.
+TOOLS = {"curl": "curl", "ethtool": "ethtool", "fio": "fio", "iperf3": "iperf3", "mke2fs": "e2fsprogs"}
 DIRECTORIES = (
     "bin",
     "sbin",
@@ -122,7 +123,7 @@ def ext4() -> Path:
 
 def tools() -> Path:
     """A larger root disk, with `TOOLS`. Give it to guests read-only: it is too large to be copied for each."""
-    debian.install(TOOLS)
+    debian.install(list(TOOLS.values()))
     files = _programs()
     stamps = (f"{name} {path.stat().st_size} {path.stat().st_mtime_ns}" for name, path in files.items())
     return _disk("tools", cache.key(tree_key(), *stamps), TOOLS_SIZE, files)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from crackle.schema.config import VmConfig
     from crackle.schema.machine import HugePages
     from crackle.schema.net import NetworkInterface
+    from crackle.schema.rate_limiter import RateLimiter
     from crackle.virtio.custom import VirtioDevice
     from crackle.vmm.machine import ExitStatus
 
@@ -154,14 +155,19 @@ class MicroVM:
         """Press the ACPI power button."""
         self._machine().press_power_button()
 
-    def update_drive(self, drive_id: str, path: str | os.PathLike[str] | None = None) -> None:
-        """Put another file behind a drive; the guest learns of the new size.
+    def update_drive(
+        self,
+        drive_id: str,
+        path: str | os.PathLike[str] | None = None,
+        rate_limiter: RateLimiter | None = None,
+    ) -> None:
+        """Put another file behind a drive, and the guest learns of the new size; or limit it, bucket by bucket.
 
-        Without a path, for a vhost-user drive: ask its back end again.
+        With neither, for a vhost-user drive: ask its back end again.
         """
         from crackle.schema.drive import DriveUpdate
 
-        update = DriveUpdate(drive_id, None if path is None else os.fspath(path))
+        update = DriveUpdate(drive_id, None if path is None else os.fspath(path), rate_limiter)
         self._controller.execute(Command("patch_drive", update))
 
     def patch_metadata(self, patch: Any) -> None:
