@@ -44,7 +44,7 @@ F_SEG_MAX, F_RO, F_FLUSH, F_CONFIG_WCE, F_MQ = 1 << 2, 1 << 5, 1 << 9, 1 << 11, 
 P_MQ, P_REPLY_ACK, P_CONFIG = 1 << 0, 1 << 3, 1 << 9
 
 DAEMON = shutil.which("qemu-storage-daemon")
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 def config_space(sectors: int, queues: int = 4) -> bytes:
