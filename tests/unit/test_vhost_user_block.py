@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from crackle.errors import ConfigError, StateError
 from crackle.memory import GuestMemory
@@ -432,3 +434,27 @@ def test_rings_of_the_back_end_are_not_read_here(
         bench.notify()
         bench.settle()
         assert not bench.registers[STATUS] & NEEDS_RESET
+
+
+registers = st.sampled_from([*range(0, 0x110, 4), 0xFFC])
+values = st.sampled_from([0, 1, 3, 11, 15, 64, 128, 256, RING, 0xFFFFFFFF]) | st.integers(0, 0xFFFFFFFF)
+
+
+@given(writes=st.lists(st.tuples(registers, values), max_size=40), resets=st.integers(1, 2))
+def test_whatever_a_driver_writes_the_device_can_be_used_afterwards(
+    tmp_path_factory: pytest.TempPathFactory, writes: list[tuple[int, int]], resets: int
+) -> None:
+    memory = GuestMemory([(0, MIB)], backing="memfd")
+    path = tmp_path_factory.mktemp("driver") / "socket"
+    with Impostor(path) as backend, Bench(VhostUserBlock(memory, backend.path)) as bench:
+        for _ in range(resets):
+            bench.begin(RING, 64)
+            for register, value in writes:
+                if (register, value) != (STATUS, 0):
+                    bench.registers[register] = value
+            assert bench.device.started
+            bench.registers[STATUS] = 0
+            assert not bench.device.started
+        bench.begin(RING, 64)
+        assert bench.registers[STATUS] & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK
+        assert backend.names().count("GET_VRING_BASE") == resets

@@ -101,7 +101,10 @@ class VhostUser:
         self._deadline = 0.0
         self._acknowledges = False
         self._lock = allocate_lock()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        except OSError as error:
+            raise ConfigError(f"cannot make a socket for the vhost-user back end: {error.strerror}") from None
         try:
             self._connect()
             self.features = self._operate(lambda: self._negotiate(wanted, needed))
@@ -118,7 +121,8 @@ class VhostUser:
         self._socket.close()
 
     def __del__(self) -> None:
-        self._socket.close()
+        if hasattr(self, "_socket"):
+            self._socket.close()
 
     def get_config(self, size: int) -> bytes:
         """The first `size` bytes (up to 256) of the device's configuration space."""
