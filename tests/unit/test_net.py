@@ -271,6 +271,29 @@ def test_a_chain_to_read_from_is_no_receive_buffer(link: Link) -> None:
     assert [written for _, written in link.rx.reap()] == [0, HEADER + 60]
 
 
+def test_buffers_that_are_no_use_do_not_disturb_the_frames_around_them(link: Link) -> None:
+    link.provide([4000], [HEADER - 1], [4000], [4], [4000], [4000])
+    for n in range(3):
+        link.host.send(frame(1000, seed=n + 1))
+        link.settle()
+    used = link.rx.reap()
+    assert [written for _, written in used] == [HEADER + 1000, 0, HEADER + 1000, 0, HEADER + 1000]
+    assert link.device.rx_fails >= 2
+
+
+def test_an_interface_whose_other_end_is_gone_is_quiet() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    with Card(ours.detach()) as card:
+        card.provide(*([[4096]] * 20))
+        theirs.close()
+        card.send(bytes(HEADER) + frame(60))
+        assert card.device.tap_write_fails == 1
+        before = card.io.wakeups
+        time.sleep(0.05)
+        assert card.io.wakeups <= before + 1
+
+
 def test_pages_that_a_frame_was_written_to_are_dirty(namespace: Namespace) -> None:
     with Link(namespace, MERGE) as link:
         heads = [

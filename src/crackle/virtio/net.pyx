@@ -312,10 +312,10 @@ cdef class Net(VirtioDevice):
             self.wire_ready = False
         while True:
             n = readv(self.tap_fd, iov, count)
-            if n >= 0:
+            if n > 0:
                 return n
-            if errno != EINTR:
-                if errno != EAGAIN:
+            if n == 0 or errno != EINTR:
+                if n < 0 and errno != EAGAIN:
                     self.tap_read_fails += 1
                 return -1
 
@@ -342,16 +342,16 @@ cdef class Net(VirtioDevice):
                 if n < 0:
                     break
                 size = n
-                if size < HEADER or (self.merging and size == self.room and size < MAX_FRAME):
-                    # Nothing but a header, or a frame that was cut because it is larger than any before it.
-                    self.rx_fails += 1
-                    self.largest = max(self.largest, min(size + 1, <uint64_t> MAX_FRAME))
-                    continue
-                self.largest = max(self.largest, size)
-            if not self.rx_limiter.consume(size, 1):
+            if size < HEADER or (self.merging and size == self.room and size < MAX_FRAME):
+                # Nothing but a header, or a frame that was cut because it is larger than any before it.
+                self.rx_fails += 1
+                size += 1
+            elif self.rx_limiter.consume(size, 1):
+                self.finish(queue, size)
+            else:
                 self.deferred = size
                 break
-            self.finish(queue, size)
+            self.largest = max(self.largest, min(size, <uint64_t> MAX_FRAME))
             frames += 1
             if self.unpublished >= RX_GROUP:
                 self.tell_driver(queue)
@@ -389,6 +389,12 @@ cdef class Net(VirtioDevice):
         self.chain_count -= count
         self.iov_first += buffers
         self.iov_count -= buffers
+        while self.chain_count and self.chains[self.chain_first].size == 0:
+            # Not fit to receive into: it is its turn to be given back.
+            queue.push(self.chains[self.chain_first].head, 0)
+            self.chain_first += 1
+            self.chain_count -= 1
+            count += 1
         self.unpublished += count
         self.deferred = 0
         self.rx_frames += 1
