@@ -102,6 +102,28 @@ def test_a_file_of_metadata_is_there_from_the_start(start: Start, tmp_path: Path
     assert vmm.request("GET", "/mmds").json == DOCUMENT
 
 
+def test_a_configuration_file_may_say_it_all(
+    start: Start, namespace: Namespace, kernel: Path, tmp_path: Path, told: Callable[[], list[str]]
+) -> None:
+    namespace.tap("tap0")
+    (tmp_path / "metadata.json").write_text(json.dumps(DOCUMENT))
+    config = {
+        "boot-source": {"kernel_image_path": str(kernel)},
+        "drives": [],
+        "network-interfaces": [{"iface_id": "eth0", "host_dev_name": "tap0"}],
+        "mmds-config": {"network_interfaces": ["eth0"], "version": "V2", "ipv4_address": "169.254.170.2"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with namespace.entered():
+        vmm = start(
+            *("--config-file", str(tmp_path / "config.json"), "--metadata", str(tmp_path / "metadata.json")),
+            fake=True,
+        )
+    assert vmm.request("GET", "/mmds").json == DOCUMENT
+    assert told() == ["metadata eth0 169.254.170.2 V2", "start"]
+    vmm.end()
+
+
 def test_a_guest_that_started_without_metadata_has_none(started: Vmm) -> None:
     for method, body in (("GET", None), ("PUT", DOCUMENT), ("PATCH", DOCUMENT)):
         answer = started.request(method, "/mmds", body)
