@@ -17,16 +17,6 @@ from support.network import Namespace
 COMMAND = (sys.executable, "-m", "crackle.cli.main")
 
 
-def state(namespace: Namespace) -> tuple[str, ...]:
-    forward = namespace.run("cat", "/proc/sys/net/ipv4/ip_forward").stdout
-    return (
-        namespace.ip("-o link"),
-        namespace.ip("route"),
-        namespace.run("nft", "list", "ruleset").stdout,
-        forward,
-    )
-
-
 def start(host: Namespace, guests: Path, *arguments: str, guest: str = "idle") -> subprocess.Popen[Any]:
     """A guest that has begun to run: its TAP is open."""
     command = [*COMMAND, "run", "--kernel", guests / f"{guest}.elf", "--memory", "32", "--net", *arguments]
@@ -43,24 +33,24 @@ def start(host: Namespace, guests: Path, *arguments: str, guest: str = "idle") -
 def test_a_signal_ends_the_guest_and_its_network(
     guests: Path, namespace: Namespace, number: signal.Signals
 ) -> None:
-    before = state(namespace)
+    before = namespace.state()
     process = start(namespace, guests, "--name", "web")
     listed = namespace.run(*COMMAND, "net", "ls").stdout
     assert f"10.213.0.2\tweb\t# crackle-2, process {process.pid}\n" in listed
     process.send_signal(number)
     assert process.wait(30) == 128 + signal.SIGTERM
-    assert state(namespace) == before
+    assert namespace.state() == before
 
 
 def test_the_networks_end_comes_with_the_guests(guests: Path, namespace: Namespace) -> None:
-    before = state(namespace)
+    before = namespace.state()
     command = [*COMMAND, "run", "--kernel", guests / "hello.elf", "--memory", "32", "--net"]
     assert namespace.run(*command).returncode == 0
-    assert state(namespace) == before
+    assert namespace.state() == before
 
 
 def test_after_a_kill_the_next_use_takes_down_what_was_left(guests: Path, namespace: Namespace) -> None:
-    before = state(namespace)
+    before = namespace.state()
     process = start(namespace, guests)
     child = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
     process.kill()
@@ -69,15 +59,15 @@ def test_after_a_kill_the_next_use_takes_down_what_was_left(guests: Path, namesp
     while Path(f"/proc/{child}/exe").exists():  # it is told when its parent dies
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert state(namespace) != before
+    assert namespace.state() != before
     assert namespace.run(*COMMAND, "net", "ls").stdout == ""
-    assert state(namespace) == before
+    assert namespace.state() == before
 
 
 def test_what_cannot_be_is_said_in_one_sentence_and_makes_nothing(
     guests: Path, namespace: Namespace, tmp_path: Path
 ) -> None:
-    before = state(namespace)
+    before = namespace.state()
     run = ["run", "--kernel", os.fspath(guests / "idle.elf"), "--memory", "32"]
     missing = ["run", "--kernel", os.fspath(tmp_path / "none"), "--net"]
     for reason, arguments in (
@@ -90,4 +80,4 @@ def test_what_cannot_be_is_said_in_one_sentence_and_makes_nothing(
         assert done.returncode == 1
         assert reason in done.stdout
         assert done.stdout.count("\n") == 1
-        assert state(namespace) == before
+        assert namespace.state() == before

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 REPORTS = "CRACKLE_TEST_REPORTS"
 FILES = "CRACKLE_TEST_FILES"
 HOSTS = 2
-HOST_TIMEOUT = 900
+HOST_TIMEOUT = 1800
 BOOT_ARGS = "console=ttyS0 reboot=k panic=1 i8042.noaux i8042.nomux i8042.dumbkbd quiet noxsave"
 
 # -- where the tests run -------------------------------------------------------------------------------------------

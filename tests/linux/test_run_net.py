@@ -34,7 +34,7 @@ class Run:
         )
         self._text = ""
 
-    def expect(self, pattern: str, seconds: float = 90.0) -> re.Match[str]:
+    def expect(self, pattern: str, seconds: float = 180.0) -> re.Match[str]:
         assert self.process.stdout is not None
         deadline = time.monotonic() + seconds
         while not (found := re.search(pattern, self._text)):
@@ -64,20 +64,11 @@ class Run:
         return found[1].strip()
 
 
-def state(namespace: Namespace) -> tuple[str, ...]:
-    forward = namespace.run("cat", "/proc/sys/net/ipv4/ip_forward").stdout
-    return (
-        namespace.ip("-o link"),
-        namespace.ip("route"),
-        namespace.run("nft", "list", "ruleset").stdout,
-        forward,
-    )
-
-
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_two_guests_reach_each_other_and_a_web_server_behind_the_host(
     boot: Callable[..., Guest],
     kernels: dict[str, Path],
+    stock: dict[str, Path],
     images: dict[str, Path],
     namespaces: Callable[[], Namespace],
     tmp_path: Path,
@@ -89,16 +80,25 @@ def test_two_guests_reach_each_other_and_a_web_server_behind_the_host(
     log = open(tmp_path / "log", "wb")  # noqa: SIM115
     server = [sys.executable, "-u", "-m", "http.server", "--bind", "192.0.2.2", "--directory", tmp_path, "80"]
     world.popen(*server, stdout=log, stderr=log)
-    before = state(host)
+    before = host.state()
 
-    options = ["--kernel", kernels["acpi"], "--rootfs", images["ext4"], "--read-only", "--memory", "128"]
-    options += ["--boot-args", BOOT_ARGS, "--net", "--name"]
-    guests = {}
-    for name in ("one", "two"):
-        guests[name] = Run(host, *options, name)
-        guests[name].wait_shell()
-    one, two = guests["one"], guests["two"]
+    options = [
+        "--rootfs",
+        images["ext4"],
+        "--read-only",
+        "--memory",
+        "192",
+        "--boot-args",
+        BOOT_ARGS,
+        "--net",
+    ]
+    # The one kernel configures its interface itself; the other leaves that to the guest's user space.
+    one = Run(host, *options, "--kernel", kernels["acpi"], "--name", "one")
+    one.wait_shell()
+    two = Run(host, *options, "--kernel", stock["vmlinux"], "--initrd", stock["initrd"], "--name", "two")
+    two.wait_shell()
     assert "inet 10.213.0.2/24" in one.sh("ip addr show eth0")
+    assert "inet 10.213.0.3/24" in two.sh("ip addr show eth0")
     assert one.sh("hostname") == "one"
     assert two.sh("hostname") == "two"
     assert "0% packet loss" in one.sh("ping -c 2 10.213.0.3")
@@ -109,9 +109,9 @@ def test_two_guests_reach_each_other_and_a_web_server_behind_the_host(
     assert (tmp_path / "log").read_text().count("192.0.2.1 - - ") == 2  # the host's address, not the guests'
 
     one.type("reboot -f\n")
-    assert one.process.wait(60) == 0
+    assert one.process.wait(180) == 0
     assert "crackle-2" not in host.ip("link")
     two.process.send_signal(signal.SIGINT)
-    assert two.process.wait(60) == 128 + signal.SIGTERM
-    assert state(host) == before
+    assert two.process.wait(180) == 128 + signal.SIGTERM
+    assert host.state() == before
     log.close()

@@ -1,1 +1,1 @@
-"""The guest's side of the devices, for tests without a guest."""
+"""The guest's side of the devices, and networks, for tests with and without a guest."""

@@ -145,6 +145,12 @@ class Namespace:
         if address:
             self.ip(f"addr add {address} dev {name}")
 
+    def state(self) -> tuple[str, ...]:
+        """Everything that something could leave behind: interfaces, addresses, routes, packet filter, forwarding."""
+        forward = self.run("cat", "/proc/sys/net/ipv4/ip_forward").stdout
+        ruleset = self.run("nft", "list", "ruleset").stdout
+        return self.ip("-o link"), self.ip("-o addr"), self.ip("route"), ruleset, forward
+
     def statistics(self, name: str) -> dict[str, dict[str, int]]:
         """Counters of an interface: `statistics("tap0")["rx"]["packets"]`; what a guest sends, its TAP receives."""
         found: dict[str, dict[str, int]] = self.show(f"-s link show dev {name}")[0]["stats64"]

@@ -15,18 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from crackle.cli.net import attached
 from crackle.errors import ConfigError
 from crackle.hostnet import nat, networks, plan
 from support.network import Namespace
 
 ME = os.getpid()
-
-
-def state(namespace: Namespace) -> tuple[str, ...]:
-    """Everything a network could leave behind in a namespace."""
-    forward = namespace.run("cat", "/proc/sys/net/ipv4/ip_forward").stdout
-    ruleset = namespace.run("nft", "list", "ruleset").stdout
-    return namespace.ip("-o link"), namespace.ip("-o addr"), namespace.ip("route"), ruleset, forward
 
 
 def set_forwarding(namespace: Namespace, value: int) -> None:
@@ -50,7 +44,7 @@ def host(namespace: Namespace) -> Iterator[Namespace]:
 
 
 def test_a_network_is_a_bridge_an_address_and_nat_and_goes_without_a_trace(host: Namespace) -> None:
-    before = state(host)
+    before = host.state()
     made = networks.up()
     assert (made.name, str(made.mark.range)) == ("crackle", "10.213.0.0/24")
     link = next(link for link in host.show() if link["ifname"] == "crackle")
@@ -63,7 +57,7 @@ def test_a_network_is_a_bridge_an_address_and_nat_and_goes_without_a_trace(host:
     )
     assert host.run("cat", "/proc/sys/net/ipv4/ip_forward").stdout == "1\n"
     networks.down()
-    assert state(host) == before
+    assert host.state() == before
 
 
 def test_each_microvm_has_a_tap_on_the_bridge_an_address_and_a_name(host: Namespace) -> None:
@@ -93,13 +87,13 @@ def test_the_guests_kernel_is_told_all_it_needs() -> None:
 
 
 def test_a_network_made_for_a_microvm_goes_with_the_last_one(host: Namespace) -> None:
-    before = state(host)
+    before = host.state()
     networks.attach("one", owner=ME)
     networks.attach("two", owner=ME)
     networks.detach("one", owner=ME)
     assert [network.name for network in networks.networks()] == ["crackle"]
     networks.detach("two", owner=ME)
-    assert state(host) == before
+    assert host.state() == before
 
 
 def test_a_network_made_for_a_microvm_can_be_kept(host: Namespace) -> None:
@@ -110,7 +104,7 @@ def test_a_network_made_for_a_microvm_can_be_kept(host: Namespace) -> None:
 
 
 def test_what_a_killed_process_left_is_cleared_at_the_next_use(host: Namespace) -> None:
-    before = state(host)
+    before = host.state()
     program = (
         "import os, time; from crackle.hostnet import networks;"
         "networks.attach('one', owner=os.getpid()); print('up', flush=True); time.sleep(1000)"
@@ -121,9 +115,9 @@ def test_what_a_killed_process_left_is_cleared_at_the_next_use(host: Namespace) 
     assert networks.networks()[0].members[0].running
     process.kill()
     process.wait()
-    assert state(host) != before
+    assert host.state() != before
     assert networks.networks() == []
-    assert state(host) == before
+    assert host.state() == before
 
 
 def test_a_tap_that_is_open_is_not_cleared_though_its_process_cannot_be_seen(host: Namespace) -> None:
@@ -135,7 +129,7 @@ def test_a_tap_that_is_open_is_not_cleared_though_its_process_cannot_be_seen(hos
 
 
 def test_a_network_in_use_is_taken_down_by_force_only(host: Namespace) -> None:
-    before = state(host)
+    before = host.state()
     networks.up()
     tap = open_tap(networks.attach("web").tap)
     networks.attach("idle")
@@ -143,17 +137,17 @@ def test_a_network_in_use_is_taken_down_by_force_only(host: Namespace) -> None:
         networks.down()
     networks.down(force=True)
     os.close(tap)
-    assert state(host) == before
+    assert host.state() == before
 
 
 def test_two_networks_share_forwarding_until_the_last_goes(host: Namespace) -> None:
-    before = state(host)
+    before = host.state()
     networks.up("one")
     networks.up("two")
     networks.down("one")
     assert nat.forwards()
     networks.down("two")
-    assert state(host) == before
+    assert host.state() == before
 
 
 def test_forwarding_stays_on_where_it_was_on_or_somebody_else_has_begun_to_use_it(host: Namespace) -> None:
@@ -184,7 +178,7 @@ def test_names_that_are_taken_or_impossible_are_refused_and_nothing_is_made(host
     host.bridge("foreign")
     networks.up("mine")
     networks.attach("web", "mine")
-    before = state(host)
+    before = host.state()
     for reason, call in (
         ("interface foreign already, which is not Crackle's", lambda: networks.up("foreign")),
         ("interface foreign already, which is not Crackle's", lambda: networks.attach("a", "foreign")),
@@ -198,7 +192,7 @@ def test_names_that_are_taken_or_impossible_are_refused_and_nothing_is_made(host
     ):
         with pytest.raises(ConfigError, match=reason):
             call()
-        assert state(host) == before
+        assert host.state() == before
 
 
 @pytest.mark.parametrize(
@@ -210,18 +204,18 @@ def test_a_bad_range_is_refused(text: str) -> None:
 
 
 def test_a_failure_half_way_leaves_nothing(host: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = state(host)
+    before = host.state()
     with monkeypatch.context() as patch:
         patch.setattr("crackle.hostnet.nat.shutil.which", lambda *_, **__: None)
         with pytest.raises(ConfigError, match="install the package nftables"):
             networks.attach("web")
-    assert state(host) == before
+    assert host.state() == before
     host.run("mkdir", "-p", "/dev/net")
     with monkeypatch.context() as patch:
         patch.setattr("crackle.hostnet.links.Links.add_tap", _fail)
         with pytest.raises(OSError, match="made up"):
             networks.attach("web")
-    assert state(host) == before
+    assert host.state() == before
 
 
 def _fail(*_: object) -> None:
@@ -229,7 +223,7 @@ def _fail(*_: object) -> None:
 
 
 def test_processes_at_the_same_time_get_different_addresses(host: Namespace) -> None:
-    before = state(host)
+    before = host.state()
     found: list[str] = []
 
     def join() -> None:
@@ -243,7 +237,7 @@ def test_processes_at_the_same_time_get_different_addresses(host: Namespace) -> 
         thread.join()
     assert sorted(found) == [f"10.213.0.{number}" for number in range(2, 10)]
     networks.down(force=True)
-    assert state(host) == before
+    assert host.state() == before
 
 
 def test_guests_reach_the_world_behind_the_host_and_the_world_does_not_reach_them(
@@ -281,7 +275,7 @@ def crackle(
 
 
 def test_the_command_makes_lists_and_removes(host: Namespace) -> None:
-    before = state(host)
+    before = host.state()
     assert (
         crackle(host, "net", "up", "lab", "--range", "10.7.0.0/24").stdout
         == "lab: 10.7.0.0/24, gateway 10.7.0.1\n"
@@ -297,24 +291,24 @@ def test_the_command_makes_lists_and_removes(host: Namespace) -> None:
         "crackle: There is a microVM called web on the network lab already.\n",
     )
     assert crackle(host, "net", "down", "lab").returncode == 0
-    assert state(host) == before
+    assert host.state() == before
 
 
 def test_without_permission_one_sentence_says_what_is_needed(host: Namespace) -> None:
-    before = state(host)
+    before = host.state()
     powerless = ("setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin")
     done = crackle(host, "net", "up", prefix=powerless)
     assert done.returncode == 1
     assert done.stdout.startswith("crackle: Changing the network needs CAP_NET_ADMIN: run as root")
     assert done.stdout.count("\n") == 1
-    assert state(host) == before
+    assert host.state() == before
     networks.up()
     assert crackle(host, "net", "ls", prefix=powerless).stdout.startswith("# crackle: 10.213.0.0/24")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_block_and_what_was_made_for_it(host: Namespace, number: signal.Signals) -> None:
-    before = state(host)
+    before = host.state()
     program = (
         "import time\nfrom crackle.cli.net import attached\n"
         "with attached('web', 'crackle'):\n print('up', flush=True)\n while True: time.sleep(0.05)"
@@ -324,17 +318,17 @@ def test_a_signal_ends_the_block_and_what_was_made_for_it(host: Namespace, numbe
     assert process.stdout.readline() == "up\n"
     process.send_signal(number)
     assert process.wait(20) == 128 + number
-    assert state(host) == before
+    assert host.state() == before
 
 
 def test_signals_at_any_moment_leave_nothing(host: Namespace) -> None:
-    before = state(host)
+    before = host.state()
     program = (
         "import os, sys, time\nfrom crackle.cli.net import attached\nfrom crackle.hostnet import networks\n"
         "print('ready', flush=True)\nsys.stdin.readline()\n"
         "with attached('web', 'crackle'):\n pass\n"
     )
-    for step in range(8):
+    for step in range(5):
         process = host.popen(
             sys.executable, "-c", program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -343,7 +337,18 @@ def test_signals_at_any_moment_leave_nothing(host: Namespace) -> None:
         assert process.stdout.readline() == "ready\n"
         process.stdin.write("\n")
         process.stdin.flush()
-        time.sleep(step * 0.015)
+        time.sleep(step * 0.025)
         process.terminate()
         process.wait(20)
-        assert state(host) == before
+        assert host.state() == before
+
+
+def test_a_network_taken_down_by_force_is_not_missed_at_the_end(host: Namespace) -> None:
+    before = host.state()
+    with attached("web", "crackle") as place:
+        networks.down(force=True)
+        again = networks.attach("web")
+        assert again.tap == place.tap
+    assert [member.mark.name for network in networks.networks() for member in network.members] == ["web"]
+    networks.detach("web")
+    assert host.state() == before

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crackle.errors import ConfigError
 from crackle.hostnet import DEFAULT_NETWORK
 
 if TYPE_CHECKING:
@@ -125,16 +124,13 @@ def attached(name: str | None, network: str) -> Iterator[Attachment]:
     """
     from crackle.hostnet import networks
 
-    ending = _Ending()
-    place = networks.attach(name, network, owner=os.getpid())
-    try:
-        with ending:
-            yield place
-    finally:
-        # Somebody may have taken the network down meanwhile, by force.
-        with contextlib.suppress(ConfigError):
+    with contextlib.closing(_Ending()) as ending:
+        place = networks.attach(name, network, owner=os.getpid())
+        try:
+            with ending:
+                yield place
+        finally:
             networks.detach(place.name, network, owner=os.getpid())
-        ending.close()
 
 
 class _Ending:

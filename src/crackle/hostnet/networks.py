@@ -124,8 +124,12 @@ def attach(
         marks = [member.mark for member in found.members]
         address = plan.free_address(found.mark.range, {mark.address for mark in marks})
         number = int(address) - int(found.mark.range.network_address)
-        name = name or f"vm{number}"
-        if name in [mark.name for mark in marks]:
+        names = [mark.name for mark in marks]
+        if name is None:
+            name = f"vm{number}"
+            while name in names:
+                name += "x"
+        elif name in names:
             raise ConfigError(f"There is a microVM called {name} on the network {network} already.")
         tap = f"{network}-{number}"
         mtu = next(link.mtu for link in links.all() if link.name == network)
@@ -148,18 +152,18 @@ def attach(
 def detach(name: str, network: str = DEFAULT_NETWORK, *, owner: int | None = None) -> None:
     """Remove a microVM's TAP device, and the network if it was made for it and nobody else is on it.
 
-    owner: only if it is this process's.
+    owner: only if it is this process's still; somebody may have taken the network down meanwhile.
     """
     with Links() as links:
         found = _find(links, network)
         members = [] if found is None else [member for member in found.members if member.mark.name == name]
         if owner is not None:
             members = [member for member in members if (member.mark.owner or (0,))[0] == owner]
-        if not members:
-            _sweep(links)
-            raise ConfigError(f"There is no microVM called {name} on the network {network}.")
-        links.remove(members[0].tap)
+        for member in members:
+            links.remove(member.tap)
         _sweep(links)
+        if not members and owner is None:
+            raise ConfigError(f"There is no microVM called {name} on the network {network}.")
 
 
 def _look(links: Links) -> list[Network]:
