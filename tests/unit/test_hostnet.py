@@ -176,12 +176,14 @@ def test_a_range_in_use_is_not_taken(host: Namespace, namespaces: Callable[[], N
 
 def test_names_that_are_taken_or_impossible_are_refused_and_nothing_is_made(host: Namespace) -> None:
     host.bridge("foreign")
+    host.tap("other-2")
     networks.up("mine")
     networks.attach("web", "mine")
     before = host.state()
     for reason, call in (
         ("interface foreign already, which is not Crackle's", lambda: networks.up("foreign")),
         ("interface foreign already, which is not Crackle's", lambda: networks.attach("a", "foreign")),
+        ("interface other-2 already, which is not Crackle's", lambda: networks.attach("a", "other")),
         ("network mine exists already, with 10.213.0.0/24", lambda: networks.up("mine")),
         ("microVM called web on the network mine already", lambda: networks.attach("web", "mine")),
         ("cannot be called 'No_good'", lambda: networks.attach("No_good", "mine")),

@@ -146,14 +146,13 @@ class Links:
             self._route.link("del", index=index)
 
     def _add(self, name: str, mark: Bridge | Tap, **options: Any) -> None:
+        # Making a TAP device that exists means opening it.
+        if self._route.link_lookup(ifname=name):
+            raise ConfigError(
+                f"There is an interface {name} already, which is not Crackle's; choose another network name."
+            )
         try:
             self._route.link("add", ifname=name, **options)
-        except NetlinkError as error:
-            if error.code == errno.EEXIST:
-                raise ConfigError(
-                    f"There is an interface {name} already, which is not Crackle's; choose another network name."
-                ) from None
-            raise
         except OSError as error:
             raise friendly(error) from None
         try:
