@@ -2,10 +2,11 @@
 
 import array
 import itertools
+import time
 
 import pytest
 
-from crackle.schema import DriveUpdate
+from crackle.schema import DriveUpdate, RateLimiter, TokenBucket
 
 WORD = 0x9E3779B97F4A7C15
 MASK = (1 << 64) - 1
@@ -17,14 +18,19 @@ def pattern(size, seed):
     return array.array("Q", ((word + seed) * WORD & MASK for word in range(size // 8))).tobytes()
 
 
+@pytest.fixture(scope="module", params=["Sync", "Async"])
+def engine(request):
+    return request.param
+
+
 @pytest.fixture
-def image(tmp_path):
-    """A file of so many bytes of the pattern; its drive section."""
+def image(tmp_path, engine):
+    """A file of so many bytes of the pattern; its drive section. Everything here holds for both engines."""
 
     def make(size=2 * MIB, seed=7, **section):
         path = tmp_path / f"image{len(list(tmp_path.iterdir()))}"
         path.write_bytes(pattern(size, seed))
-        return path, {"path_on_host": str(path), **section}
+        return path, {"path_on_host": str(path), "io_engine": engine, **section}
 
     return make
 
@@ -135,6 +141,38 @@ def test_the_file_behind_a_drive_can_be_changed(machine, image):
     running.start().wait_end()
     assert f"sectors={2 * MIB // 512} " in running.text
     assert "FAIL" not in running.text
+
+
+def test_the_file_changes_under_a_guest_that_reads_all_the_time(machine, image):
+    (path, drive), (other, _) = image(MIB, seed=1), image(MIB, seed=1)
+    running = machine("blk", "seed=1" + " t=check,4096,32" * 50, drives=[drive]).start()
+    for n in range(20):
+        running.machine.update("block", "drive0", DriveUpdate("drive0", str(path if n % 2 else other)))
+    assert running.wait_end().exit_code == 0
+    assert "FAIL" not in running.text
+
+
+def rate(machine, name, seconds=5.0):
+    """How fast a counter of the drive rises, a second, once what the bucket held is gone."""
+    time.sleep(0.5)
+    begin, before = time.monotonic(), machine.metrics()["block_drive0"][name]
+    time.sleep(seconds)
+    return (machine.metrics()["block_drive0"][name] - before) / (time.monotonic() - begin)
+
+
+def test_a_limited_drive_has_its_rate_within_five_percent(machine, image):
+    """Both buckets, set and changed while the guest reads, each over five seconds."""
+    _, drive = image()
+    running = machine("blk", "ms=60000 t=randread,4096,8", drives=[drive]).start()
+    nothing = TokenBucket(0, 0)
+    for limits, counter, expected in (
+        (RateLimiter(TokenBucket(400_000, 100)), "read_bytes", 4_000_000),
+        (RateLimiter(nothing, TokenBucket(50, 100)), "read_count", 500),
+    ):
+        running.machine.update("block", "drive0", DriveUpdate("drive0", rate_limiter=limits))
+        assert rate(running.machine, counter) == pytest.approx(expected, rel=0.05)
+    running.machine.update("block", "drive0", DriveUpdate("drive0", rate_limiter=RateLimiter(ops=nothing)))
+    assert rate(running.machine, "read_count", 0.5) > 600
 
 
 def test_vmm_process_serves_the_guest_its_disk(vmm, image):
