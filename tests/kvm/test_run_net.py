@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.api.conftest import REAL, Vmm
 
 from support.network import Namespace
 
@@ -81,3 +83,27 @@ def test_what_cannot_be_is_said_in_one_sentence_and_makes_nothing(
         assert reason in done.stdout
         assert done.stdout.count("\n") == 1
         assert namespace.state() == before
+
+
+def test_what_crackle_net_add_prints_is_what_the_api_takes(
+    guests: Path, namespace: Namespace, tmp_path: Path
+) -> None:
+    before = namespace.state()
+    interface, _ = namespace.run(*COMMAND, "net", "add", "web").stdout.splitlines()
+    with namespace.entered():
+        server = Vmm(tmp_path, [], REAL)
+    try:
+        assert server.request("PUT", "/network-interfaces/eth0", json.loads(interface)).status == 204
+        kernel = os.fspath(guests / "idle.elf")
+        assert server.request("PUT", "/boot-source", {"kernel_image_path": kernel}).status == 204
+        assert server.request("PUT", "/actions", {"action_type": "InstanceStart"}).status == 204
+        refused = namespace.run(*COMMAND, "net", "down", check=False)
+        assert refused.stdout == (
+            "crackle: On the network crackle run web: end them first, or take it down with --force.\n"
+        )
+        # The microVM outlives its TAP device.
+        namespace.run(*COMMAND, "net", "down", "--force")
+        assert namespace.state() == before
+        assert server.request("GET", "/").status == 200
+    finally:
+        server.end()
