@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crackle.mmds import packet, tcp
-from crackle.mmds.packet import ACK, DEFAULT_MSS, FIN, MIN_MSS, PSH, RST, SYN
+from crackle.mmds.packet import ACK, DEFAULT_MSS, FIN, MAX_MSS, MIN_MSS, PSH, RST, SYN
 from crackle.mmds.stack import EVICTABLE_AFTER_S, MAX_CONNECTIONS, Stack
 from crackle.mmds.tcp import LINGER_S, MAX_TIMEOUT_S, MAX_TRIES, ROOM
 from support.metadata import GUEST, GUEST_MAC, SERVICE, WRAP, Client, body_of, frame, get, sent, stack_of
@@ -94,7 +94,8 @@ def test_a_checksum_that_the_device_answers_for_is_not_looked_at(stack: Stack, f
 
 
 def test_a_guest_of_any_size_of_segment_is_served(stack: Stack) -> None:
-    for port, (mss, size) in enumerate([(1460, 1460), (8960, 8960), (None, DEFAULT_MSS), (1, MIN_MSS)]):
+    sizes = [(1460, 1460), (8960, 8960), (None, DEFAULT_MSS), (1, MIN_MSS), (65535, MAX_MSS), (65496, MAX_MSS)]
+    for port, (mss, size) in enumerate(sizes):
         client = Client(stack, mss=mss, port=1000 + port)
         client.send(get("/big"))
         segments = sent(stack)

@@ -23,9 +23,11 @@ RST = 0x04
 PSH = 0x08
 ACK = 0x10
 
-# What a peer that names no segment size takes (RFC 9293, 3.7.1), and the least that is believed.
+# What a peer that names no segment size takes (RFC 9293, 3.7.1), and the least and the most that is believed.
 DEFAULT_MSS = 536
 MIN_MSS = 64
+# What is left of the largest IPv4 packet without its headers: a peer may ask for more.
+MAX_MSS = 0xFFFF - 20 - 20
 
 _NEEDS_CSUM = 1  # VIRTIO_NET_HDR_F_NEEDS_CSUM: the checksum is for the receiver to finish
 _DATA_VALID = 2  # VIRTIO_NET_HDR_F_DATA_VALID: it has been checked
@@ -164,7 +166,7 @@ def _mss(options: bytes) -> int:
         if size < 2 or at + size > len(options):
             break
         if options[at] == _OPTION_MSS and size == 4:
-            return max(MIN_MSS, int.from_bytes(options[at + 2 : at + 4], "big"))
+            return min(max(MIN_MSS, int.from_bytes(options[at + 2 : at + 4], "big")), MAX_MSS)
         at += size
     return DEFAULT_MSS
 
