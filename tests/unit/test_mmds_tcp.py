@@ -94,7 +94,14 @@ def test_a_checksum_that_the_device_answers_for_is_not_looked_at(stack: Stack, f
 
 
 def test_a_guest_of_any_size_of_segment_is_served(stack: Stack) -> None:
-    sizes = [(1460, 1460), (8960, 8960), (None, DEFAULT_MSS), (1, MIN_MSS), (65535, MAX_MSS), (65496, MAX_MSS)]
+    sizes = [
+        (1460, 1460),
+        (8960, 8960),
+        (None, DEFAULT_MSS),
+        (1, MIN_MSS),
+        (65535, MAX_MSS),
+        (65496, MAX_MSS),
+    ]
     for port, (mss, size) in enumerate(sizes):
         client = Client(stack, mss=mss, port=1000 + port)
         client.send(get("/big"))

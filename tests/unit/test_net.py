@@ -628,6 +628,8 @@ def test_state_of_another_interface_is_refused(namespace: Namespace) -> None:
         link.io.pause()
         with pytest.raises(ValueError, match="are not"):
             other.device.restore_own(link.device.save_own())
+        with pytest.raises(ValueError, match="a saved NoneType for a network interface"):
+            other.device.restore_own(None)
 
 
 @pytest.mark.parametrize(

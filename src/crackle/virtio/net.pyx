@@ -591,6 +591,8 @@ cdef class Net(VirtioDevice):
 
     def restore_own(self, state):
         """The reverse of `save_own`; ValueError when the state is not this device's."""
+        if not isinstance(state, NetState):
+            raise ValueError(f"a saved {type(state).__name__} for a network interface")
         if (state.mac, state.mtu) != (self.mac, self.mtu):
             raise ValueError(f"saved address and MTU {state.mac}, {state.mtu} are not {self.mac}, {self.mtu}")
         self.rx_limiter.restore(state.rx_limiter)
