@@ -85,6 +85,33 @@ def test_what_is_broken_is_counted_and_dropped(stack: Stack, message: bytes, cou
     assert stack.counters["rx_count"] == len(stack) == 0
 
 
+def of_ipv4(at: int, value: bytes) -> bytes:
+    """A SYN whose IPv4 header has these bytes at this offset, and the right checksum."""
+    changed = bytearray(frame(SYN))
+    header = changed[26:46]
+    header[at : at + len(value)] = value
+    header[10:12] = b"\0\0"
+    header[10:12] = packet.checksum(bytes(header)).to_bytes(2, "big")
+    changed[26:46] = header
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    ("message", "counter"),
+    [
+        (of_ipv4(9, b"\x11"), "rx_accepted_unusual"),  # UDP
+        (of_ipv4(6, b"\x20\x00"), "rx_accepted_unusual"),  # more fragments follow
+        (of_ipv4(6, b"\x00\x01"), "rx_accepted_unusual"),  # a later fragment
+        (of_ipv4(16, b"\x08"), "rx_accepted_unusual"),  # another address
+        (of_ipv4(2, b"\x00\x20"), "rx_accepted_err"),  # 12 bytes of TCP
+    ],
+)
+def test_what_is_not_tcp_for_us_is_counted_and_dropped(stack: Stack, message: bytes, counter: str) -> None:
+    stack.receive(message, 0)
+    assert stack.transmit(0) is None
+    assert stack.counters[counter] == 1
+
+
 @pytest.mark.parametrize("flags", [1, 2])
 def test_a_checksum_that_the_device_answers_for_is_not_looked_at(stack: Stack, flags: int) -> None:
     message = bytearray(damaged(50, 0xEE))
@@ -160,6 +187,32 @@ def test_a_request_may_come_in_pieces_and_two_in_one(stack: Stack) -> None:
     both = client.fetch(request + get("/"))
     assert both.count(b"HTTP/1.1 200 OK") == 2
     assert both.endswith(b"big\nfoo")
+
+
+def test_requests_that_wait_close_the_window_and_their_answers_open_it(stack: Stack) -> None:
+    client = Client(stack)
+    request = get("/foo")
+    client.send((request * ROOM)[:ROOM])
+    (first,) = sent(stack)
+    assert first.window == len(request)
+    client.take([first])
+    client.send()
+    windows = []
+    while segments := sent(stack):
+        windows += [segment.window for segment in segments]
+        client.take(segments)
+        client.send()
+    assert client.body.count(b"200 OK") == ROOM // len(request)
+    assert windows == sorted(windows)
+    assert windows[-1] > ROOM - len(request)
+
+
+def test_an_acknowledgement_from_the_future_is_told_what_was_sent(stack: Stack) -> None:
+    client = Client(stack)
+    client.send()
+    stack.receive(frame(ACK, client.next, client.expected + 1, get("/foo")), 0)
+    (answer,) = sent(stack)
+    assert (answer.flags, answer.seq, answer.ack) == (ACK, client.expected % WRAP, client.next)
 
 
 def test_a_segment_out_of_order_is_dropped_and_what_is_expected_named(stack: Stack) -> None:
