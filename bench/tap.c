@@ -20,6 +20,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -147,8 +148,8 @@ static void run_send(const char *name, unsigned size, unsigned group)
     struct sched_param none = {0};
     /* Where the two share a processor the reader goes first: it is the reader that is measured. */
     sched_setscheduler(0, SCHED_BATCH, &none);
-    if (nice(10) < 0)
-        die("nice");
+    if (setpriority(PRIO_PROCESS, 0, 10))
+        die("setpriority");
     for (;;)
         if (writev(fd, iov, 2) < 0 && errno != ENOBUFS && errno != ENETDOWN && errno != ENXIO)
             die("send");
