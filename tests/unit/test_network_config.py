@@ -13,6 +13,7 @@ import pytest
 from crackle import schema
 from crackle.errors import ConfigError
 from crackle.memory import GuestMemory
+from crackle.schema.codec import decode, explain
 from crackle.telemetry.logger import OFF, Logger
 from crackle.virtio.tap import open_tap
 from crackle.vmm.commands import Command
@@ -177,8 +178,12 @@ def test_what_cannot_be_had_is_refused_in_one_sentence_and_changes_nothing(
 
 @pytest.mark.parametrize("mac", ["", "06:f0:0d:00:00", "06:f0:0d:00:00:0g", "060d", "06-f0-0d-00-00-a1"])
 def test_a_bad_mac_is_refused_by_name(mac: str) -> None:
-    with pytest.raises(msgspec.ValidationError, match="guest_mac"):
-        msgspec.convert({"iface_id": "e", "host_dev_name": "t", "guest_mac": mac}, schema.NetworkInterface)
+    body = msgspec.json.encode({"iface_id": "e", "host_dev_name": "t", "guest_mac": mac})
+    with pytest.raises(msgspec.ValidationError) as caught:
+        decode(body, schema.NetworkInterface)
+    said = explain(caught.value, schema.NetworkInterface, body)
+    assert said.startswith("The provided MAC address is invalid: six pairs")
+    assert f'"{mac}"' in said
 
 
 def test_limits_change_while_the_guest_runs(bench: Bench) -> None:

@@ -6,6 +6,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from crackle.schema.net import MAC_PATTERN
+
 T = TypeVar("T")
 
 # Characters of a wrong value that a message repeats.
@@ -37,6 +39,11 @@ def decode(data: bytes, resource: type[T]) -> T:
     return value
 
 
+_NO_MAC = (
+    "The provided MAC address is invalid: six pairs of hexadecimal digits with colons between them are one"
+)
+
+
 def explain(error: msgspec.DecodeError, resource: type | None = None, data: bytes = b"") -> str:
     """One phrase without a final stop: the field, what is wrong with it, and what is allowed there.
 
@@ -44,7 +51,7 @@ def explain(error: msgspec.DecodeError, resource: type | None = None, data: byte
     """
     text, _, path = str(error).partition(" - at ")
     if text.startswith(_PATTERN):
-        text = "invalid syntax"
+        text = _NO_MAC if MAC_PATTERN in text else "invalid syntax"
     for opening, wording in _WORDING:
         if text.startswith(opening):
             text = wording + text.removeprefix(opening).replace("'", "`")

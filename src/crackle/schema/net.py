@@ -9,7 +9,8 @@ import msgspec
 from crackle.schema._base import U16, Resource
 from crackle.schema.rate_limiter import RateLimiter
 
-MacAddress = Annotated[str, msgspec.Meta(pattern="^([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}$")]
+MAC_PATTERN = "^([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}$"
+MacAddress = Annotated[str, msgspec.Meta(pattern=MAC_PATTERN)]
 
 
 # A `__dict__` keeps what is no part of the resource: the TAP, open from PUT on.
