@@ -27,6 +27,7 @@ UNITS = (
     "queue",
     "serial",
     "vcpu",
+    "vhost_user_block",
 )
 
 pytestmark = pytest.mark.timeout(900)

@@ -185,7 +185,11 @@ class StorageDaemon:
             "--pidfile",
             str(ready),
         ]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # What the sanitizer has preloaded into this process is not meant for the daemon.
+        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         # Not before it has started: its monitor is deaf for good to who connects too early.
         deadline = time.monotonic() + PATIENCE
         while not ready.exists():
