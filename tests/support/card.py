@@ -28,6 +28,8 @@ ETHERTYPE = 0x88B5  # for local experiments (IEEE 802)
 F_MRG = 1 << 15
 MERGE = F_VERSION_1 | F_INDIRECT | F_MRG
 
+NEEDS_CSUM, GSO_TCPV4, GSO_UDP_L4 = 1, 1, 5  # virtio 1.2, 5.1.6
+
 _ETH_P_ALL = 3
 _PACKET_VNET_HDR = 15  # <linux/if_packet.h>
 _SOL_PACKET = 263
@@ -195,12 +197,23 @@ class Link(Card):
 
 def tcp_segment(size: int, part: int = 1400) -> tuple[bytes, bytes]:
     """(virtio header, frame) of `size` bytes of TCP that whoever cannot take them whole cuts into parts."""
-    ip = struct.pack(
-        ">BBHHHBBH4s4s", 0x45, 0, 40 + size, 1, 0, 64, 6, 0, bytes((10, 0, 0, 2)), bytes((10, 0, 0, 3))
-    )
+    head = struct.pack(">HHIIBBHHH", 1000, 2000, 1, 1, 0x50, 0x10, 65535, 0, 0)
+    return _segment(6, head, 16, GSO_TCPV4, size, part)
+
+
+def udp_segment(size: int, part: int = 1400) -> tuple[bytes, bytes]:
+    """The same of UDP: datagrams of `part` bytes in one."""
+    return _segment(17, struct.pack(">HHHH", 1000, 2000, 8 + size, 0), 6, GSO_UDP_L4, size, part)
+
+
+def _segment(
+    protocol: int, head: bytes, checksum: int, gso: int, size: int, part: int
+) -> tuple[bytes, bytes]:
+    length = 20 + len(head) + size
+    addresses = bytes((10, 0, 0, 2, 10, 0, 0, 3))
+    ip = struct.pack(">BBHHHBBH", 0x45, 0, length, 1, 0, 64, protocol, 0) + addresses
     total = sum(struct.unpack(">10H", ip))
     total = (total & 0xFFFF) + (total >> 16)
     ip = ip[:10] + struct.pack(">H", ~(total + (total >> 16)) & 0xFFFF) + ip[12:]
-    tcp = struct.pack(">HHIIBBHHH", 1000, 2000, 1, 1, 0x50, 0x10, 65535, 0, 0)
-    header = struct.pack("<BBHHHHH", 1, 1, 54, part, 34, 16, 0)
-    return header, PEER + MAC + b"\x08\x00" + ip + tcp + random.Random(size).randbytes(size)
+    header = struct.pack("<BBHHHHH", NEEDS_CSUM, gso, 34 + len(head), part, 34, checksum, 0)
+    return header, PEER + MAC + b"\x08\x00" + ip + head + random.Random(size).randbytes(size)

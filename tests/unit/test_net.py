@@ -35,6 +35,7 @@ from support.card import (
     Link,
     frame,
     tcp_segment,
+    udp_segment,
 )
 from support.driver import F_EVENT_IDX, F_INDIRECT, F_VERSION_1, NEEDS_RESET, STATUS, Buffer
 from support.network import Namespace
@@ -197,6 +198,20 @@ def test_a_large_segment_arrives_whole(namespace: Namespace) -> None:
         assert data == sent
         assert (got[1], got[4:6]) == (header[1], header[4:6])  # the kind of segment and its size
         assert struct.unpack_from("<H", got, 10)[0] == -(-(HEADER + len(sent)) // 1526)
+
+
+def test_large_segments_of_udp_pass_both_ways_where_the_host_has_them(namespace: Namespace) -> None:
+    with Link(namespace, LARGE, headers=True) as link:
+        uso = F_GUEST_USO4 | F_GUEST_USO6 | F_HOST_USO
+        if not link.registers.offered() & uso:
+            pytest.skip("the host's kernel does not segment UDP")
+        link.begin_both(LARGE | uso)
+        link.provide(*([[1526]] * 200))
+        header, sent = udp_segment(40_000)
+        link.host.send(header[:10] + sent)
+        assert [data for _, data in link.wait_received(1)] == [sent]
+        link.send(header + sent, cuts=(HEADER,))
+        assert link.host.frames(1) == [header[:10] + sent]
 
 
 def test_a_driver_without_large_frames_gets_them_in_parts(namespace: Namespace) -> None:
