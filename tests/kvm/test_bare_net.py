@@ -6,10 +6,13 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from crackle import MicroVM
+from crackle.schema import RateLimiter, TokenBucket
 from support.card import Host, frame, tcp_segment
 from support.network import Namespace
 
@@ -164,3 +167,13 @@ def test_frames_from_another_address_are_counted_or_dropped(wired: Wired) -> Non
     running = wired.start("from=9 t=one,60,5", guest_mac="06:00:00:00:00:01", drop_spoofed_mac=True)
     assert wired.end(running)["tx_spoofed_mac_count"] == 5
     assert wired.host.nothing_more()
+
+
+def test_the_library_limits_an_interface_while_the_guest_runs(namespace: Namespace, guests: Path) -> None:
+    tap = namespace.tap()
+    with namespace.entered():
+        vm = MicroVM(guests / "net.elf", boot_args="ms=1000 t=wait,300 t=tx,64", interfaces=[tap])
+    with vm:
+        vm.update_interface("eth0", tx_limiter=RateLimiter(None, TokenBucket(100, 100)))
+        vm.wait(60)
+        assert 0 < vm.metrics()["net_eth0"]["tx_packets_count"] < 10_000

@@ -15,8 +15,7 @@ import pytest
 from tests.linux.conftest import Guest
 
 from crackle import NetworkInterface
-from crackle.schema import NetworkInterfaceUpdate, RateLimiter, TokenBucket
-from crackle.vmm.commands import Command
+from crackle.schema import RateLimiter, TokenBucket
 from support.network import Namespace, malformed, tshark
 
 pytestmark = pytest.mark.timeout(400)
@@ -154,8 +153,8 @@ def test_a_limit_set_while_the_guest_runs_holds_over_seconds(
     guest = wire.boot(boot, tools)
     # Large segments would make the steps too large for five seconds.
     guest.sh("ethtool -K eth0 tso off gso off; iperf3 -s -D && sleep 1")
-    limits = {f"{direction}_rate_limiter": RateLimiter(TokenBucket(RATE // 20, 50))}
-    guest.vm._controller.execute(Command("patch_network", NetworkInterfaceUpdate("eth0", **limits)))
+    limits = {f"{direction}_limiter": RateLimiter(TokenBucket(RATE // 20, 50))}
+    guest.vm.update_interface("eth0", **limits)
     # What is beyond the limit: TCP that the ring holds back, or UDP that the TAP's queue drops.
     options = ("-R",) if direction == "tx" else ("-u", "-b", "4M", "-l", "1400")
     session = wire.namespace.popen("iperf3", "-c", GUEST, "-t", "100", *options, stdout=subprocess.DEVNULL)

@@ -170,6 +170,16 @@ class MicroVM:
         update = DriveUpdate(drive_id, None if path is None else os.fspath(path), rate_limiter)
         self._controller.execute(Command("patch_drive", update))
 
+    def update_interface(
+        self, iface_id: str, *, rx_limiter: RateLimiter | None = None, tx_limiter: RateLimiter | None = None
+    ) -> None:
+        """Limit what a network interface receives and sends, bucket by bucket; one of size 0 takes its limit away."""
+        from crackle.schema.net import NetworkInterfaceUpdate
+
+        self._controller.execute(
+            Command("patch_network", NetworkInterfaceUpdate(iface_id, rx_limiter, tx_limiter))
+        )
+
     def patch_metadata(self, patch: Any) -> None:
         """Change the metadata document by a JSON merge patch (RFC 7396): None removes a key."""
         self._controller.execute(Command("patch_mmds", patch))
