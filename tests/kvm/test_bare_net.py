@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +179,29 @@ def test_the_library_limits_an_interface_while_the_guest_runs(namespace: Namespa
         vm.update_interface("eth0", tx_limiter=RateLimiter(None, TokenBucket(100, 100)))
         vm.wait(60)
         assert 0 < vm.metrics()["net_eth0"]["tx_packets_count"] < 10_000
+
+
+def test_a_flood_does_not_keep_the_machine_from_pausing(wired: Wired) -> None:
+    running = wired.start("ms=60000 t=rx,1000")
+    running.wait_for("net offered")
+    stop = threading.Event()
+
+    def flood() -> None:
+        while not stop.is_set():
+            with suppress(OSError):  # the TAP's queue is full
+                wired.host.send(to_guest(1000, 1))
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        for _ in range(20):
+            before = running.machine.metrics()["net_eth0"]["rx_packets_count"]
+            running.machine.pause()
+            running.machine.resume()
+            deadline = time.monotonic() + 20
+            while running.machine.metrics()["net_eth0"]["rx_packets_count"] == before:
+                assert time.monotonic() < deadline, "nothing is received any more"
+                time.sleep(0.001)
+    finally:
+        stop.set()
+        thread.join()
