@@ -6,6 +6,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 FIRECRACKER ?=
+FUZZ_SECONDS ?= 600
+TARGET ?=
 
 .PHONY: demo test setup build lint bench fuzz guest-kernel guest-bare clean
 
@@ -56,9 +58,16 @@ lint: build
 bench: setup
 	$(BIN)/python -m bench $(if $(FIRECRACKER),--firecracker $(FIRECRACKER))
 
-fuzz: build
-	CRACKLE_HYPOTHESIS=fuzz $(BIN)/python tests/fuzz/asan.py --timeout 0 \
-	  $(wildcard tests/fuzz/test_hostile*.py) tests/unit/test_queue.py tests/unit/test_block.py
+# Coverage-guided, for FUZZ_SECONDS each: all targets, or TARGET="net block"; then the hypothesis tests.
+fuzz: build $(VENV)/.fuzz
+	$(BIN)/python tests/fuzz/fuzzer.py --seconds $(FUZZ_SECONDS) $(TARGET)
+	$(if $(TARGET),,CRACKLE_HYPOTHESIS=fuzz $(BIN)/python tests/fuzz/asan.py --timeout 0 \
+	  $(wildcard tests/fuzz/test_hostile*.py) tests/unit/test_queue.py tests/unit/test_block.py)
+
+$(VENV)/.fuzz: $(VENV)/.ready
+	$(PYTHON) tools/setup-host fuzz
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[fuzz]'
+	touch $@
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

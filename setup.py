@@ -28,7 +28,8 @@ def extensions() -> list[Extension]:
             [str(source)],
             libraries=LIBRARIES.get(name, []),
             extra_compile_args=FLAGS,
-            extra_link_args=[f"-fsanitize={SANITIZE}"] if SANITIZE else ["-Wl,-O1", "-Wl,-z,now", "-s"],
+            # A sanitizer's library is in the process already: it has to be there before everything else.
+            extra_link_args=[] if SANITIZE else ["-Wl,-O1", "-Wl,-z,now", "-s"],
             define_macros=[("_GNU_SOURCE", "1")],
         )
         for name, source in named

@@ -2,7 +2,7 @@
 
     python tests/fuzz/asan.py [pytest's arguments]
 
-The build is kept in build/asan and made anew when a source of the core has changed.
+The build is kept in build/asan; what has changed of the core is compiled anew.
 """
 
 from __future__ import annotations
@@ -13,58 +13,84 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 PACKAGE = ROOT / "src" / "crackle"
-HOME = ROOT / "build" / "asan"
-LIBRARY = HOME / "lib"
-STAMP = HOME / "stamp"
 FOUND = 99
 """Exit status of a process in which AddressSanitizer found something."""
 
 
-def _digest() -> str:
-    """What the build depends on: the core's sources, how it is built, and with what."""
-    state = hashlib.sha256(sys.version.encode())
-    state.update(subprocess.check_output(["gcc", "--version"]))
-    for path in sorted([ROOT / "setup.py", *PACKAGE.rglob("*.pyx"), *PACKAGE.rglob("*.pxd")]):
-        state.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+class Build(NamedTuple):
+    """A way to build the core, kept in build/`name`; `library`: what goes into a process before it starts."""
+
+    name: str
+    compiler: str
+    sanitize: str
+    library: Callable[[], str]
+    flags: Callable[[Path], list[str]] = lambda _: []
+
+    @property
+    def home(self) -> Path:
+        return ROOT / "build" / self.name
+
+
+def _gcc_library() -> str:
+    return subprocess.check_output(["gcc", "-print-file-name=libasan.so"], text=True).strip()
+
+
+ASAN = Build("asan", "gcc", "address", _gcc_library)
+
+
+def _digest(*things: Path | bytes) -> str:
+    state = hashlib.sha256()
+    for thing in things:
+        if isinstance(thing, Path):
+            thing = str(thing.relative_to(ROOT)).encode() + b"\0" + thing.read_bytes()
+        state.update(len(thing).to_bytes(8, "little") + thing)
     return state.hexdigest()
 
 
-def build() -> Path:
+def build(kind: Build = ASAN) -> Path:
     """Make the instrumented package, if it is not there already; returns the directory to import it from."""
-    digest = _digest()
-    if not STAMP.exists() or STAMP.read_text() != digest:
-        shutil.rmtree(HOME, ignore_errors=True)
+    library, stamp = kind.home / "lib", kind.home / "stamp"
+    version = subprocess.check_output([kind.compiler, "--version"])
+    how = _digest(sys.version.encode(), version, ROOT / "setup.py", Path(__file__))
+    what = _digest(*sorted([*PACKAGE.rglob("*.pyx"), *PACKAGE.rglob("*.pxd")]))
+    before = stamp.read_text().split() if stamp.exists() else ["", ""]
+    if before != [how, what]:
+        if before[0] != how:
+            shutil.rmtree(kind.home, ignore_errors=True)
+        kind.home.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "setup.py", "-q", "build_ext", "--parallel", "2"]
-        command += ["--build-lib", str(LIBRARY), "--build-temp", str(HOME / "temp")]
-        environment = os.environ | {"CRACKLE_SANITIZE": "address"}
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-        shutil.rmtree(HOME / "temp", ignore_errors=True)
-        STAMP.write_text(digest)
+        command += ["--build-lib", str(library), "--build-temp", str(kind.home / "temp")]
+        variables = os.environ | {"CRACKLE_SANITIZE": kind.sanitize, "CC": kind.compiler}
+        variables["CFLAGS"] = " ".join(kind.flags(kind.home))
+        subprocess.run(command, cwd=ROOT, env=variables, check=True, stdout=subprocess.DEVNULL)
+        stamp.write_text(f"{how} {what}")
     # The Python side is not part of the stamp: it is linked, as it is now.
-    for path in LIBRARY.rglob("*.py"):
+    for path in library.rglob("*.py"):
         path.unlink()
     for path in PACKAGE.rglob("*.py"):
-        link = LIBRARY / path.relative_to(PACKAGE.parent)
+        link = library / path.relative_to(PACKAGE.parent)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path)
-    return LIBRARY
+    return library
 
 
-def environment() -> dict[str, str]:
+def environment(kind: Build = ASAN) -> dict[str, str]:
     """In which a Python process imports the instrumented package.
 
     Python's own objects come from malloc as well, so that what is written beyond one of them is seen.
     """
-    library = subprocess.check_output(["gcc", "-print-file-name=libasan.so"], text=True).strip()
     return os.environ | {
-        "LD_PRELOAD": os.path.realpath(library),
+        "LD_PRELOAD": os.path.realpath(kind.library()),
         "ASAN_OPTIONS": f"detect_leaks=0:exitcode={FOUND}:allocator_may_return_null=1",
         "PYTHONMALLOC": "malloc",
-        "PYTHONPATH": str(build()),
+        "PYTHONPATH": str(build(kind)),
         "PYTHONDONTWRITEBYTECODE": "1",
         "CRACKLE_ASAN": "1",
     }

@@ -1,0 +1,40 @@
+"""What the coverage-guided fuzzer attacks: each target turns bytes into what a hostile guest or peer does."""
+
+from __future__ import annotations
+
+import importlib
+from typing import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from targets.device import Target
+
+
+class Name(NamedTuple):
+    """Where a target is, and the modules of `crackle` whose coverage it is measured by; python: they are no Cython."""
+
+    place: str
+    modules: tuple[str, ...]
+    python: bool = False
+
+
+BLOCK = ("virtio.block", "virtio.block_engine")
+NAMES = {
+    "queue": Name("queue:Queue", ("virtio.queue", "memory.guest")),
+    "mmio": Name("queue:Mmio", ("virtio.mmio", "virtio.device", "kvm.bus")),
+    "block": Name("block:Sync", BLOCK),
+    "async": Name("block:Async", (*BLOCK, "virtio.block_async")),
+    "net": Name("net:Interface", ("virtio.net",)),
+    "vsock": Name(
+        "vsock:Streams", ("virtio.vsock", "virtio.vsock_mux", "virtio.vsock_host", "virtio.vsock_table")
+    ),
+    "python": Name("custom:Python", ("virtio.python",)),
+    "mmds": Name("mmds:Frames", ("mmds.packet", "mmds.stack", "mmds.tcp"), python=True),
+    "mmds-http": Name("mmds:Http", ("mmds.http", "mmds.store", "mmds.token"), python=True),
+}
+
+
+def make(name: str) -> Target:
+    """The target called `name`, ready to run inputs."""
+    module, _, kind = NAMES[name].place.partition(":")
+    return getattr(importlib.import_module(f"targets.{module}"), kind)()
