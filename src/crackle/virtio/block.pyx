@@ -299,15 +299,17 @@ cdef class Block(VirtioDevice):
         """A driver that waits for its answer asks again at once: look out for it, and for what is in flight. Until rearm()
         it need not send a notification. Where that has been in vain, it is tried now and then only.
         """
-        cdef uint64_t until = now_ns() + spin_ns
+        cdef uint64_t now = now_ns(), until = now + spin_ns
         if self.vain >= IN_VAIN and self.vain % TRY_AGAIN:
             self.vain += 1
             return False
-        while now_ns() < until:
+        while now < until:
             if (for_more and queue.has_more()) or self.engine.ready():
                 self.vain = 0
                 return True
-        self.vain += 1
+            now = now_ns()
+        # Far beyond: others want this CPU, and who sleeps gets it sooner.
+        self.vain = IN_VAIN + 1 if now - until > spin_ns else self.vain + 1
         return False
 
     cdef int take_all(self, Virtqueue queue) noexcept nogil:
