@@ -8,7 +8,7 @@ backing file.
 from libc.errno cimport EOPNOTSUPP
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
-from posix.unistd cimport close, read
+from posix.unistd cimport close
 
 from crackle.devices.iothread cimport IoThread
 from crackle.includes.block cimport *
@@ -29,6 +29,7 @@ from crackle.virtio.state import BlockState
 
 cdef extern from "<sys/epoll.h>" nogil:
     enum:
+        EPOLLET
         EPOLLIN
 
 cdef enum:
@@ -143,7 +144,7 @@ cdef class Block(VirtioDevice):
         """Serve the queue and the engine on `io`."""
         VirtioDevice.attach(self, io)
         if self.engine.event_fd >= 0:
-            io.add(self.engine.event_fd, EPOLLIN, engine_ready, <void *> self, self)
+            io.add(self.engine.event_fd, EPOLLIN | EPOLLET, engine_ready, <void *> self, self)
 
     # -- the backing file ----------------------------------------------------------------------------------------
 
@@ -251,9 +252,7 @@ cdef class Block(VirtioDevice):
 
     cdef void engine_event(self) noexcept nogil:
         """Something in flight is done."""
-        cdef uint64_t ticks
         pthread_mutex_lock(&self.lock)
-        read(self.engine.event_fd, &ticks, sizeof(ticks))
         if self.running():
             self.serve(<Virtqueue> self.table[0])
         pthread_mutex_unlock(&self.lock)

@@ -11,7 +11,7 @@ a disk does, and a vCPU that only acknowledges an interrupt must not wait for th
 from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport strerror
-from posix.unistd cimport close, read, write
+from posix.unistd cimport close, write
 
 from crackle.devices.iothread cimport IoThread
 from crackle.includes.threads cimport *
@@ -25,6 +25,7 @@ from crackle.errors import ConfigError
 
 cdef extern from "<sys/epoll.h>" nogil:
     enum:
+        EPOLLET
         EPOLLIN
 
 cdef extern from "<sys/eventfd.h>" nogil:
@@ -112,7 +113,8 @@ cdef class VirtioDevice:
         """Serve the queues on `io` when they are notified, and when a limiter lets them go on."""
         cdef int index
         for index in range(self.queue_count):
-            io.add(self.sources[index].fd, EPOLLIN, queue_notified, &self.sources[index], self)
+            # Each notification is an edge: the eventfd need not be read, which would be a system call for each.
+            io.add(self.sources[index].fd, EPOLLIN | EPOLLET, queue_notified, &self.sources[index], self)
         for index, limiter in enumerate(self.limiters):
             io.add(limiter.timer_fd, EPOLLIN, limiter_ready, &self.limiter_sources[index], self)
 
@@ -192,8 +194,6 @@ cdef class VirtioDevice:
             self.irq_fails += 1
 
     cdef void notified(self, int index) noexcept nogil:
-        cdef uint64_t ticks
-        read(self.sources[index].fd, &ticks, sizeof(ticks))
         pthread_mutex_lock(&self.lock)
         self.queue_events += 1
         if self.running():
