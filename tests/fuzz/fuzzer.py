@@ -52,6 +52,10 @@ def mangled(module: str) -> str:
     return "_".join(f"{len(part)}{part}" for part in ("crackle", *module.split(".")))
 
 
+def _source(module: str) -> Path:
+    return asan.PACKAGE.joinpath(*module.split(".")).with_suffix(".pyx")
+
+
 def _flags(home: Path) -> list[str]:
     """Counters only in what runs without the GIL, and in what Python devices call: not in Cython's own code."""
     lines = ["src:*"]
@@ -117,8 +121,11 @@ class Run:
             found = re.findall(r"^(\d+) of (\d+) lines", log.read_text(errors="replace"), re.M)
         else:
             self.start("-runs=0", "-timeout=60", "-print_coverage=1", *places, log=log)
-            names = "|".join(mangled(module) for module in modules)
-            functions = rf"^(?:UN)?COVERED_FUNC: hits: \d+ edges: (\d+)/(\d+) __pyx_f_(?:{names})_"
+            names = "|".join(
+                rf"{mangled(module)}_\w*?(?:{'|'.join(_native_functions(_source(module)))})"
+                for module in modules
+            )
+            functions = rf"^(?:UN)?COVERED_FUNC: hits: \d+ edges: (\d+)/(\d+) __pyx_f_(?:{names}) "
             found = re.findall(functions, log.read_text(errors="replace"), re.M)
         return {"covered": sum(int(n) for n, _ in found), "edges": sum(int(n) for _, n in found)}
 

@@ -74,7 +74,9 @@ def fuzz(name: str, arguments: list[str]) -> None:
     import atheris
 
     if targets.NAMES[name].python:
-        with atheris.instrument_imports(include=["crackle.mmds"]):
+        with atheris.instrument_imports(
+            include=[f"crackle.{module}" for module in targets.NAMES[name].modules]
+        ):
             target = load(name)
     else:
         target = load(name)

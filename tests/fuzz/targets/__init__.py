@@ -28,6 +28,7 @@ NAMES = {
     "vsock": Name(
         "vsock:Streams", ("virtio.vsock", "virtio.vsock_mux", "virtio.vsock_host", "virtio.vsock_table")
     ),
+    "vhost": Name("vhost:BackEnd", ("virtio.vhost_user",), python=True),
     "python": Name("custom:Python", ("virtio.python",)),
     "mmds": Name("mmds:Frames", ("mmds.packet", "mmds.stack", "mmds.tcp"), python=True),
     "mmds-http": Name("mmds:Http", ("mmds.http", "mmds.store", "mmds.token"), python=True),

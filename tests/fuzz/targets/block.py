@@ -14,6 +14,7 @@ from targets.choices import Choices
 from targets.device import DATA, END, HEADERS, RINGS, DeviceTarget, Station, fire
 
 SECTORS = 16
+FLUSH, DISCARD, WRITE_ZEROES = 9, 13, 14
 
 
 def in_memory() -> str | None:
@@ -26,6 +27,12 @@ class Sync(DeviceTarget):
 
     kinds = 4
     engine = "Sync"
+    features = (
+        0,
+        1 << DISCARD | 1 << WRITE_ZEROES,
+        1 << FLUSH,
+        1 << DISCARD | 1 << WRITE_ZEROES | 1 << FLUSH,
+    )
 
     def __init__(self) -> None:
         super().__init__()

@@ -76,7 +76,7 @@ class Station(Bench):
         """Initialise the device; its rings of `size` entries lie one after the other from RINGS on."""
         registers = self.registers
         self.rings = []
-        registers.negotiate(features)
+        registers.negotiate(features & self.device.device_features)
         for index in range(len(self.device.queues)):
             ring = Ring(self.memory, RINGS + index * 0x1000, size)
             self.rings.append(ring)
@@ -151,6 +151,8 @@ class DeviceTarget(Target):
         before = descriptors()
         self.free = HEADERS
         station.start(F_VERSION_1 | self.negotiated(choices), 1 << 1 + (setting >> 4) % 5)
+        if setting & 8:
+            self.memory.track_dirty(True)
         for _ in range(STEPS):
             if not choices:
                 break
@@ -159,6 +161,7 @@ class DeviceTarget(Target):
             station.notify(index)
         station.settle()
         self.recover(station)
+        self.memory.track_dirty(False)
         assert not self.failures, self.failures
         assert descriptors() <= before, "a descriptor was left open"
 
@@ -205,7 +208,8 @@ class DeviceTarget(Target):
         head = ring.add(buffers, direct=direct, table=table)
         if shape & 1:
             self.corrupt(choices, ring, head)
-        ring.offer(head)
+        # The same chain many times over, which no driver in order does.
+        ring.offer(*[head] * choices.of((1, 1, 1, 1, 1, 1, 2, 3, 8, 16)))
         if not shape & 2:
             station.notify(index)
             station.settle(2)

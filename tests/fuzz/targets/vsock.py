@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import struct
 import tempfile
@@ -136,8 +137,14 @@ class Streams(DeviceTarget):
         return False
 
     def outside(self, choices: Choices, station: Station) -> None:
-        what = choices.byte() % 8
-        if what == 0 and len(self.ends) < MOST:
+        what = choices.byte() % 9
+        if what == 8:
+            # The process has no descriptors left, for once.
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+            station.settle(2)
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        elif what == 0 and len(self.ends) < MOST:
             end = socket.socket(socket.AF_UNIX)
             end.setblocking(False)
             self.ends.append(end)
