@@ -198,6 +198,27 @@ def test_a_wire_that_is_full_loses_nothing() -> None:
         assert mmds.counters()["tx_errors"] == 0
 
 
+def test_while_the_microvm_is_paused_nothing_is_sent_again_and_nobody_wakes() -> None:
+    device, fd = wire()
+    with service([fd]) as mmds:
+        device.send(frame(SYN))
+        first = device.recv(1 << 17)
+        assert device.recv(1 << 17) == first  # after 0.2 s
+        mmds.pause()
+        mmds.pause()
+        time.sleep(0.6)  # the wait that had begun may end yet
+        before = switches("mmds")
+        time.sleep(0.5)
+        assert switches("mmds") == before
+        device.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            device.recv(1 << 17)
+        device.settimeout(10)
+        mmds.resume()
+        mmds.resume()
+        assert device.recv(1 << 17) == first
+
+
 def test_an_interface_that_goes_away_takes_nothing_with_it() -> None:
     gone, stays = wire(), wire()
     with service([gone[1], stays[1]]):

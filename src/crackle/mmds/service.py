@@ -97,7 +97,10 @@ class Mmds:
         self._config = config
         self._responder = Responder(config, store)
         self._wires: list[_Wire] = []
-        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._stopping = False
+        # When the microVM was paused, if it is, and the seconds of earlier pauses: one object, read at once.
+        self._clock: tuple[float | None, float] = (None, 0.0)
         self._ended = allocate_lock()  # held while the thread runs
 
     def connect(self) -> int:
@@ -119,15 +122,28 @@ class Mmds:
             self._ended.release()
             raise
 
+    def pause(self) -> None:
+        """Let time stand still: a guest that is paused can acknowledge nothing. Idempotent."""
+        paused_at, lost = self._clock
+        if paused_at is None:
+            self._clock = (time.monotonic(), lost)
+
+    def resume(self) -> None:
+        """Let time go on. Idempotent."""
+        paused_at, lost = self._clock
+        if paused_at is not None:
+            self._clock = (None, lost + time.monotonic() - paused_at)
+            os.eventfd_write(self._wake_fd, 1)
+
     def stop(self) -> None:
         """End the thread and close everything. Idempotent."""
-        if self._stop_fd < 0:
+        if self._stopping:
             return
-        os.eventfd_write(self._stop_fd, 1)
+        self._stopping = True
+        os.eventfd_write(self._wake_fd, 1)
         with self._ended:
             pass
-        os.close(self._stop_fd)
-        self._stop_fd = -1
+        os.close(self._wake_fd)
         for wire in self._wires:
             os.close(wire.fd)
 
@@ -153,19 +169,21 @@ class Mmds:
     def _run(self) -> None:
         _settle_thread()
         poll = select.poll()
-        poll.register(self._stop_fd, select.POLLIN)
+        poll.register(self._wake_fd, select.POLLIN)
         live = {wire.fd: wire for wire in self._wires}
         for wire in self._wires:
             poll.register(wire.fd, wire.events)
         try:
             busy = False
             while True:
-                ready = poll.poll(0 if busy else _timeout_ms(live))
-                if any(fd == self._stop_fd for fd, _ in ready):
+                ready = poll.poll(0 if busy else self._timeout_ms(live))
+                if self._stopping:
                     return
-                now = time.monotonic()
+                now = self._now()
                 for fd, events in ready:
-                    if events & ~select.POLLOUT and not live[fd].receive(now):
+                    if fd == self._wake_fd:
+                        os.eventfd_read(fd)
+                    elif events & ~select.POLLOUT and not live[fd].receive(now):
                         # The device is gone; so are its connections.
                         poll.unregister(fd)
                         del live[fd]
@@ -179,6 +197,19 @@ class Mmds:
         finally:
             self._ended.release()
 
+    def _now(self) -> float:
+        """Seconds of a clock that stands still while the microVM does."""
+        paused_at, lost = self._clock
+        return (time.monotonic() if paused_at is None else paused_at) - lost
+
+    def _timeout_ms(self, live: dict[int, _Wire]) -> int | None:
+        """How long to wait at most; None while nothing depends on time."""
+        deadlines = [at for wire in live.values() if (at := wire.stack.deadline()) is not None]
+        if not deadlines or self._clock[0] is not None:
+            return None
+        # Rounded up: a moment early would only be asked again.
+        return max(0, int((min(deadlines) - self._now()) * 1000) + 1)
+
 
 def _settle_thread() -> None:
     """Leave all signals to the main thread, and be called "mmds" where threads are listed."""
@@ -188,12 +219,3 @@ def _settle_thread() -> None:
         fd = os.open("/proc/thread-self/comm", os.O_WRONLY | os.O_CLOEXEC)
         os.write(fd, b"mmds")
         os.close(fd)
-
-
-def _timeout_ms(live: dict[int, _Wire]) -> int | None:
-    """How long to wait at most; None while nothing depends on time."""
-    deadlines = [at for wire in live.values() if (at := wire.stack.deadline()) is not None]
-    if not deadlines:
-        return None
-    # Rounded up: a moment early would only be asked again.
-    return max(0, int((min(deadlines) - time.monotonic()) * 1000) + 1)

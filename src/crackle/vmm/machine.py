@@ -191,6 +191,8 @@ class Machine:
             io.pause()
         for device in self.devices.values():
             device.drain()
+        if self.mmds is not None:
+            self.mmds.pause()
 
     def resume(self) -> None:
         """Go on where `pause` stopped. Idempotent."""
@@ -201,6 +203,8 @@ class Machine:
         self._paused = False
         for vcpu in self.vcpus:
             vcpu.kvmclock_ctrl()
+        if self.mmds is not None:
+            self.mmds.resume()
         for io in self._io_threads():
             io.resume()
         for vcpu in self.vcpus:
