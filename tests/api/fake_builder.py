@@ -68,7 +68,7 @@ class Machine:
         self._note("stop")
 
 
-def build(config: Any, _shell: object, _options: object) -> Machine:
+def build(config: Any, _shell: object, _options: object, _held: object) -> Machine:
     if config.boot_source.boot_args == "unbootable":
         raise ConfigError("this kernel does not boot")
     return Machine(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from crackle.telemetry.logger import OFF, Logger
 from crackle.virtio.tap import open_tap
 from crackle.vmm.commands import Command
 from crackle.vmm.controller import Controller
-from crackle.vmm.devices import KINDS
+from crackle.vmm.devices import KINDS, make
 from support.network import Namespace
 
 MAC = "06:f0:0d:00:00:a1"
@@ -30,11 +30,13 @@ class FakeMachine:
 
     exit_fd = -1
 
-    def __init__(self, config: schema.VmConfig) -> None:
+    def __init__(self, config: schema.VmConfig, held: Mapping[tuple[str, str], Any]) -> None:
         self.memory = GuestMemory([(0, 1 << 20)])
         self.devices: dict[str, Any] = {}
         for interface in config.network_interfaces:
-            self.devices[interface.iface_id] = KINDS["net"].make(self.memory, interface)
+            self.devices[interface.iface_id] = make(
+                self.memory, "net", interface, held.get(("net", interface.iface_id))
+            )
 
     def start(self) -> None: ...
 
@@ -60,7 +62,9 @@ class Bench:
         self.tap, self.other = namespace.tap(), namespace.tap()
         self.kernel = tmp_path / "kernel"
         self.kernel.touch()
-        self.controller = Controller(lambda config, _: FakeMachine(config), logger=Logger(level=OFF))
+        self.controller = Controller(
+            lambda config, _, held: FakeMachine(config, held), logger=Logger(level=OFF)
+        )
 
     def put(self, iface_id: str = "eth0", host_dev_name: str = "", **fields: Any) -> None:
         interface = schema.NetworkInterface(iface_id, host_dev_name or self.tap, **fields)

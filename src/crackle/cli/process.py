@@ -29,6 +29,7 @@ from crackle.vmm.machine import BuildOptions
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket
+    from collections.abc import Mapping
     from typing import Any
 
     from crackle.cli.options import Options
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from crackle.telemetry.logger import Logger
     from crackle.telemetry.sink import Sink
     from crackle.vmm.controller import Machine, Shell
+    from crackle.vmm.devices import Held
 
 # What the process ends with when it intercepts a signal, as Firecracker does.
 SIGNAL_STATUS = {
@@ -139,11 +141,11 @@ class VmmProcess:
             raise CrackleError(f"{problem}: {error}") from error
         self._logger.info("Successfully started microvm that was configured from one single json")
 
-    def _build(self, config: VmConfig, ready: Any) -> Machine:
+    def _build(self, config: VmConfig, ready: Any, held: Mapping[tuple[str, str], Held]) -> Machine:
         if config.vsock is not None:
             _allow_many_descriptors()
         options = BuildOptions(boot_timer="boot-timer" in self._options, logger=self._logger)
-        return builder.build(config, ready, options)
+        return builder.build(config, ready, options, held)
 
     def _prepare(self, machine_config: MachineConfig, shared: bool) -> Shell | None:
         return shell.prepare(machine_config, shared)

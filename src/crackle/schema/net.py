@@ -13,8 +13,7 @@ MAC_PATTERN = "^([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}$"
 MacAddress = Annotated[str, msgspec.Meta(pattern=MAC_PATTERN)]
 
 
-# A `__dict__` keeps what is no part of the resource: the TAP, open from PUT on.
-class NetworkInterface(Resource, dict=True):
+class NetworkInterface(Resource):
     """A virtio network device on the tap device ``host_dev_name``.
 
     ``drop_spoofed_mac``: frames that the guest sends from another address than ``guest_mac`` are dropped; they

@@ -17,15 +17,23 @@ from crackle.vmm.shell import Shell
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
     from crackle.schema.config import VmConfig
     from crackle.schema.drive import Drive
+    from crackle.vmm.devices import Held
 
 
-def build(config: VmConfig, shell: Shell | None, options: BuildOptions) -> Machine:
+def build(
+    config: VmConfig,
+    shell: Shell | None,
+    options: BuildOptions,
+    held: Mapping[tuple[str, str], Held] | None = None,
+) -> Machine:
     """A machine, its vCPUs ready to run the kernel's first instruction. Takes over `shell`, if there is one.
 
+    held: what is open for devices already, by kind and identifier; what is missing is opened.
     ConfigError or KvmError when it cannot be made.
     """
     assert config.machine_config is not None, "the controller fills it in"
@@ -40,26 +48,28 @@ def build(config: VmConfig, shell: Shell | None, options: BuildOptions) -> Machi
         parts.close()
         raise
     try:
-        _furnish(machine, config, options)
+        _furnish(machine, config, options, held or {})
     except BaseException:
         machine.stop()
         raise
     return machine
 
 
-def _furnish(machine: Machine, config: VmConfig, options: BuildOptions) -> None:
+def _furnish(
+    machine: Machine, config: VmConfig, options: BuildOptions, held: Mapping[tuple[str, str], Held]
+) -> None:
     """Add the devices and the kernel."""
     machine.add_legacy_devices(_console_output(machine, config, options))
     root: Drive | None = None
     read_only = False
     for drive in config.drives:
         kind = kind_of_drive(drive)
-        machine.add(kind, drive.drive_id, drive)
+        machine.add(kind, drive.drive_id, drive, held.get((kind, drive.drive_id)))
         if drive.is_root_device:
             root = drive
             read_only = is_read_only(machine.devices[kind, drive.drive_id])
     for interface in config.network_interfaces:
-        machine.add("net", interface.iface_id, interface)
+        machine.add("net", interface.iface_id, interface, held.get(("net", interface.iface_id)))
     if config.vsock is not None:
         machine.add("vsock", "vsock", config.vsock)
     for index, custom in enumerate(options.devices):

@@ -19,7 +19,7 @@ from crackle.telemetry.logger import DEFAULT_INSTANCE_ID, Logger
 from crackle.telemetry.metrics import Metrics
 from crackle.version import VERSION
 from crackle.vmm.commands import NOT_STARTED, PAUSED, RUNNING, STOPPED, Command, check_state, check_supported
-from crackle.vmm.configuration import CONFIGURE, context, drive_to_change, interface_to_change, merge, release
+from crackle.vmm.configuration import Configuration, context, merge
 from crackle.vmm.devices import kind_of_drive
 
 TYPE_CHECKING = False
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         MmdsConfig,
         NetworkInterfaceUpdate,
     )
+    from crackle.vmm.devices import Held
 
     class Shell(Protocol):
         """The part of a machine that needs only the machine configuration, being made ahead of time."""
@@ -71,7 +72,7 @@ if TYPE_CHECKING:
         def metrics(self) -> Mapping[str, Mapping[str, Any]]: ...
         def stop(self) -> None: ...
 
-    Build = Callable[[VmConfig, "Shell | None"], "Machine"]
+    Build = Callable[[VmConfig, "Shell | None", Mapping[tuple[str, str], Held]], "Machine"]
     Prepare = Callable[[MachineConfig, bool], "Shell | None"]
 
 APP_NAME = "Crackle"
@@ -83,11 +84,11 @@ DEFAULT_METADATA_LIMIT = 51200
 class Controller:
     """Executes commands on one microVM. Not thread-safe: one thread gives all commands.
 
-    ``build`` makes the machine out of the configuration when it starts. ``prepare``, if given, makes ahead of
-    time what needs only the machine configuration; it is called with the first configuration command and
-    again when the machine configuration changes, or whether guest memory is shared. What it returns goes to
-    ``build``, or is abandoned when it no longer fits. ``shell`` is what was made for the default machine already.
-    ``metadata_limit`` is in bytes.
+    ``build`` makes the machine when it starts, out of the configuration and of what is held for its devices.
+    ``prepare``, if given, makes ahead of time what needs only the machine configuration; it is called with the first
+    configuration command and again when the machine configuration changes, or whether guest memory is shared. What it
+    returns goes to ``build``, or is abandoned when it no longer fits. ``shell`` is what was made for the default
+    machine already. ``metadata_limit`` is in bytes.
     """
 
     def __init__(
@@ -105,8 +106,12 @@ class Controller:
         self.instance_id = instance_id
         self.logger = Logger(instance_id) if logger is None else logger
         self.metrics = Metrics() if metrics is None else metrics
-        self.config = VmConfig(
-            drives=[], boot_source=BootSource(kernel_image_path=""), machine_config=default_machine_config()
+        self._configuration = Configuration(
+            VmConfig(
+                drives=[],
+                boot_source=BootSource(kernel_image_path=""),
+                machine_config=default_machine_config(),
+            )
         )
         self.state = NOT_STARTED
         self.machine: Machine | None = None
@@ -126,12 +131,17 @@ class Controller:
         """
         check_state(command.name, self.state)
         check_supported(command)
-        configure = CONFIGURE.get(command.name)
+        configure = getattr(self._configuration, command.name, None)
         if configure is not None:
-            configure(self.config, command.resource)
+            configure(command.resource)
             self._prepare_shell()
             return None
         return getattr(self, f"_{command.name}")(*(() if command.resource is None else (command.resource,)))
+
+    @property
+    def config(self) -> VmConfig:
+        """Everything configured so far."""
+        return self._configuration.config
 
     def configure(self, config: VmConfig) -> None:
         """Give every section of ``config`` as the command it stands for. Raises as :meth:`execute` does."""
@@ -201,7 +211,7 @@ class Controller:
                     "Cannot start microvm without kernel configuration. Give a boot source first."
                 )
             shell, self._shell, self._shell_for = self._shell, None, None
-            machine = self._build(self.config, shell)
+            machine = self._build(self.config, shell, self._configuration.held)
             try:
                 if self.config.mmds_config is not None:
                     machine.serve_metadata(self.config.mmds_config, self._metadata())
@@ -235,13 +245,13 @@ class Controller:
 
     def _patch_drive(self, update: DriveUpdate) -> None:
         with context("Drive config error: Unable to patch the block device"):
-            drive = drive_to_change(self.config, update)
+            drive = self._configuration.drive_to_change(update)
             self._running_machine().update(kind_of_drive(drive), update.drive_id, update)
         merge(drive, update)
 
     def _patch_network(self, update: NetworkInterfaceUpdate) -> None:
         with context("Network config error: Unable to update the net device"):
-            interface = interface_to_change(self.config, update)
+            interface = self._configuration.interface_to_change(update)
             self._running_machine().update("net", update.iface_id, update)
         merge(interface, update)
 
@@ -257,7 +267,7 @@ class Controller:
             last = machine.metrics()
             self.metrics.sources[:] = [lambda: last]
             machine.stop()
-        release(self.config)
+        self._configuration.close()
 
     def _running_machine(self) -> Machine:
         assert self.machine is not None, "a started microVM has a machine"

@@ -9,22 +9,24 @@ import os
 
 import msgspec
 
-from crackle.schema.drive import Drive
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
     from crackle.memory import GuestMemory
-    from crackle.schema import DriveUpdate, NetworkInterface, NetworkInterfaceUpdate
+    from crackle.schema import Drive, DriveUpdate, NetworkInterface, NetworkInterfaceUpdate
     from crackle.schema import Vsock as VsockResource
     from crackle.virtio.block import Block
     from crackle.virtio.device import VirtioDevice
     from crackle.virtio.net import Net
+    from crackle.virtio.tap import Tap
     from crackle.virtio.vhost_user import VhostUser
     from crackle.virtio.vhost_user_block import VhostUserBlock
     from crackle.virtio.vsock import Vsock
+
+    # What is open before there is a device; `close` may be called again.
+    Held = Tap | VhostUser
 
 
 def make_block(memory: GuestMemory, drive: Drive) -> Block:
@@ -50,13 +52,18 @@ def update_block(block: Block, update: DriveUpdate) -> None:
         block.update_limiter(0, update.rate_limiter)
 
 
-def make_net(memory: GuestMemory, interface: NetworkInterface) -> Net:
-    """On the TAP that was opened when the interface was configured. ConfigError when there is none."""
-    from crackle.virtio.net import Net
-    from crackle.virtio.tap import open_tap
+def open_net(interface: NetworkInterface) -> Tap:
+    """ConfigError when the TAP cannot be had."""
+    from crackle.virtio.tap import Tap
 
-    tap = interface.__dict__.get("tap")
-    fd = open_tap(interface.host_dev_name) if tap is None else tap.take()
+    return Tap(interface.host_dev_name)
+
+
+def make_net(memory: GuestMemory, interface: NetworkInterface, tap: Tap) -> Net:
+    """Takes the descriptor of `tap`. ConfigError when it has none, and gets none any more."""
+    from crackle.virtio.net import Net
+
+    fd = tap.take()
     try:
         return Net(
             memory,
@@ -79,36 +86,21 @@ def update_net(net: Net, update: NetworkInterfaceUpdate) -> None:
             net.update_limiter(index, limits)
 
 
-class ConnectedDrive(Drive, dict=True):
-    """A vhost-user drive, and the connection that was made when it was configured: there are back ends that take one
-    only. The connection is no field, so that no document shows it; it ends with the last who holds it.
-    """
-
-    @property
-    def backend(self) -> VhostUser:
-        """As `connect_drive` made it."""
-        connection: VhostUser = vars(self)["backend"]
-        return connection
-
-
-def connect_drive(drive: Drive) -> ConnectedDrive:
-    """`drive` with a connection to its back end; ConfigError when that is no use."""
+def open_vhost_user_block(drive: Drive) -> VhostUser:
+    """A connection to the drive's back end; ConfigError when that is no use."""
     from crackle.virtio.vhost_user_block import connect
 
     assert drive.socket is not None
-    connected = ConnectedDrive(**msgspec.structs.asdict(drive))
-    vars(connected)["backend"] = connect(drive.socket, writeback=drive.cache_type == "Writeback")
-    return connected
+    backend: VhostUser = connect(drive.socket, writeback=drive.cache_type == "Writeback")
+    return backend
 
 
-def make_vhost_user_block(memory: GuestMemory, drive: Drive) -> VhostUserBlock:
+def make_vhost_user_block(memory: GuestMemory, drive: Drive, backend: VhostUser) -> VhostUserBlock:
     """ConfigError when the back end is no use (any more)."""
     from crackle.virtio.vhost_user_block import VhostUserBlock
 
-    if not isinstance(drive, ConnectedDrive) or drive.backend.fileno() < 0:
-        # A start that failed has closed what it was given.
-        drive = connect_drive(drive)
-    return VhostUserBlock(memory, drive.backend)
+    # A start that failed has closed what it was given.
+    return VhostUserBlock(memory, backend if backend.fileno() >= 0 else open_vhost_user_block(drive))
 
 
 def update_vhost_user_block(block: VhostUserBlock, _update: DriveUpdate) -> None:
@@ -134,15 +126,28 @@ def make_vsock(memory: GuestMemory, vsock: VsockResource) -> Vsock:
 
 
 class Kind(msgspec.Struct, frozen=True):
-    """make(memory, resource) -> device; update(device, resource), or None for what cannot be changed."""
+    """How one kind of device comes to be.
 
-    make: Callable[[GuestMemory, Any], VirtioDevice]
+    make(memory, resource) -> device. update(device, resource), None for what cannot be changed. open(resource), where
+    there is something to hold from the configuration on, so that nobody else gets it: make has it as a third argument.
+    """
+
+    make: Callable[..., VirtioDevice]
     update: Callable[[Any, Any], None] | None = None
+    open: Callable[[Any], Held] | None = None
 
 
 KINDS = {
     "block": Kind(make_block, update_block),
-    "net": Kind(make_net, update_net),
-    "vhost_user_block": Kind(make_vhost_user_block, update_vhost_user_block),
+    "net": Kind(make_net, update_net, open_net),
+    "vhost_user_block": Kind(make_vhost_user_block, update_vhost_user_block, open_vhost_user_block),
     "vsock": Kind(make_vsock),
 }
+
+
+def make(memory: GuestMemory, kind: str, resource: Any, held: Held | None = None) -> VirtioDevice:
+    """The device for `resource`, on what has been held for it, if that is so. ConfigError when it cannot be had."""
+    how = KINDS[kind]
+    if how.open is None:
+        return how.make(memory, resource)
+    return how.make(memory, resource, held or how.open(resource))

@@ -18,7 +18,7 @@ from crackle.kvm import Bus
 from crackle.telemetry.names import PER_DEVICE
 from crackle.virtio.mmio import SIZE as MMIO_SIZE
 from crackle.virtio.mmio import MmioTransport
-from crackle.vmm.devices import KINDS
+from crackle.vmm.devices import KINDS, make
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from crackle.telemetry.logger import Logger
     from crackle.virtio.custom import VirtioDevice as CustomDevice
     from crackle.virtio.device import VirtioDevice
+    from crackle.vmm.devices import Held
     from crackle.vmm.shell import Parts
 
 # How a vCPU's end is told: the reason, the words, and the exit status of the process, as Firecracker's.
@@ -125,9 +126,9 @@ class Machine:
             self.boot_timer = BootTimer(self._report_boot_time)
             self.mmio.attach_python(layout.BOOT_TIMER_ADDR, BOOT_TIMER_SIZE, self.boot_timer)
 
-    def add(self, kind: str, identifier: str, resource: Any) -> None:
+    def add(self, kind: str, identifier: str, resource: Any, held: Held | None = None) -> None:
         """Make a virtio device of a kind out of the registry, and attach it. ConfigError when it cannot be had."""
-        self._attach(kind, identifier, KINDS[kind].make(self.memory, resource), self.io)
+        self._attach(kind, identifier, make(self.memory, kind, resource, held), self.io)
 
     def add_custom(self, identifier: str, device: CustomDevice) -> None:
         """Attach a device written in Python; all of them share a thread, apart from the other devices'."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from crackle.errors import ConfigError, CrackleError, GuestError, StateError
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from crackle.schema.net import NetworkInterface
     from crackle.schema.rate_limiter import RateLimiter
     from crackle.virtio.custom import VirtioDevice
+    from crackle.vmm.devices import Held
     from crackle.vmm.machine import ExitStatus
 
 DEFAULT_GUEST_CID = 3
@@ -129,9 +130,9 @@ class MicroVM:
             self.stop()
             raise
 
-    def _build(self, config: VmConfig, shell: Any) -> Machine:
+    def _build(self, config: VmConfig, shell: Any, held: Mapping[tuple[str, str], Held]) -> Machine:
         assert shell is None or isinstance(shell, Shell)
-        return build(config, shell, self._options)
+        return build(config, shell, self._options, held)
 
     # -- life ----------------------------------------------------------------------------------------------------
 
