@@ -1,6 +1,7 @@
 """The files of the Linux guests: busybox and a few scripts, made into a disk image or an initial RAM disk.
 
-The "tools" disk has some of this machine's programs besides, with the shared libraries they need.
+The "tools" disk has some of this machine's programs besides, with the shared libraries they need, and those that are
+compiled from guest/tools.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from . import cache, cpio, debian
 
 ROOTFS = Path(__file__).resolve().parents[2] / "guest" / "rootfs"
+PROGRAMS = ROOTFS.parent / "tools"
 PAYLOAD_SIZE = 8 << 20
 IMAGE_SIZE = 64 << 20
 TOOLS_SIZE = 192 << 20
@@ -122,7 +124,10 @@ def ext4() -> Path:
 
 
 def tools() -> Path:
-    """A larger root disk, with `TOOLS`. Give it to guests read-only: it is too large to be copied for each."""
+    """A larger root disk, with `TOOLS` and what is in guest/tools.
+
+    Give it to guests read-only: it is too large to be copied for each.
+    """
     debian.install(list(TOOLS.values()))
     files = _programs()
     stamps = (f"{name} {path.stat().st_size} {path.stat().st_mtime_ns}" for name, path in files.items())
@@ -141,7 +146,19 @@ def _programs() -> dict[str, Path]:
         listed = subprocess.run(["ldd", program], check=True, stdout=subprocess.PIPE, text=True).stdout
         for library in (word for word in listed.split() if word.startswith("/")):
             files[library.lstrip("/")] = Path(library).resolve()
+    for source in sorted(PROGRAMS.glob("*.c")):
+        files[f"usr/bin/{source.stem}"] = _compiled(source)
     return dict(sorted(files.items()))
+
+
+def _compiled(source: Path) -> Path:
+    """A program of `guest/tools`, statically linked."""
+
+    def make(path: Path) -> None:
+        command = ["gcc", "-static", "-Os", "-s", "-Wall", "-Wextra", "-Werror", "-o", path, source]
+        subprocess.run(command, check=True)
+
+    return cache.made(cache.cache_dir() / "guest" / f"{source.stem}-{cache.key(source)}", make)
 
 
 def _disk(name: str, key: str, size: int, programs: dict[str, Path]) -> Path:

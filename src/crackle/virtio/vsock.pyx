@@ -411,6 +411,7 @@ cdef class Vsock(VirtioDevice):
         self.mux.last_port = state.last_port
         with nogil:
             pthread_mutex_lock(&self.lock)
+            self.mux.reset()
             if self.running():
                 self.reset_event = TO_SEND
                 self.mux.start()

@@ -37,8 +37,8 @@ cdef class Table:
             self.slots = <connection **> calloc(MAX_CONNECTIONS, sizeof(connection *))
         if self.buckets == NULL:
             self.buckets = <connection **> calloc(BUCKETS, sizeof(connection *))
-        # The guest chooses ports: it must not know which of them meet in a bucket.
-        self.seed = <uint32_t> now_ns() | 1
+            # The guest chooses ports: it must not know which of them meet in a bucket.
+            self.seed = <uint32_t> now_ns() | 1
         return self.slots != NULL and self.buckets != NULL
 
     cdef connection *add(self) noexcept nogil:

@@ -1,0 +1,345 @@
+"""Guests that break every rule of a vsock device, while host programs come and go; see `test_hostile.py`."""
+
+from __future__ import annotations
+
+import random
+import socket
+import struct
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crackle.memory import GuestMemory
+from crackle.virtio.vsock import Vsock
+from support.driver import (
+    F_EVENT_IDX,
+    F_INDIRECT,
+    F_VERSION_1,
+    NEEDS_RESET,
+    NEXT,
+    STATUS,
+    WRITE,
+    Bench,
+    Buffer,
+    Ring,
+)
+from support.fence import Fenced
+from support.vsock import CID, HOST, REQUEST, RESPONSE, RST, RW, RX, SHUTDOWN, TX, Packet, decode
+
+ENTRIES = 16
+GPA, SIZE = 0x10000, 0x40000
+END = GPA + SIZE
+RINGS, TABLES, DATA = (GPA, GPA + 0x1000, GPA + 0x2000), GPA + 0x4000, GPA + 0x8000
+SLOT = 0x2000
+PORT = 80
+
+EDGES = [0, 1, GPA - 1, GPA, END - 45, END - 44, END - 1, END, 1 << 32, (1 << 64) - 1]
+LENGTHS = [0, 1, 43, 44, 45, 100, 4096, 65580, SIZE, SIZE + 1, 1 << 31, (1 << 32) - 1]
+
+inside = st.integers(GPA, END - 64)
+addresses = inside | inside | st.sampled_from(EDGES)
+sizes = st.integers(0, 80) | st.sampled_from(LENGTHS)
+flags = st.sampled_from([0, 1, 2, 3, 2, 3, 4, 7, 0xFFFF])
+indices = st.integers(0, 63).map(lambda n: n & 15 if n < 60 else (16, 255, 0x8000, 0xFFFF)[n & 3])
+queues = st.sampled_from([0, 1, 2])
+slots = st.integers(0, ENTRIES - 1)
+descriptors = st.tuples(addresses, sizes, flags, indices)
+# Few ports, so that packets meet connections; -1 stands for the port that a host program was given last.
+ports = st.sampled_from([PORT, PORT, -1, -1, 1, 0xFFFFFFFF])
+words = st.integers(0, 0xFFFFFFFF) | st.sampled_from([0, 1, 100, 1 << 18, 0xFFFFFFFF])
+
+packets = st.tuples(
+    st.just("packet"),
+    st.tuples(
+        st.integers(0, 9) | st.sampled_from([REQUEST, RESPONSE, RW, SHUTDOWN]), st.integers(0, 3), ports
+    ),
+    st.tuples(
+        st.integers(0, 5000),  # bytes of data
+        st.just(0) | st.sampled_from([-1, 1, -44, 1 << 31]),  # and how many more are announced
+        st.sampled_from([0, 1, 2, 3, 0xFFFFFFFF]),
+        words,
+        words,
+        st.sampled_from([(CID, HOST, 1)] * 8 + [(0, HOST, 1), (CID, 7, 1), (CID, HOST, 2)]),
+    ),
+)
+programs = st.tuples(
+    st.just("program"),
+    st.integers(0, 3),
+    st.sampled_from(
+        ["connect", "connect", "garbage", "accept", "accept", "write", "write", "read", "finish", "close"]
+    ),
+)
+ordinary = st.one_of(
+    packets,
+    packets,
+    programs,
+    programs,
+    st.tuples(
+        st.just("room"),
+        slots,
+        st.lists(st.sampled_from([1, 43, 44, 45, 300, 4140, 8000]), min_size=1, max_size=3),
+    ),
+    st.tuples(st.just("room"), slots, st.just([4140])),
+    st.tuples(st.just("notify"), queues, st.none()),
+)
+broken = st.one_of(
+    st.tuples(st.just("descriptor"), st.tuples(queues, slots), descriptors),
+    st.tuples(st.just("indirect"), st.integers(0, 63), descriptors),
+    st.tuples(st.just("offer"), queues, st.lists(indices, max_size=ENTRIES)),
+    st.tuples(st.just("register"), st.integers(0, 0x45).map(lambda n: 4 * n), st.integers(0, (1 << 32) - 1)),
+    st.tuples(st.just("register"), st.just(STATUS), st.sampled_from([0, 1, 3, 11, 15, 128])),
+    st.tuples(st.just("restore"), st.none(), st.none()),
+)
+scripts = st.lists(ordinary, min_size=3, max_size=40) | st.lists(ordinary | broken, min_size=3, max_size=40)
+
+
+@pytest.fixture(scope="module")
+def memory() -> Iterator[GuestMemory]:
+    fenced = Fenced(GPA, SIZE)
+    yield fenced.memory
+    fenced.close()
+
+
+class Guest(Bench):
+    """A vsock device over memory that outlives it, and the host programs about it."""
+
+    def __init__(self, memory: GuestMemory, directory: Path) -> None:
+        memory.write(GPA, bytes(SIZE))
+        self.path = str(directory / "v")
+        super().__init__(Vsock(memory, CID, self.path))
+        self.server = socket.socket(socket.AF_UNIX)
+        Path(f"{self.path}_{PORT}").unlink(missing_ok=True)
+        self.server.bind(f"{self.path}_{PORT}")
+        self.server.listen(2)
+        self.server.setblocking(False)
+        self.programs: dict[int, socket.socket] = {}
+        self.next_slot = 0
+
+    @property
+    def vsock(self) -> Vsock:
+        assert isinstance(self.device, Vsock)
+        return self.device
+
+    def close(self) -> None:
+        for program in (*self.programs.values(), self.server):
+            program.close()
+        self.io.close()
+        self.device.close()
+
+    def begin_all(self, features: int) -> None:
+        self.rings = [Ring(self.memory, base, ENTRIES) for base in RINGS]
+        assert self.registers.negotiate(F_VERSION_1 | features)
+        for queue, ring in enumerate(self.rings):
+            assert self.registers.set_up_queue(queue, ring)
+        self.registers.drive()
+
+    def play(self, action: str, first: Any, second: Any) -> None:
+        """One step of a script."""
+        if action == "packet":
+            self.send(first, second)
+        elif action == "program":
+            self.act(first, second)
+        elif action == "room":
+            ring = self.rings[RX]
+            ring.free = list(range(ENTRIES))
+            ring.offer(ring.add([Buffer(DATA + SLOT * first, size, True) for size in second]))
+            self.notify(RX)
+        elif action == "notify":
+            self.notify(first)
+        elif action == "descriptor":
+            self.rings[first[0]].write_descriptor(first[1], *second)
+        elif action == "indirect":
+            self.rings[RX].write_descriptor(first, *second, table=TABLES)
+        elif action == "offer":
+            self.rings[first].offer(*second)
+        elif action == "register":
+            self.registers[first] = second
+        elif action == "restore":
+            self.settle()
+            state = self.transport.save()
+            with suppress(ValueError):
+                self.transport.restore(state)
+
+    def send(self, what: tuple[int, int, int], rest: tuple[Any, ...]) -> None:
+        op, src, dst = what
+        size, more, bits, room, count, (src_cid, dst_cid, kind) = rest
+        dst = self.vsock.mux.last_port if dst == -1 else dst
+        length = max(size + more, 0) & 0xFFFFFFFF
+        packet = Packet(src_cid, dst_cid, src, dst, length, kind, op, bits, room, count, bytes(size))
+        self.next_slot = (self.next_slot + 1) % 12
+        self.memory.write(DATA + SLOT * self.next_slot, packet.encode())
+        ring = self.rings[TX]
+        ring.free = list(range(ENTRIES))
+        ring.offer(ring.add([Buffer(DATA + SLOT * self.next_slot, 44 + size)]))
+        self.notify(TX)
+
+    def act(self, number: int, what: str) -> None:
+        """Something that host program `number` does."""
+        with suppress(BlockingIOError, BrokenPipeError, ConnectionResetError, OSError):
+            if what in ("connect", "garbage", "accept") and number in self.programs:
+                self.programs.pop(number).close()
+            if what in ("connect", "garbage"):
+                program = self.programs[number] = socket.socket(socket.AF_UNIX)
+                program.setblocking(False)
+                program.connect(self.path)
+                program.send(b"CONNECT %d\nabc" % number if what == "connect" else b"\0" * 40)
+            elif what == "accept":
+                self.programs[number], _ = self.server.accept()
+                self.programs[number].setblocking(False)
+            elif number in self.programs:
+                program = self.programs[number]
+                if what == "write":
+                    program.send(bytes(20_000))
+                elif what == "read":
+                    program.recv(1 << 16)
+                elif what == "finish":
+                    program.shutdown(socket.SHUT_WR)
+                else:
+                    self.programs.pop(number).close()
+
+    def open_streams(self) -> None:
+        """A connection each way, with room for what comes."""
+        well = (0, 0, 0, 1 << 16, 0, (CID, HOST, 1))
+        for slot in range(8):
+            self.play("room", slot, [4140])
+        self.send((REQUEST, 1, PORT), well)
+        self.settle()
+        self.act(1, "accept")
+        self.act(2, "connect")
+        self.settle()
+        self.send((RESPONSE, 2, -1), well)
+        self.settle()
+
+    def stale_programs(self) -> bool:
+        """Whether there are some that connected while no driver was there."""
+        self.settle()
+        return self.vsock.connections > 0
+
+    def prove_alive(self) -> None:
+        """After a reset, a driver that behaves connects and is answered."""
+        for program in self.programs.values():
+            program.close()
+        self.programs.clear()
+        self.settle()
+        self.memory.write(GPA, bytes(SIZE))
+        while self.begin_all(0) or self.stale_programs():
+            self.registers[STATUS] = 0
+            assert self.vsock.connections == 0
+        with suppress(BlockingIOError):
+            while True:
+                self.server.accept()[0].close()
+        rx, tx = self.rings[RX], self.rings[TX]
+        places = {rx.add([Buffer(DATA + SLOT * n, SLOT, True)]): DATA + SLOT * n for n in range(12)}
+        rx.offer(*places)
+        for packet in (
+            Packet(op=REQUEST, src_port=5, dst_port=PORT),
+            Packet(op=RW, src_port=5, dst_port=PORT, len=5, data=b"alive"),
+        ):
+            self.memory.write(DATA + 12 * SLOT, packet.encode())
+            tx.offer(tx.add([Buffer(DATA + 12 * SLOT, len(packet.encode()))]))
+            self.notify(TX)
+            self.settle()
+            assert len(tx.reap()) == 1
+        [(head, written)] = rx.reap()
+        assert decode(self.memory.read(places[head], written)).op == RESPONSE
+        program, _ = self.server.accept()
+        with program:
+            assert program.recv(99) == b"alive"
+            self.registers[STATUS] = 0
+            assert program.recv(99) == b""
+        assert not self.registers[STATUS] & NEEDS_RESET
+
+
+def test_a_device_whose_driver_is_mad(memory: GuestMemory, tmp_path: Path) -> None:
+    reached: Counter[str] = Counter()
+
+    @given(script=scripts, features=st.sets(st.sampled_from([F_EVENT_IDX, F_INDIRECT])), begun=st.booleans())
+    def attack(script: list[tuple[str, Any, Any]], features: set[int], begun: bool) -> None:
+        with Guest(memory, tmp_path) as guest:
+            guest.begin_all(sum(features))
+            if begun:
+                guest.open_streams()
+            for step in script:
+                guest.play(*step)
+            for queue in range(3):
+                guest.notify(queue)
+            guest.settle()
+            for name, count in guest.vsock.counters().items():
+                reached[name] += count
+            reached["broken"] += guest.device.broken_queues
+            guest.prove_alive()
+
+    attack()
+    missing = {"rx_bytes_count", "tx_bytes_count", "conns_killed", "conn_event_fails", "broken"} - set(
+        +reached
+    )
+    assert not missing, reached
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_guest_that_changes_its_rings_while_they_are_read(
+    memory: GuestMemory, tmp_path: Path, seed: int
+) -> None:
+    """What was checked must be what is used: another CPU rewrites descriptors and headers meanwhile."""
+    noise = random.Random(seed)
+    bad = [
+        struct.pack("<QIHH", gpa, size, bits, following)
+        for gpa in (END - 8, END, 0, DATA, TABLES)
+        for size in (16, 8, 72, 70000, 0xFFFFFFF0)
+        for bits in (0, NEXT, WRITE, NEXT | WRITE, 4)
+        for following in (0, 1, 15, 0xFFFF)
+    ]
+    with Guest(memory, tmp_path) as guest:
+        for _ in range(20):
+            memory.write(GPA, bytes(SIZE))
+            guest.begin_all(F_INDIRECT)
+            for queue, ring in enumerate(guest.rings):
+                for i in range(ENTRIES):
+                    flag = WRITE if queue != TX else 0
+                    ring.write_descriptor(i, DATA + 4096 * i, 4096, flag | (NEXT if i % 4 else 0), i ^ 1)
+            done = threading.Event()
+
+            def rewrite(done: threading.Event = done) -> None:
+                while not done.is_set():
+                    ring = guest.rings[noise.randrange(3)]
+                    memory.write(ring.desc + 16 * noise.randrange(ENTRIES), noise.choice(bad))
+                    packet = Packet(
+                        op=noise.randrange(9),
+                        src_port=noise.randrange(3),
+                        dst_port=PORT,
+                        len=noise.randrange(9000),
+                    )
+                    memory.write(DATA + 4096 * noise.randrange(16), packet.encode())
+
+            thread = threading.Thread(target=rewrite)
+            thread.start()
+            for n in range(20):
+                for queue, ring in enumerate(guest.rings):
+                    ring.offer(*(noise.randrange(ENTRIES) for _ in range(4)))
+                    guest.notify(queue)
+                guest.act(n % 4, noise.choice(["connect", "accept", "write", "read", "close"]))
+                guest.settle()
+            done.set()
+            thread.join()
+        guest.prove_alive()
+
+
+def test_a_driver_that_resets_the_device_while_connections_come_and_go(
+    memory: GuestMemory, tmp_path: Path
+) -> None:
+    with Guest(memory, tmp_path) as guest:
+        for n in range(200):
+            guest.begin_all(0)
+            guest.play("room", 0, [4000])
+            guest.act(n % 4, ("connect", "write", "accept", "close")[n % 5 % 4])
+            guest.send((REQUEST if n % 3 else RST, n % 4, PORT), (100, 0, 0, 1 << 16, 0, (CID, HOST, 1)))
+            if n % 2:
+                guest.registers[STATUS] = 0
+        guest.prove_alive()
