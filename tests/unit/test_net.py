@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from crackle.errors import ConfigError
 from crackle.memory import GuestMemory
 from crackle.schema.rate_limiter import RateLimiter, TokenBucket
+from crackle.telemetry.names import SECTIONS
 from crackle.virtio.net import Net
 from crackle.virtio.tap import open_tap
 from support import driver
@@ -364,6 +365,10 @@ def test_interrupts_are_as_the_driver_asks(namespace: Namespace) -> None:
         link.wait_received(1)
         link.settle()
         assert link.interrupts() == 1
+
+
+def test_every_metric_of_the_section_is_told(link: Link) -> None:
+    assert sorted(link.device.counters()) == sorted(SECTIONS["net"].split())
 
 
 # -- negotiation ---------------------------------------------------------------------------------------------
