@@ -77,6 +77,7 @@ def test_curl_reads_the_document(namespace: Namespace, tap: int, tmp_path: Path)
             assert curl(namespace, f"{URL}/big") == BIG
             # Its kernel sends on its own: what is not read in time waits for its window.
             assert curl(namespace, "--limit-rate", "2M", f"{URL}/big") == BIG
+        wait_for(lambda: mmds.counters()["connections_destroyed"] == 5)
         counters = mmds.counters()
         assert counters["connections_created"] == counters["connections_destroyed"] == 5
         assert counters["tx_bytes"] > 2 * len(BIG)
