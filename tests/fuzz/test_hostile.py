@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import crackle.virtio.queue
@@ -50,6 +50,8 @@ flags = st.integers(0, 15).map(lambda n: n & 3 if n < 12 else (4, 4, 7, 0xFFFF)[
 indices = st.integers(0, 63).map(lambda n: n & 7 if n < 60 else (8, 255, 0x8000, 0xFFFF)[n & 3])
 descriptors = st.tuples(addresses, sizes, flags, indices)
 seeds = st.integers(0, (1 << 32) - 1)
+# What is tried depends on the constants in the modules that are loaded: enough to reach everything with any of them.
+thorough = settings(max_examples=max(settings.default.max_examples, 300))
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,7 @@ def test_rings_anywhere_in_memory_full_of_descriptors(memory: GuestMemory) -> No
     """Each part of the queue may lie over another."""
     reached: Counter[str] = Counter()
 
+    @thorough
     @given(
         seed=seeds,
         order=st.integers(0, 8),
@@ -166,6 +169,7 @@ def test_descriptors_made_to_hurt(memory: GuestMemory) -> None:
     """Buffers at every edge, loops, tables in tables, lengths that overflow."""
     reached: Counter[str] = Counter()
 
+    @thorough
     @given(
         order=st.integers(0, 3),
         table=st.lists(descriptors, min_size=1, max_size=8),
