@@ -17,8 +17,7 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import TYPE_CHECKING, NamedTuple
 
-from bench.monitor import Monitor, alternate
-from bench.net import device_cpu_ns
+from bench.monitor import Monitor, alternate, device_seconds
 from bench.rows import BUILD, ROOT, Bench, Row, absolute, paired
 
 if TYPE_CHECKING:
@@ -100,12 +99,12 @@ def speed_of(printed: str, pattern: str, cpu_seconds: float) -> Speed:
 def to_guest(command: Sequence[str], bench: Bench, tool: Path, test: Test) -> Speed:
     with guest(command, bench, f"{test.options} t=recv") as (monitor, path):
         monitor.wait_output("recv ready")
-        before = device_cpu_ns(monitor.pid)
+        before = device_seconds(monitor.pid)
         arguments = ("send", str(path), str(GUEST_PORT), str(test.size), str(MILLISECONDS))
         with beside(str(tool), *arguments) as sender:
             sender.communicate(timeout=30)
         printed = monitor.wait_output("vsock end")
-        return speed_of(printed, "recv ", (device_cpu_ns(monitor.pid) - before) / 1e9)
+        return speed_of(printed, "recv ", device_seconds(monitor.pid) - before)
 
 
 def to_host(command: Sequence[str], bench: Bench, tool: Path, test: Test) -> Speed:
@@ -114,9 +113,9 @@ def to_host(command: Sequence[str], bench: Bench, tool: Path, test: Test) -> Spe
         arguments = ("receive", f"{path}_{HOST_PORT}", "65536")
         receiver = stack.enter_context(beside(str(tool), *arguments))
         stack.callback(receiver.kill)
-        before = device_cpu_ns(monitor.pid)
+        before = device_seconds(monitor.pid)
         monitor.wait_output("vsock end")
-        cpu = (device_cpu_ns(monitor.pid) - before) / 1e9
+        cpu = device_seconds(monitor.pid) - before
         printed, _ = receiver.communicate(timeout=30)
         return speed_of(printed, "", cpu)
 

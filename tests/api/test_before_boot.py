@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -294,3 +295,27 @@ STRICT = [key for key, route in ROUTES.items() if route.body and route.body not 
 def test_an_unknown_field_is_refused_everywhere(vmm: Vmm, method: str, key: str) -> None:
     path = f"/{key}" + ("/x" if ROUTES[method, key].id_field else "")
     assert vmm.request(method, path, {"no_such_field": 1}).fault.startswith(JSON_ERROR)
+
+
+def test_a_vsock_device_is_configured_and_shown(vmm: Vmm, tmp_path) -> None:
+    path = str(tmp_path / "v.sock")
+    assert vmm.request("PUT", "/vsock", {"guest_cid": 3, "uds_path": "/tmp/other"}).status == 204
+    assert vmm.request("PUT", "/vsock", {"vsock_id": "v", "guest_cid": 4, "uds_path": path}).status == 204
+    assert vmm.request("GET", "/vm/config").json["vsock"] == {"guest_cid": 4, "uds_path": path}
+    assert not os.path.exists(path)
+
+
+@pytest.mark.parametrize(
+    ("cid", "path", "fault"),
+    [
+        (2, "v", "a guest's CID is 3 to 4294967294, not 2"),
+        (3, "/tmp/" + "x" * 103, "the path of a Unix socket has 1 to 107 bytes, this one has 108: /tmp/xxx"),
+        (3, "/none/v", "cannot listen on the Unix socket /none/v: No such file or directory"),
+        (3, "/dev/null", "cannot listen on the Unix socket /dev/null: Address already in use"),
+    ],
+)
+def test_a_vsock_device_that_cannot_be_had_is_refused(vmm: Vmm, cid: int, path: str, fault: str) -> None:
+    answer = vmm.request("PUT", "/vsock", {"guest_cid": cid, "uds_path": path})
+    assert answer.status == 400
+    assert answer.fault.startswith("Vsock config error: Cannot create backend for vsock device: " + fault)
+    assert vmm.request("GET", "/vm/config").json["vsock"] is None
