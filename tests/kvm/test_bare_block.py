@@ -170,7 +170,13 @@ def test_a_limited_drive_has_its_rate_within_five_percent(machine, image):
         (RateLimiter(nothing, TokenBucket(50, 100)), "read_count", 500),
     ):
         running.machine.update("block", "drive0", DriveUpdate("drive0", rate_limiter=limits))
-        assert rate(running.machine, counter) == pytest.approx(expected, rel=0.05)
+        for _ in range(4):
+            found = rate(running.machine, counter)
+            assert found <= 1.05 * expected
+            if found >= 0.95 * expected:  # or this machine had no time for the guest
+                break
+        else:
+            pytest.fail(f"{counter}: {found} a second, not {expected}")
     running.machine.update("block", "drive0", DriveUpdate("drive0", rate_limiter=RateLimiter(ops=nothing)))
     assert rate(running.machine, "read_count", 0.5) > 600
 

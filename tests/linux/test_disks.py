@@ -135,11 +135,19 @@ def test_a_disk_keeps_to_its_limits(boot: Boot, rootfs: Path, tmp_path: Path, en
         time.sleep(5.0)
         return float((guest.vm.metrics()["block_data"][name] - before) / (time.monotonic() - begin))
 
+    def kept(name: str, limit: float) -> bool:
+        # Never above; below only where the machine had no time for the guest.
+        found = [rate(name)]
+        while found[-1] < 0.95 * limit and len(found) < 4:
+            found.append(rate(name))
+        assert max(found) <= 1.05 * limit, found
+        return found[-1] >= 0.95 * limit
+
     nothing = TokenBucket(0, 0)
-    guest.vm.update_drive("data", rate_limiter=RateLimiter(bandwidth=TokenBucket(MIB // 4, 500)))
-    assert rate("read_bytes") == pytest.approx(MIB // 2, rel=0.05)
-    guest.vm.update_drive("data", rate_limiter=RateLimiter(nothing, TokenBucket(10, 500)))
-    assert rate("read_count") == pytest.approx(20, rel=0.05)
+    guest.vm.update_drive("data", rate_limiter=RateLimiter(bandwidth=TokenBucket(MIB // 10, 200)))
+    assert kept("read_bytes", MIB // 2)
+    guest.vm.update_drive("data", rate_limiter=RateLimiter(nothing, TokenBucket(4, 200)))
+    assert kept("read_count", 20)
     assert guest.vm.metrics()["block_data"]["rate_limiter_throttled_events"] > 0
     guest.vm.update_drive("data", rate_limiter=RateLimiter(ops=nothing))
     assert rate("read_count") > 30
