@@ -87,7 +87,7 @@ def rows(bench: Bench) -> Iterator[Row]:
             speed: dict[str, list[float]] = defaultdict(list)
             cost: dict[str, list[float]] = defaultdict(list)
             file.read_bytes()  # cached, whatever the host has reclaimed meanwhile
-            for turn, (name, command) in enumerate(alternate(bench.contestants, bench.times(10))):
+            for turn, (name, command) in enumerate(alternate(bench.contestants, bench.times(6))):
                 mibs, seconds = guest_run(command, bench.scratch, file, test, engine)
                 speed[name].append(mibs)
                 cost[name].append(seconds)
