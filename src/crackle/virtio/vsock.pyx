@@ -38,9 +38,6 @@ cdef enum:
     # A driver that never stops submitting must not keep the I/O thread from other devices, and from who wants to stop it.
     MAX_BATCH = 4 * QUEUE_SIZE
     MAX_BATCH_NS = 20_000_000
-    # After looking out in vain so often in a row, it is done now and then only.
-    IN_VAIN = 8
-    TRY_AGAIN = 16
 
 # Nanoseconds to look out for more before asking to be notified. On a single CPU there could not be any meanwhile.
 cdef uint64_t spin_ns = 10_000 if len(os.sched_getaffinity(0)) > 1 else 0
@@ -73,7 +70,6 @@ cdef class Vsock(VirtioDevice):
     cdef uint64_t gpas[MAX_BUFFERS]
     cdef iovec data[MAX_BUFFERS]        # of what is read into them
     cdef int reset_event
-    cdef uint32_t vain                  # times in a row that looking out for more has found nothing
     cdef uint16_t event_avail
     cdef readonly uint64_t rx_events, tx_events, rx_errors, tx_errors, event_fails
 
@@ -146,11 +142,7 @@ cdef class Vsock(VirtioDevice):
         while self.running():
             if self.move(rx, tx):
                 now = now_ns()
-                if until:
-                    # The looking out was worth it.
-                    self.vain = 0
-                if self.vain < IN_VAIN or self.vain % TRY_AGAIN == 0:
-                    until = now + spin_ns
+                until = now + spin_ns
                 if now - begin >= MAX_BATCH_NS:
                     self.notify_again(TX)
                     break
@@ -159,7 +151,6 @@ cdef class Vsock(VirtioDevice):
                 self.mux.host_events()
                 now = now_ns()
             elif self.at_rest(rx, tx):
-                self.vain += 1
                 break
         self.mux.arm()
 
