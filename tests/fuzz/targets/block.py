@@ -11,7 +11,7 @@ from crackle.errors import ConfigError
 from crackle.virtio.block import Block
 from support.driver import F_VERSION_1, Buffer
 from targets.choices import Choices
-from targets.device import DATA, END, HEADERS, RINGS, DeviceTarget, Station, fire
+from targets.device import DATA, HEADERS, RINGS, DeviceTarget, Station, fire
 
 SECTORS = 16
 FLUSH, DISCARD, WRITE_ZEROES = 9, 13, 14
@@ -76,7 +76,7 @@ class Sync(DeviceTarget):
         buffers = [Buffer(head, choices.nearly(16, range(64)) % 4096)]
         for _ in range(choices.below(6)):
             size = choices.nearly(512 * choices.below(9), (0, 1, 511, 513, 8, 16, 24)) % 0x10000
-            gpa = choices.nearly(DATA + choices.below(64) * 512, (END - size, HEADERS, END - 1))
+            gpa = self.somewhere(choices, 128, size)
             if kind in (11, 13):
                 # Segments of discard and write-zeroes: sector, count, flags
                 size = 16
@@ -84,7 +84,7 @@ class Sync(DeviceTarget):
                 gpa = self.put(
                     struct.pack("<QII", fields[0], fields[1] & 0xFFFFFFFF, choices.nearly(0) & 0xFFFFFFFF)
                 )
-            buffers.append(Buffer(gpa & (1 << 64) - 1, size, not writing))
+            buffers.append(Buffer(gpa, size, not writing))
         if not choices.rarely():
             buffers.append(Buffer(self.place(1), 1, True))
         return buffers

@@ -10,7 +10,7 @@ from crackle.errors import StateError
 from crackle.virtio.python import PythonDevice, Request, RequestQueue
 from support.driver import F_VERSION_1, Buffer
 from targets.choices import Choices
-from targets.device import DATA, END, GPA, HEADERS, SIZE, DeviceTarget, Station
+from targets.device import DATA, HEADERS, SIZE, DeviceTarget, Station
 
 
 class Echo(crackle.virtio.custom.VirtioDevice):
@@ -35,6 +35,9 @@ class Echo(crackle.virtio.custom.VirtioDevice):
 
     def answer(self, request: Request) -> None:
         data = b""
+        if self.mood & 8:
+            request.complete()
+            return
         if self.mood & 2:
             data = request.read(min(request.readable, 7))
         if request.readable <= 1 << 16:
@@ -71,14 +74,13 @@ class Python(DeviceTarget):
         buffers = []
         for _ in range(choices.below(8)):
             size = choices.nearly(choices.of((1, 16, 64, 600, 5000)), (0, SIZE, SIZE + 1)) % (1 << 32)
-            gpa = choices.nearly(DATA + choices.below(256) * 16, (END - size % SIZE, GPA, END - 1))
-            buffers.append(Buffer(gpa % (1 << 64), size, bool(choices.byte() & 1)))
+            buffers.append(Buffer(self.somewhere(choices, 16, size), size, bool(choices.byte() & 1)))
         return sorted(buffers, key=lambda buffer: buffer.writable) if choices.byte() < 0xF0 else buffers
 
     def outside(self, choices: Choices, station: Station) -> None:
         what = choices.byte() % 4
         if what == 0:
-            self.echo.mood = choices.byte() & 7
+            self.echo.mood = choices.byte() & 15
         elif what == 1:
             self.echo.write_config(choices.below(60), bytes(choices.below(5)))
         else:

@@ -90,9 +90,13 @@ class Station(Bench):
                 break
 
     def await_used(self, ring: Ring) -> None:
-        """Serve until the device has used something, for at most 5 seconds: the kernel may be asked first."""
+        """Serve until the device has used something."""
+        self.await_that(lambda: ring.used_idx != ring.next_used)
+
+    def await_that(self, condition: Callable[[], bool]) -> None:
+        """Serve until `condition` is there, for at most 5 seconds: the kernel may be asked first."""
         end = time.monotonic() + 5
-        while ring.used_idx == ring.next_used:
+        while not condition():
             assert self.io.step() or time.monotonic() < end, "the device does not answer"
 
 
@@ -128,6 +132,9 @@ class DeviceTarget(Target):
     def begin(self, kind: int, station: Station) -> None:
         """Before an input: what the last one did outside is undone."""
 
+    def prelude(self, stage: int, station: Station) -> None:
+        """How far a driver in order has come before the input begins: 0, not at all, to 3."""
+
     def prove_alive(self, station: Station) -> None:
         """After a reset a driver that behaves is served."""
         raise NotImplementedError
@@ -151,6 +158,7 @@ class DeviceTarget(Target):
         before = descriptors()
         self.free = HEADERS
         station.start(F_VERSION_1 | self.negotiated(choices), 1 << 1 + (setting >> 4) % 5)
+        self.prelude(setting >> 1 & 3, station)
         if setting & 8:
             self.memory.track_dirty(True)
         for _ in range(STEPS):
@@ -193,6 +201,12 @@ class DeviceTarget(Target):
         gpa = self.place(len(content))
         self.memory.write(gpa, content)
         return gpa
+
+    def somewhere(self, choices: Choices, step: int, size: int) -> int:
+        """Where a buffer of `size` bytes may be: at the end of memory more often than chance would have it."""
+        if choices.byte() & 7 == 7 and size <= SIZE:
+            return END - size
+        return choices.nearly(DATA + choices.below(256) * step, (*EDGES, HEADERS, RINGS)) % (1 << 64)
 
     def submit(self, choices: Choices, station: Station) -> None:
         index = choices.below(len(station.rings))

@@ -175,6 +175,8 @@ class Frames(Target):
             to=PORT if not choices.rarely() else choices.number(2),
         )
         if choices.rarely():
+            message = message[: choices.nearly(VNET_HEADER_SIZE + choices.below(80))]
+        if choices.rarely():
             at = VNET_HEADER_SIZE + choices.below(80)
             message = message[:at] + choices.bytes(choices.below(4)) + message[at + choices.below(4) :]
         return message

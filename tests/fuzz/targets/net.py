@@ -9,7 +9,7 @@ import struct
 from crackle.virtio.net import Net
 from support.driver import F_VERSION_1, Buffer
 from targets.choices import Choices
-from targets.device import DATA, END, GPA, HEADERS, DeviceTarget, Station, reap
+from targets.device import DATA, END, HEADERS, DeviceTarget, Station, reap
 
 RX, TX = 0, 1
 MAC, OTHER = bytes.fromhex("06000000000a"), bytes.fromhex("06000000000b")
@@ -84,10 +84,10 @@ class Interface(DeviceTarget):
         buffers = []
         for _ in range(1 + choices.below(5)):
             size = choices.nearly(
-                choices.of((1526, 4096, 2048, 12, 13, 64, 16384, 65562 // 5 + 1)), (0, 1, 11)
+                choices.of((1526, 4096, 2048, 12, 1, 7, 13, 64, 16384, 65562 // 5 + 1)), (0, 1, 11)
             )
-            gpa = choices.nearly(DATA + choices.below(128) * 64, (END - size % SIZE_LIMIT, GPA, END - 1))
-            buffers.append(Buffer(gpa % (1 << 64), size % SIZE_LIMIT, not choices.rarely()))
+            size %= SIZE_LIMIT
+            buffers.append(Buffer(self.somewhere(choices, 64, size), size, not choices.rarely()))
         return buffers
 
     def cut(self, choices: Choices, message: bytes) -> list[Buffer]:
@@ -133,6 +133,15 @@ class Interface(DeviceTarget):
                 except BlockingIOError:
                     break
         return found
+
+    def prelude(self, stage: int, station: Station) -> None:
+        """Receive buffers: large ones, small ones at the end of memory, or both."""
+        rx = station.rings[RX]
+        if stage & 1:
+            rx.offer(*[rx.add([Buffer(DATA, 0x9000, True)]) for _ in range(min(4, len(rx.free)))])
+        if stage & 2 and len(rx.free) >= 3:
+            rx.offer(rx.add([Buffer(END - size, size, True) for size in (7, 64, 0x9000)]))
+        station.notify(RX)
 
     def prove_alive(self, station: Station) -> None:
         self.drain(station)

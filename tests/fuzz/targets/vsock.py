@@ -68,11 +68,11 @@ class Streams(DeviceTarget):
     def chain(self, choices: Choices, queue: int) -> list[Buffer]:
         if queue != TX:
             size = choices.nearly(choices.of((44, 64, 256, 1024, 4096)), (0, 1, 4, 8, 43, 45)) % 0x5000
-            gpa = choices.nearly(DATA + choices.below(128) * 64, (END - size, GPA, END - 1))
+            gpa = self.somewhere(choices, 64, size)
             cut = choices.of((0, 0, 0, 1, 44, 43, 45, 30))
             if not cut or cut >= size:
-                return [Buffer(gpa % (1 << 64), size, not choices.rarely())]
-            return [Buffer(gpa % (1 << 64), cut, True), Buffer((gpa + cut) % (1 << 64), size - cut, True)]
+                return [Buffer(gpa, size, not choices.rarely())]
+            return [Buffer(gpa, cut, True), Buffer((gpa + cut) % (1 << 64), size - cut, True)]
         return self.packet(choices)
 
     def packet(self, choices: Choices) -> list[Buffer]:
@@ -180,24 +180,48 @@ class Streams(DeviceTarget):
         with contextlib.suppress(OSError):
             end.send(data)
 
+    def prelude(self, stage: int, station: Station) -> None:
+        """Receive buffers, and a connection of the guest's that the host has accepted."""
+        rx = station.rings[RX]
+        if stage & 1:
+            rx.offer(*[rx.add([Buffer(DATA + 0x800 * n, 0x800, True)]) for n in range(min(8, len(rx.free)))])
+            station.notify(RX)
+        if stage & 2:
+            self.say(station, REQUEST, 1024)
+            self.accept()
+
+    def say(self, station: Station, op: int, port: int, data: bytes = b"") -> None:
+        """A packet of a driver in order."""
+        tx = station.rings[TX]
+        header = HEADER.pack(CID, HOST, port, PORTS[0], len(data), 1, op, 0, 1 << 18, 0)
+        tx.offer(tx.add([Buffer(self.put(header + data), 44 + len(data))]))
+        station.notify(TX)
+        station.settle()
+
+    def has_arrived(self, op: int, data: bytes) -> bool:
+        """Whether one of the buffers of `prove_alive` has this packet for port 2000."""
+        for n in range(16):
+            packet = self.memory.read(DATA + 0x400 * n, 44 + len(data))
+            fields = HEADER.unpack(packet[:44])
+            if (fields[3], fields[6], packet[44:]) == (2000, op, data):
+                return True
+        return False
+
     def prove_alive(self, station: Station) -> None:
-        """A connection is made, and what the guest says arrives."""
+        """A connection is made, and what each side says arrives."""
+        self.free = HEADERS
         self.hang_up()
         station.start(F_VERSION_1, 16)
         rx, tx = station.rings[RX], station.rings[TX]
-        rx.offer(rx.add([Buffer(DATA, 4096, True)]))
+        # Host programs that connected to a guest that was not there come first.
+        rx.offer(*[rx.add([Buffer(DATA + 0x400 * n, 0x400, True)]) for n in range(16)])
         station.notify(RX)
-        for number, (op, data) in enumerate(((REQUEST, b""), (RW, b"alive"))):
-            header = HEADER.pack(CID, HOST, 2000, PORTS[0], len(data), 1, op, 0, 1 << 18, 0)
-            gpa = HEADERS + 64 * number
-            self.memory.write(gpa, header + data)
-            tx.offer(tx.add([Buffer(gpa, 44 + len(data))]))
-            station.notify(TX)
-            station.settle()
-        station.await_used(rx)
-        fields = HEADER.unpack(self.memory.read(DATA, 44))
-        assert fields[6] == RESPONSE, fields
+        self.say(station, REQUEST, 2000)
+        self.say(station, RW, 2000, b"alive")
+        station.await_that(lambda: self.has_arrived(RESPONSE, b""))
         assert self.accept()
         assert self.ends[-1].recv(100) == b"alive"
+        self.ends[-1].send(b"and well")
+        station.await_that(lambda: self.has_arrived(RW, b"and well"))
         reap(tx)
         assert not tx.chains
