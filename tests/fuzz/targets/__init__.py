@@ -18,7 +18,7 @@ class Name(NamedTuple):
     python: bool = False
 
 
-BLOCK = ("virtio.block", "virtio.block_engine")
+BLOCK = ("virtio.block", "virtio.block_queue", "virtio.block_engine")
 NAMES = {
     "queue": Name("queue:Queue", ("virtio.queue", "memory.guest")),
     "mmio": Name("queue:Mmio", ("virtio.mmio", "virtio.device", "kvm.bus")),
