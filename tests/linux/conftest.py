@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(__file__).parent in item.path.parents and "boot" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.linux)
             if not any(item.iter_markers("timeout")):
-                item.add_marker(pytest.mark.timeout(180))
+                item.add_marker(pytest.mark.timeout(400))
 
 
 class Delegate:
@@ -254,7 +254,7 @@ class Guest:
         self.console.expect("ready\r\n", 30)
         return self
 
-    def sh(self, command: str, timeout: float = 60.0) -> str:
+    def sh(self, command: str, timeout: float = 120.0) -> str:
         """What a command run in the shell printed; it must succeed."""
         self.console.write(f'{command}\necho "<$?>"\n')
         found = self.console.expect(rb"(?s)(.*?)<(\d+)>\r\n", timeout)

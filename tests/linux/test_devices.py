@@ -77,14 +77,14 @@ def test_another_file_can_be_put_behind_a_running_drive(boot: Boot, rootfs: Path
 def test_a_paused_guest_stands_still_and_goes_on_where_it_was(boot: Boot, rootfs: Path) -> None:
     guest = boot(rootfs=rootfs, cpus=2).wait_shell()
     guest.console.write("i=0; while [ $i -lt 100000 ]; do echo tick $i; i=$((i + 1)); done\n")
-    guest.console.expect("tick 5\r")
+    guest.console.expect("tick 5\r", 120)
     guest.vm.pause()
     length = len(guest.console.output)
     time.sleep(1.0)
     assert len(guest.console.output) == length
     last = int(guest.console.output.rsplit(b"tick ", 1)[1].split()[0] or b"0")
     guest.vm.resume()
-    guest.console.expect(f"tick {last + 20}\r")
+    guest.console.expect(f"tick {last + 20}\r", 120)
     ticks = [int(line.split()[1]) for line in guest.console.text.split("\r\n") if line.startswith("tick ")][
         :-1
     ]
