@@ -181,7 +181,7 @@ class Streams(DeviceTarget):
             end.send(data)
 
     def prelude(self, stage: int, station: Station) -> None:
-        """Receive buffers, and a connection of the guest's that the host has accepted."""
+        """Receive buffers; a connection of the guest's that the host has accepted; more than its program has read."""
         rx = station.rings[RX]
         if stage & 1:
             rx.offer(*[rx.add([Buffer(DATA + 0x800 * n, 0x800, True)]) for n in range(min(8, len(rx.free)))])
@@ -189,14 +189,23 @@ class Streams(DeviceTarget):
         if stage & 2:
             self.say(station, REQUEST, 1024)
             self.accept()
+        if stage == 3:
+            for _ in range(6):
+                self.say(station, RW, 1024, size=END - DATA)
 
-    def say(self, station: Station, op: int, port: int, data: bytes = b"") -> None:
-        """A packet of a driver in order."""
+    def say(self, station: Station, op: int, port: int, data: bytes = b"", size: int = 0) -> None:
+        """A packet of a driver in order: with `data`, or `size` bytes of whatever is in memory."""
         tx = station.rings[TX]
-        header = HEADER.pack(CID, HOST, port, PORTS[0], len(data), 1, op, 0, 1 << 18, 0)
-        tx.offer(tx.add([Buffer(self.put(header + data), 44 + len(data))]))
+        header = HEADER.pack(CID, HOST, port, PORTS[0], len(data) + size, 1, op, 0, 1 << 18, 0)
+        buffers = [Buffer(self.put(header + data), 44 + len(data))]
+        if size:
+            buffers.append(Buffer(DATA, size))
+        if len(tx.free) < 2:
+            return
+        tx.offer(tx.add(buffers))
         station.notify(TX)
         station.settle()
+        reap(tx)
 
     def has_arrived(self, op: int, data: bytes) -> bool:
         """Whether one of the buffers of `prove_alive` has this packet for port 2000."""
