@@ -282,6 +282,17 @@ def test_a_header_that_is_cut_short_is_used_and_counted(guest: Guest) -> None:
     assert guest.quiet()
 
 
+@pytest.mark.parametrize("op", [REQUEST, RW, SHUTDOWN])
+def test_more_data_announced_than_sent_begins_no_connection(guest: Guest, op: int) -> None:
+    server = listener(guest, 80)
+    guest.send(op, 1000, 80, b"12345", len=6)
+    assert guest.packet(RST).dst_port == 1000
+    server.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        server.accept()
+    server.close()
+
+
 def test_more_data_announced_than_sent_ends_the_connection(guest: Guest) -> None:
     host = guest_connects(guest)
     guest.send(RW, 1000, 80, b"12345", len=6)

@@ -202,10 +202,8 @@ cdef class Vsock(VirtioDevice):
             self.tx_errors += 1
             return
         if header.len > c.readable_bytes - HEADER:
-            # What is missing is missing from the stream: it cannot go on.
             self.tx_errors += 1
-            header.op = VIRTIO_VSOCK_OP_REQUEST
-            self.mux.take(&header, NULL, 0)
+            self.mux.take_incomplete(&header)
             return
         while skip and skip >= iov.iov_len:
             skip -= iov.iov_len

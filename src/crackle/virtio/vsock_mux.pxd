@@ -30,6 +30,7 @@ cdef class Multiplexer(HostSockets):
     cdef bint pending(self) noexcept nogil
     cdef bint full(self) noexcept nogil
     cdef void take(self, const virtio_vsock_hdr *h, iovec *iov, int count) noexcept nogil
+    cdef void take_incomplete(self, const virtio_vsock_hdr *h) noexcept nogil
     cdef void refuse(self, const virtio_vsock_hdr *h) noexcept nogil
     cdef void begin(self, const virtio_vsock_hdr *h) noexcept nogil
     cdef void take_for(self, connection *c, const virtio_vsock_hdr *h, iovec *iov, int count) noexcept nogil

@@ -72,6 +72,17 @@ cdef class Multiplexer(HostSockets):
         else:
             self.refuse(h)
 
+    cdef void take_incomplete(self, const virtio_vsock_hdr *h) noexcept nogil:
+        """A packet that announces more than it has: what is missing is missing from the stream, which cannot go on."""
+        cdef connection *c = NULL
+        self.tx_packets += 1
+        if h.type == VIRTIO_VSOCK_TYPE_STREAM and h.dst_cid == VMADDR_CID_HOST and h.src_cid == self.cid:
+            c = self.table.find(h.dst_port, h.src_port)
+        if c == NULL:
+            self.refuse(h)
+        else:
+            self.kill(c)
+
     cdef void refuse(self, const virtio_vsock_hdr *h) noexcept nogil:
         """Answer with a reset; never a reset with another (5.10.6.6)."""
         cdef reset_reply *reply
