@@ -4,6 +4,7 @@ from crackle.includes.block cimport VIRTIO_BLK_ID_BYTES
 from crackle.ratelimit.limiter cimport RateLimiter
 from crackle.virtio.block_engine cimport Engine, operation, request
 from crackle.virtio.device cimport VirtioDevice
+from crackle.virtio.latency cimport latency
 from crackle.virtio.queue cimport Virtqueue, chain
 
 cdef enum:
@@ -14,11 +15,6 @@ cdef enum:
     SEG_MAX = QUEUE_SIZE - 2
     # A chain may name the same memory many times over: no request keeps the I/O thread for longer than this takes.
     MAX_TRANSFER = 1 << 30
-
-cdef struct latency:
-    uint64_t min_us
-    uint64_t max_us
-    uint64_t sum_us
 
 cdef class BlockQueue(VirtioDevice):
     cdef int fd

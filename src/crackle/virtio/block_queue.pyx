@@ -10,6 +10,7 @@ from crackle.includes.threads cimport *
 from crackle.includes.virtio cimport *
 from crackle.virtio.block_engine cimport DO_ALLOCATE, DO_FLUSH, DO_NOTHING, DO_READ, DO_WRITE, operation, request
 from crackle.virtio.device cimport VirtioDevice
+from crackle.virtio.latency cimport note_latency
 from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers, iovec
 
 import os
@@ -30,13 +31,6 @@ cdef enum:
 # Nanoseconds to look out for the next request before asking for a notification, about what that and the sleep would cost. On
 # a single CPU the driver could not make one meanwhile.
 cdef uint64_t spin_ns = 10_000 if len(os.sched_getaffinity(0)) > 1 else 0
-
-
-cdef void note_latency(latency *l, uint64_t us) noexcept nogil:
-    if us < l.min_us or l.sum_us == 0:
-        l.min_us = us
-    l.max_us = max(l.max_us, us)
-    l.sum_us += us
 
 
 cdef class BlockQueue(VirtioDevice):

@@ -1,16 +1,13 @@
 """virtio-net (virtio 1.2, section 5.1): an Ethernet interface on a TAP of the host.
 
-Queue 0 receives, queue 1 transmits; both are served on the I/O thread, by `readv` straight into the guest's buffers and
-`writev` straight out of them. Owns the TAP's descriptor and, where there is a metadata service, the device's end of the
-wire to it: a socket of frames beside the TAP.
-
-Receiving keeps a window of chains that were taken from the queue ahead, enough for the largest frame, because the length
-of a frame is known only when it has been read. A frame that the limiter refuses stays in the guest's buffers, untold.
+Queue 0 receives (`net_receive`), queue 1 transmits; both are served on the I/O thread, by `readv` straight into the guest's
+buffers and `writev` straight out of them. Owns the TAP's descriptor and, where there is a metadata service, the device's
+end of the wire to it: a socket of frames beside the TAP.
 """
 
-from libc.errno cimport EAGAIN, EINTR, ENOTTY, errno
+from libc.errno cimport EINTR, ENOTTY, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcmp, memcpy, memmove, memset
+from libc.string cimport memcmp, memcpy, memset
 from posix.unistd cimport close, write
 
 from crackle.devices.iothread cimport IoThread
@@ -20,7 +17,9 @@ from crackle.includes.virtio cimport VIRTIO_MMIO_INT_VRING
 from crackle.memory.guest cimport GuestMemory
 from crackle.ratelimit.limiter cimport RateLimiter
 from crackle.virtio.device cimport VirtioDevice
-from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers, iovec
+from crackle.virtio.latency cimport note_latency
+from crackle.virtio.net_receive cimport HEADER, MAX_BATCH, MAX_BATCH_NS, MAX_FRAME, RX, TX, Receiver
+from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers, iovec
 
 import os
 
@@ -34,27 +33,16 @@ cdef extern from "<sys/epoll.h>" nogil:
         EPOLLET
 
 cdef extern from "<sys/uio.h>" nogil:
-    ssize_t readv(int fd, const iovec *iov, int count)
     ssize_t writev(int fd, const iovec *iov, int count)
 
 cdef enum:
-    RX = 0
-    TX = 1
-    HEADER = 12                 # struct virtio_net_hdr_v1
     ETHERNET = 14               # two addresses and a type
-    # The largest frame with its header, and what a driver without large frames provides (5.1.6.3.1).
-    MAX_FRAME = 65562
+    # What a driver without large frames provides, with its header (5.1.6.3.1).
     PLAIN_FRAME = 1526
-    NUM_BUFFERS = 10            # where the field is in the header
     ETHERTYPE_IPV4 = 0x0800
     ETHERTYPE_ARP = 0x0806
     # Used chains are shown to the driver in groups: a polling driver shares the cache line with this thread.
-    RX_GROUP = 32
     TX_GROUP = 16
-    # Neither direction keeps the I/O thread from the other, from other devices, and from who wants to stop it.
-    MAX_BATCH = QUEUE_SIZE
-    MAX_BATCH_NS = 2_000_000
-    MAX_CHAINS = 4 * QUEUE_SIZE
     # A notification takes this many times as long as looking out before one: the exit, and the wake-up of this thread.
     SOON = 4
 
@@ -94,7 +82,7 @@ cdef unsigned int offload_flags(uint64_t features) noexcept nogil:
     return flags
 
 
-cdef class Net(VirtioDevice):
+cdef class Net(Receiver):
     """A network interface on `tap_fd`, from `crackle.virtio.tap.open_tap`; the device closes it.
 
     Any descriptor that passes whole frames with a `struct virtio_net_hdr_v1` before them will do, not blocking.
@@ -103,9 +91,6 @@ cdef class Net(VirtioDevice):
     drop_spoofed: frames that the guest sends from another address than `mac` are dropped, not only counted.
     Raises ConfigError.
     """
-
-    def __cinit__(self, *args, **kwargs):
-        self.tap_fd = self.wire_fd = -1
 
     def __init__(
         self, GuestMemory memory, int tap_fd, *, bytes mac=None, mtu=None, rx_limiter=None, tx_limiter=None,
@@ -202,18 +187,6 @@ cdef class Net(VirtioDevice):
         self.offloads = features
         return True
 
-    cdef void forget(self) noexcept nogil:
-        self.chain_first, self.chain_count, self.iov_first, self.iov_count = 0, 0, 0, 0
-        self.room, self.deferred, self.unpublished = 0, 0, 0
-
-    cdef void on_drain(self) noexcept nogil:
-        """Let go of the window: what was taken from the queue ahead is available again, as the saved state says."""
-        if self.deferred:
-            self.finish(<Virtqueue> self.table[RX], self.deferred)
-            self.tell_driver(<Virtqueue> self.table[RX])
-        (<Virtqueue> self.table[RX]).put_back(<uint16_t> self.chain_count)
-        self.forget()
-
     cdef void notified(self, int index) noexcept nogil:
         if index == RX:
             self.rx_queue_events += 1
@@ -243,170 +216,6 @@ cdef class Net(VirtioDevice):
         if self.running():
             self.handle_queue(RX, <Virtqueue> self.table[RX])
         pthread_mutex_unlock(&self.lock)
-
-    # -- receiving (5.1.6.4) -------------------------------------------------------------------------------------
-
-    cdef bint window_full(self) noexcept nogil:
-        return self.chain_count == QUEUE_SIZE or self.iov_count + QUEUE_SIZE > WINDOW
-
-    cdef bint take_chain(self, Virtqueue queue) noexcept nogil:
-        """Move one chain from the queue into the window; False when there is none, or no room for its buffers."""
-        cdef waiting *place
-        cdef chain *c = &self.incoming
-        cdef int found, end
-        if self.window_full() or self.budget == 0:
-            return False
-        self.budget -= 1
-        if self.chain_first + self.chain_count == QUEUE_SIZE:
-            memmove(self.chains, &self.chains[self.chain_first], self.chain_count * sizeof(waiting))
-            self.chain_first = 0
-        if self.iov_first + self.iov_count + QUEUE_SIZE > WINDOW:
-            memmove(self.iov, &self.iov[self.iov_first], self.iov_count * sizeof(iovec))
-            memmove(self.gpa, &self.gpa[self.iov_first], self.iov_count * sizeof(uint64_t))
-            self.iov_first = 0
-        end = self.iov_first + self.iov_count
-        found = queue.pop(c)
-        if found != QUEUE_CHAIN:
-            if found == QUEUE_BROKEN:
-                self.need_reset()
-            return False
-        place = &self.chains[self.chain_first + self.chain_count]
-        place.head, place.buffers, place.size = c.head, <uint16_t> c.writable, c.writable_bytes
-        if c.readable or c.writable_bytes < self.chain_least:
-            # Given back without a byte, in its turn.
-            self.rx_fails += 1
-            place.buffers, place.size = 0, 0
-            if self.chain_count == 0:
-                queue.push(c.head, 0)
-                self.unpublished += 1
-                return True
-        memcpy(&self.iov[end], c.iov, place.buffers * sizeof(iovec))
-        memcpy(&self.gpa[end], c.gpa, place.buffers * sizeof(uint64_t))
-        self.chain_count += 1
-        self.iov_count += place.buffers
-        self.room += place.size
-        return True
-
-    cdef bint gather(self, Virtqueue queue) noexcept nogil:
-        """Fill the window until the largest frame fits; False when the driver provides too little for any."""
-        if not self.merging:
-            while self.chain_count == 0:
-                if not self.take_chain(queue):
-                    return False
-            return True
-        while self.room < MAX_FRAME:
-            if not self.take_chain(queue):
-                return self.running() and self.room >= max(self.least, self.largest)
-        return True
-
-    cdef ssize_t fetch(self) noexcept nogil:
-        """Read a frame into the window, from the wire if there is one; its length, or -1 when there is none."""
-        cdef const iovec *iov = &self.iov[self.iov_first]
-        cdef int count = self.iov_count if self.merging else self.chains[self.chain_first].buffers
-        cdef ssize_t n
-        if self.wire_ready:
-            n = readv(self.wire_fd, iov, count)
-            if n > 0:
-                self.wire_received += 1
-                return n
-            self.wire_ready = False
-        while True:
-            n = readv(self.tap_fd, iov, count)
-            if n > 0:
-                return n
-            if n == 0 or errno != EINTR:
-                if n < 0 and errno != EAGAIN:
-                    self.tap_read_fails += 1
-                return -1
-
-    cdef void receive(self, Virtqueue queue) noexcept nogil:
-        cdef uint64_t begin, size
-        cdef uint32_t frames = 0
-        cdef ssize_t n
-        if self.rx_limiter.blocked:
-            self.rx_throttled += 1
-            return
-        begin = now_ns()
-        self.budget = MAX_CHAINS
-        while True:
-            size = self.deferred
-            if not size:
-                if not self.gather(queue):
-                    if self.running():
-                        self.no_rx_buffer += 1
-                        if self.budget == 0 or not (self.window_full() or queue.rearm()):
-                            # More has come meanwhile; but others have their turn first.
-                            self.notify_again(RX)
-                    break
-                n = self.fetch()
-                if n < 0:
-                    break
-                size = n
-            if size < HEADER or (self.merging and size == self.room and size < MAX_FRAME):
-                # Nothing but a header, or a frame that was cut because it is larger than any before it.
-                self.rx_fails += 1
-                size += 1
-            elif self.rx_limiter.consume(size, 1):
-                self.finish(queue, size)
-            else:
-                self.deferred = size
-                break
-            self.largest = max(self.largest, min(size, <uint64_t> MAX_FRAME))
-            frames += 1
-            if self.unpublished >= RX_GROUP:
-                self.tell_driver(queue)
-            if frames == MAX_BATCH or (frames & 15 == 0 and now_ns() - begin >= MAX_BATCH_NS):
-                self.notify_again(RX)
-                break
-        self.tell_driver(queue)
-
-    cdef void finish(self, Virtqueue queue, uint64_t size) noexcept nogil:
-        """The window begins with a frame of `size` bytes: give its chains to the driver."""
-        cdef waiting *place = &self.chains[self.chain_first]
-        cdef iovec *iov = &self.iov[self.iov_first]
-        cdef uint64_t left = size, part
-        cdef uint16_t count = 0
-        cdef int i, buffers = 0
-        while left:
-            part = min(left, place[count].size)
-            queue.push(place[count].head, <uint32_t> part)
-            left -= part
-            buffers += place[count].buffers
-            self.room -= place[count].size
-            count += 1
-        # The TAP leaves this field to the device.
-        if iov.iov_len >= HEADER:
-            memcpy(<uint8_t *> iov.iov_base + NUM_BUFFERS, &count, sizeof(count))
-        else:
-            copy_buffers(iov, place.buffers, NUM_BUFFERS, &count, sizeof(count), True)
-        if self.memory.tracking:
-            left = size
-            for i in range(buffers):
-                part = min(left, iov[i].iov_len)
-                self.memory.mark_dirty(self.gpa[self.iov_first + i], part)
-                left -= part
-        self.chain_first += count
-        self.chain_count -= count
-        self.iov_first += buffers
-        self.iov_count -= buffers
-        while self.chain_count and self.chains[self.chain_first].size == 0:
-            # Not fit to receive into: it is its turn to be given back.
-            queue.push(self.chains[self.chain_first].head, 0)
-            self.chain_first += 1
-            self.chain_count -= 1
-            count += 1
-        self.unpublished += count
-        self.deferred = 0
-        self.rx_frames += 1
-        self.rx_bytes += size
-
-    cdef void tell_driver(self, Virtqueue queue) noexcept nogil:
-        """Show the receive buffers used so far."""
-        if self.unpublished:
-            self.unpublished = 0
-            queue.publish()
-            if queue.wants_interrupt():
-                self.interrupt(VIRTIO_MMIO_INT_VRING)
 
     # -- transmitting (5.1.6.2) ----------------------------------------------------------------------------------
 
@@ -529,7 +338,7 @@ cdef class Net(VirtioDevice):
         else:
             self.tx_frames += 1
             self.tx_bytes += size
-        note_write(&self.writes, (now - clock[0]) // 1000)
+        note_latency(&self.writes, (now - clock[0]) // 1000)
         clock[0] = now
         return True
 
@@ -597,13 +406,6 @@ cdef class Net(VirtioDevice):
             raise ValueError(f"saved address and MTU {state.mac}, {state.mtu} are not {self.mac}, {self.mtu}")
         self.rx_limiter.restore(state.rx_limiter)
         self.tx_limiter.restore(state.tx_limiter)
-
-
-cdef void note_write(write_times *w, uint64_t us) noexcept nogil:
-    if us < w.min_us or w.sum_us == 0:
-        w.min_us = us
-    w.max_us = max(w.max_us, us)
-    w.sum_us += us
 
 
 cdef void tap_ready(void *context, uint32_t events) noexcept nogil:
