@@ -220,6 +220,18 @@ def test_while_the_microvm_is_paused_nothing_is_sent_again_and_nobody_wakes() ->
         assert device.recv(1 << 17) == first
 
 
+def test_an_error_that_nobody_foresaw_ends_connections_and_not_the_service(
+    namespace: Namespace, tap: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with service([tap]) as mmds:
+        with monkeypatch.context() as patch:
+            patch.setattr("crackle.mmds.stack.Stack.transmit", lambda _stack, _now: 1 / 0)
+            refused = namespace.run("curl", "--max-time", "1", f"{URL}/foo", check=False)
+            assert refused.returncode == 28  # no answer
+        assert mmds.counters()["tx_errors"] > 0
+        assert curl(namespace, f"{URL}/foo") == "bar"
+
+
 def test_an_interface_that_goes_away_takes_nothing_with_it() -> None:
     gone, stays = wire(), wire()
     with service([gone[1], stays[1]]):

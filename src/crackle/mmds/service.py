@@ -62,7 +62,18 @@ class _Wire:
                 self.stack.counters["rx_accepted_err"] += 1
         return True
 
-    def send(self, now: float) -> bool:
+    def serve(self, now: float) -> bool:
+        """Do what time asks for, and send what there is. True if there is more, and the link would take it."""
+        try:
+            self.stack.expire(now)
+            return self._send(now)
+        except Exception:
+            # As above; but what would raise again must go.
+            self.stack.forget()
+            self.stack.counters["tx_errors"] += 1
+            return False
+
+    def _send(self, now: float) -> bool:
         """Send what there is, as far as the link takes it. True if there is more, and it would take it."""
         counters = self.stack.counters
         for _ in range(_BATCH):
@@ -190,8 +201,7 @@ class Mmds:
                 busy = False
                 for fd, wire in live.items():
                     before = wire.events
-                    wire.stack.expire(now)
-                    busy |= wire.send(now)
+                    busy |= wire.serve(now)
                     if wire.events != before:
                         poll.modify(fd, wire.events)
         finally:

@@ -156,6 +156,12 @@ class Stack:
             else:
                 self._ready[key] = None
 
+    def forget(self) -> None:
+        """End all connections without a word, and drop what waits to be sent."""
+        self._replies.clear()
+        for key in list(self._connections):
+            self._remove(key)
+
     def _remove(self, key: tuple[bytes, int]) -> None:
         del self._connections[key], self._peers[key]
         self._ready.pop(key, None)
