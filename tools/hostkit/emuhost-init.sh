@@ -23,6 +23,8 @@ $b mount -t cgroup2 cgroup2 /sys/fs/cgroup
 for controller in $($b cat /sys/fs/cgroup/cgroup.controllers); do
     echo +$controller > /sys/fs/cgroup/cgroup.subtree_control
 done
+# What comes in there only wakes this machine.
+$b stty -echo < /dev/console
 $b ip link set lo up
 $b hostname emuhost
 

@@ -222,7 +222,9 @@ def _run(options: Options, host: kernel.DebianKernel, initramfs: Path) -> int:
             tty.setraw(0)
         control, console = Tail(mine["control"]), Tail(mine["console"], 2 if options.console else None)
         outputs = [Output(mine["stdout"], 1, token.encode()), Output(mine["stderr"], 2, token.encode())]
-        relay(Input(0, mine["stdin"]), outputs, [control, console], process, BOOT_PATIENCE)
+        # A processor that sleeps and misses its timer sleeps for ever: an interrupt of the serial port wakes it.
+        nudged = mine["console"]
+        relay(Input(0, mine["stdin"]), outputs, [control, console], process, BOOT_PATIENCE, nudged)
         while not control.data.endswith(b"\n") and not control.ended:
             control.receive()
         if control.data:

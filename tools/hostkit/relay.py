@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import select
 import socket
 import time
 
 _CHUNK = 1 << 16
+_NUDGE_S = 1.0
 
 
 class NotUpError(Exception):
@@ -101,12 +104,21 @@ def _write(fd: int, data: bytes) -> None:
         data = data[os.write(fd, data) :]
 
 
-def relay(stdin: Input, outputs: list[Output], tails: list[Tail], process: int, patience: float) -> None:
+def relay(
+    stdin: Input,
+    outputs: list[Output],
+    tails: list[Tail],
+    process: int,
+    patience: float,
+    nudged: socket.socket | None = None,
+) -> None:
     """Move bytes until all `outputs` have ended or the process behind the pidfd `process` has.
 
-    NotUpError when they have not begun within `patience` seconds; nothing of `stdin` is read before.
+    NotUpError when they have not begun within `patience` seconds; nothing of `stdin` is read before. `nudged` is sent
+    a NUL byte every second.
     """
     deadline = time.monotonic() + patience
+    nudge_at = time.monotonic() + _NUDGE_S
     while True:
         up = all(output.begun for output in outputs)
         poll = select.poll()
@@ -121,7 +133,12 @@ def relay(stdin: Input, outputs: list[Output], tails: list[Tail], process: int, 
             poll.register(stdin.target, select.POLLOUT)
         elif up and not stdin.ended:
             poll.register(stdin.source, select.POLLIN)
-        events = dict(poll.poll(None if up else max(0.0, deadline - time.monotonic()) * 1000))
+        until = min(nudge_at if nudged else math.inf, math.inf if up else deadline)
+        events = dict(poll.poll(None if until == math.inf else max(0.0, until - time.monotonic()) * 1000))
+        if nudged and time.monotonic() >= nudge_at:
+            nudge_at = time.monotonic() + _NUDGE_S
+            with contextlib.suppress(OSError):
+                nudged.send(b"\0", socket.MSG_DONTWAIT)
         if not up and time.monotonic() >= deadline:
             raise NotUpError
         for fd, reader in readers.items():
