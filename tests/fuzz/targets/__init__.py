@@ -24,7 +24,7 @@ NAMES = {
     "mmio": Name("queue:Mmio", ("virtio.mmio", "virtio.device", "kvm.bus")),
     "block": Name("block:Sync", BLOCK),
     "async": Name("block:Async", (*BLOCK, "virtio.block_async")),
-    "net": Name("net:Interface", ("virtio.net",)),
+    "net": Name("net:Interface", ("virtio.net", "virtio.net_receive")),
     "vsock": Name(
         "vsock:Streams", ("virtio.vsock", "virtio.vsock_mux", "virtio.vsock_host", "virtio.vsock_table")
     ),
