@@ -43,10 +43,11 @@ WORDS = (
 )
 
 
-def service() -> Responder:
+def service(version: str = "V2", *, compatible: bool = False) -> Responder:
     store = Store(51200)
     store.put(DOCUMENT)
-    return Responder(MmdsConfig(network_interfaces=["eth0"], version="V2"), store)
+    config = MmdsConfig(network_interfaces=["eth0"], version=version, imds_compat=compatible)
+    return Responder(config, store)
 
 
 def request(choices: Choices) -> bytes:
@@ -65,19 +66,29 @@ class Http(Target):
     """Requests, whole and in pieces."""
 
     def __init__(self) -> None:
-        self.responder = service()
+        self.responders = [
+            service(version, compatible=yes) for version in ("V1", "V2") for yes in (False, True)
+        ]
 
     def run(self, data: bytes) -> None:
         choices = Choices(data)
-        waiting = bytearray()
+        responder, waiting = choices.of(self.responders), bytearray()
+        token = b"none"
         for _ in range(MOST):
             if not choices:
                 break
-            waiting += request(choices) if choices.byte() < 0xC0 else choices.bytes(choices.below(200))
+            kind = choices.byte()
+            if kind < 0x30:
+                # As a client in order asks, with the token that it was given.
+                waiting += choices.of(WORDS[:3]) + choices.of((b"", WORDS[6], WORDS[7]))
+                waiting += b"X-metadata-token: " + token + b"\r\n\r\n"
+            else:
+                waiting += request(choices) if kind < 0xC0 else choices.bytes(choices.below(200))
             before = len(waiting)
-            while (answer := self.responder.take(waiting)) is not None:
+            while (answer := responder.take(waiting)) is not None:
                 assert answer[0].startswith((b"HTTP/1.1 ", b"HTTP/1.0 "))
                 assert len(waiting) < before
+                token = answer[0].rpartition(b"\r\n\r\n")[2] if b"oken-ttl" in answer[0] else token
                 before = len(waiting)
                 if answer[1]:
                     return
