@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import crackle.virtio.queue
@@ -239,6 +239,12 @@ def test_a_disk_whose_driver_is_mad(memory: GuestMemory, disk: Path, engine: str
         script=scripts,
         features=st.sampled_from([0, F_EVENT_IDX, F_INDIRECT, F_INDIRECT | F_EVENT_IDX]),
     )
+    # One that reads, one that writes, one that flushes, one that asks for nothing known, one with a broken ring.
+    @example(script=[("chain", 1, (0, 0, [(512, True)]))], features=0)
+    @example(script=[("chain", 1, (1, 0, [(512, False)]))], features=0)
+    @example(script=[("chain", 1, (4, 0, []))], features=0)
+    @example(script=[("chain", 1, (99, 0, []))], features=0)
+    @example(script=[("descriptor", 0, (1 << 60, 16, 0, 0)), ("offer", [0], None)], features=0)
     def attack(script: list[tuple[str, object, object]], features: int) -> None:
         with Guest(memory, disk, writeback=True, engine=engine) as guest:
             ring = guest.begin(RING, 16, F_VERSION_1 | F_ALLOCATE | features)

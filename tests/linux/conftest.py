@@ -117,7 +117,7 @@ class Delegate:
             self.reports.setdefault(report.nodeid, []).append(report)
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
         """Report what happened to the test in the emulated host."""
         if item.nodeid not in self.wanted:
             return None
@@ -125,6 +125,8 @@ class Delegate:
         for report in self.reports.get(item.nodeid) or [self._missing(item)]:
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        # What an earlier test, one that ran here, has left set up for its neighbours.
+        item.session._setupstate.teardown_exact(nextitem)
         return True
 
     def _missing(self, item: pytest.Item) -> pytest.TestReport:

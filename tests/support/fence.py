@@ -45,9 +45,17 @@ class Fenced:
             self._fences.append((memory.regions[0].hva, size))
             poison(*self._fences[-1])
 
-    def close(self) -> None:
+    def __del__(self) -> None:
+        # Whatever is mapped there next must be usable.
+        self._lift()
+
+    def _lift(self) -> None:
         for fence in self._fences:
             unpoison(*fence)
+        self._fences.clear()
+
+    def close(self) -> None:
+        self._lift()
         for memory in (self.memory, *self._others):
             memory.close()
 
