@@ -10,31 +10,11 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport strerror
 from posix.unistd cimport close, read, write
 
+from crackle.includes.events cimport *
 from crackle.includes.threads cimport *
 
 from crackle.errors import ConfigError, KvmError, StateError
 
-
-cdef extern from "<sys/epoll.h>" nogil:
-    enum:
-        EPOLL_CLOEXEC
-        EPOLL_CTL_ADD
-        EPOLL_CTL_MOD
-        EPOLLIN
-    ctypedef union epoll_data_t:
-        void *ptr
-    struct epoll_event:
-        uint32_t events
-        epoll_data_t data
-    int epoll_create1(int flags)
-    int epoll_ctl(int epfd, int op, int fd, epoll_event *event)
-    int epoll_wait(int epfd, epoll_event *events, int maxevents, int timeout)
-
-cdef extern from "<sys/eventfd.h>" nogil:
-    enum:
-        EFD_CLOEXEC
-        EFD_NONBLOCK
-    int eventfd(unsigned int initial, int flags)
 
 cdef enum:
     ASK_RUN = 0

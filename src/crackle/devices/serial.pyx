@@ -13,16 +13,12 @@ from libc.string cimport memset
 from posix.unistd cimport read, write
 
 from crackle.devices.iothread cimport IoThread, event_source
+from crackle.includes.events cimport EPOLLIN, EPOLLONESHOT
 from crackle.includes.threads cimport *
 from crackle.kvm.bus cimport BUS_CONTINUE, Bus
 
 from crackle.devices.state import SerialState
 
-
-cdef extern from "<sys/epoll.h>" nogil:
-    enum:
-        EPOLLIN
-        EPOLLONESHOT
 
 cdef extern from "<linux/serial_reg.h>" nogil:
     enum:

@@ -13,19 +13,12 @@ from libc.string cimport memset, strerror
 from posix.time cimport itimerspec
 from posix.unistd cimport close, read
 
+from crackle.includes.events cimport CLOCK_MONOTONIC, TFD_CLOEXEC, TFD_NONBLOCK, timerfd_create, timerfd_settime
 from crackle.includes.threads cimport now_ns
 
 from crackle.errors import ConfigError
 from crackle.ratelimit.state import BucketState, LimiterState
 
-
-cdef extern from "<sys/timerfd.h>" nogil:
-    enum:
-        CLOCK_MONOTONIC
-        TFD_CLOEXEC
-        TFD_NONBLOCK
-    int timerfd_create(int clock, int flags)
-    int timerfd_settime(int fd, int flags, const itimerspec *new, itimerspec *old)
 
 cdef extern from * nogil:
     """

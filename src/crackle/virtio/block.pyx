@@ -11,6 +11,7 @@ from posix.unistd cimport close
 
 from crackle.devices.iothread cimport IoThread
 from crackle.includes.block cimport *
+from crackle.includes.events cimport EPOLLET, EPOLLIN
 from crackle.includes.threads cimport *
 from crackle.includes.virtio cimport *
 from crackle.memory.guest cimport GuestMemory
@@ -25,11 +26,6 @@ from crackle.errors import ConfigError
 from crackle.virtio.backing import open_backing
 from crackle.virtio.state import BlockState
 
-
-cdef extern from "<sys/epoll.h>" nogil:
-    enum:
-        EPOLLET
-        EPOLLIN
 
 cdef uint64_t ALLOCATE_FEATURES = <uint64_t> 1 << VIRTIO_BLK_F_DISCARD | <uint64_t> 1 << VIRTIO_BLK_F_WRITE_ZEROES
 

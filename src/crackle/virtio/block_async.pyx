@@ -7,7 +7,6 @@ restricted to the operations below on the one registered file.
 Owns the ring, its requests and the eventfd. Guest memory must outlive what is in flight: `shut_down` waits for it.
 """
 
-from libc.errno cimport errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset, strerror
@@ -16,16 +15,11 @@ from posix.unistd cimport close
 from crackle.includes.uring cimport *
 from crackle.memory.guest cimport GuestMemory
 from crackle.virtio.block_engine cimport DO_FLUSH, DO_READ, DO_WRITE, Engine, request
+from crackle.virtio.device cimport new_eventfd
 from crackle.virtio.queue cimport MAX_QUEUE_SIZE, iovec
 
 from crackle.errors import ConfigError
 
-
-cdef extern from "<sys/eventfd.h>" nogil:
-    enum:
-        EFD_CLOEXEC
-        EFD_NONBLOCK
-    int eventfd(unsigned int initial, int flags)
 
 cdef extern from * nogil:
     void full_barrier "__sync_synchronize" ()
@@ -100,9 +94,7 @@ cdef class AsyncEngine(Engine):
             params.flags = IORING_SETUP_R_DISABLED
             check(io_uring_queue_init_params(DEPTH, &self.ring, &params))
         self.made = True
-        self.event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-        if self.event_fd < 0:
-            raise ConfigError(f"cannot make an eventfd: {strerror(errno).decode()}")
+        self.event_fd = new_eventfd()
         check(io_uring_register_files(&self.ring, &nothing, 1))
         check(io_uring_register_eventfd(&self.ring, self.event_fd))
         restrict(&self.ring)

@@ -22,6 +22,9 @@ cdef struct limiter_source:
     void *limiter
     int queue
 
+# One that does not block, for its owner to close; ConfigError when the process is out of descriptors.
+cdef int new_eventfd() except -1
+
 cdef class VirtioDevice:
     cdef pthread_mutex_t lock
     cdef bint made                  # __cinit__ has run, and the descriptors below are ours

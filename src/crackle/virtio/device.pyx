@@ -14,6 +14,7 @@ from libc.string cimport strerror
 from posix.unistd cimport close, write
 
 from crackle.devices.iothread cimport IoThread
+from crackle.includes.events cimport EFD_CLOEXEC, EFD_NONBLOCK, EPOLLET, EPOLLIN, eventfd
 from crackle.includes.threads cimport *
 from crackle.includes.virtio cimport *
 from crackle.memory.guest cimport GuestMemory
@@ -22,17 +23,6 @@ from crackle.virtio.queue cimport Virtqueue
 
 from crackle.errors import ConfigError
 
-
-cdef extern from "<sys/epoll.h>" nogil:
-    enum:
-        EPOLLET
-        EPOLLIN
-
-cdef extern from "<sys/eventfd.h>" nogil:
-    enum:
-        EFD_CLOEXEC
-        EFD_NONBLOCK
-    int eventfd(unsigned int initial, int flags)
 
 cdef extern from * nogil:
     int atomic_or "__sync_fetch_and_or" (int *place, int bits)

@@ -11,6 +11,7 @@ from libc.string cimport memcmp, memcpy, memset
 from posix.unistd cimport close, write
 
 from crackle.devices.iothread cimport IoThread
+from crackle.includes.events cimport EPOLLET, EPOLLIN
 from crackle.includes.net cimport *
 from crackle.includes.threads cimport *
 from crackle.includes.virtio cimport VIRTIO_MMIO_INT_VRING
@@ -26,11 +27,6 @@ import os
 from crackle.errors import ConfigError
 from crackle.virtio.state import NetState
 
-
-cdef extern from "<sys/epoll.h>" nogil:
-    enum:
-        EPOLLIN
-        EPOLLET
 
 cdef extern from "<sys/uio.h>" nogil:
     ssize_t writev(int fd, const iovec *iov, int count)

@@ -11,6 +11,7 @@ from posix.time cimport nanosleep, timespec
 
 from crackle.devices.iothread cimport IoThread
 from crackle.includes.block cimport VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX
+from crackle.includes.events cimport EPOLLONESHOT, EPOLLRDHUP
 from crackle.includes.threads cimport *
 from crackle.includes.vhost_user cimport *
 from crackle.includes.virtio cimport (
@@ -28,11 +29,6 @@ from crackle.errors import ConfigError, CrackleError, StateError
 from crackle.virtio.state import VhostUserBlockState
 from crackle.virtio.vhost_user import Ring, VhostUser
 
-
-cdef extern from "<sys/epoll.h>" nogil:
-    enum:
-        EPOLLONESHOT
-        EPOLLRDHUP
 
 cdef extern from * nogil:
     uint16_t load_idx "__atomic_load_n" (uint16_t *place, int order)

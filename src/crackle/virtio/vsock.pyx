@@ -8,6 +8,7 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from crackle.devices.iothread cimport IoThread
+from crackle.includes.events cimport EPOLLIN
 from crackle.includes.threads cimport *
 from crackle.includes.virtio cimport *
 from crackle.includes.vsock cimport *

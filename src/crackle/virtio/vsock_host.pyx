@@ -12,8 +12,10 @@ from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, errno
 from libc.stdint cimport UINT32_MAX, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.string cimport memchr, memcpy, memset, strerror
+from posix.time cimport itimerspec
 from posix.unistd cimport close, read
 
+from crackle.includes.events cimport *
 from crackle.includes.threads cimport now_ns
 from crackle.includes.vsock cimport *
 from crackle.virtio.queue cimport iovec
