@@ -29,7 +29,6 @@ from support.driver import (
     WRITE,
     Bench,
     Buffer,
-    Ring,
 )
 from support.fence import Fenced
 
@@ -103,11 +102,7 @@ class Guest(Bench):
         self.service.close()
 
     def begin_both(self, features: int) -> None:
-        self.rings = [Ring(self.memory, base, ENTRIES) for base in RINGS]
-        assert self.registers.negotiate(F_VERSION_1 | features)
-        for queue, ring in enumerate(self.rings):
-            assert self.registers.set_up_queue(queue, ring)
-        self.registers.drive()
+        self.rings = self.begin_queues(RINGS, ENTRIES, F_VERSION_1 | features)
 
     def play(self, action: str, first: Any, second: Any) -> None:
         """One step of a script."""

@@ -28,7 +28,6 @@ from support.driver import (
     WRITE,
     Bench,
     Buffer,
-    Ring,
 )
 from support.fence import Fenced
 from support.vsock import CID, HOST, REQUEST, RESPONSE, RST, RW, RX, SHUTDOWN, TX, Packet, decode
@@ -134,11 +133,7 @@ class Guest(Bench):
         self.device.close()
 
     def begin_all(self, features: int) -> None:
-        self.rings = [Ring(self.memory, base, ENTRIES) for base in RINGS]
-        assert self.registers.negotiate(F_VERSION_1 | features)
-        for queue, ring in enumerate(self.rings):
-            assert self.registers.set_up_queue(queue, ring)
-        self.registers.drive()
+        self.rings = self.begin_queues(RINGS, ENTRIES, F_VERSION_1 | features)
 
     def play(self, action: str, first: Any, second: Any) -> None:
         """One step of a script."""

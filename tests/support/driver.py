@@ -216,12 +216,19 @@ class Bench:
 
     def begin(self, base: int, size: int, features: int = F_VERSION_1, *, drive: bool = True) -> Ring:
         """Take the device through its whole initialisation with one queue at `base`."""
-        ring = Ring(self.memory, base, size)
+        return self.begin_queues((base,), size, features, drive=drive)[0]
+
+    def begin_queues(
+        self, bases: Sequence[int], size: int, features: int = F_VERSION_1, *, drive: bool = True
+    ) -> list[Ring]:
+        """The same with a queue at each of `bases`."""
+        rings = [Ring(self.memory, base, size) for base in bases]
         assert self.registers.negotiate(features)
-        assert self.registers.set_up_queue(0, ring)
+        for index, ring in enumerate(rings):
+            assert self.registers.set_up_queue(index, ring)
         if drive:
             self.registers.drive()
-        return ring
+        return rings
 
     def notify(self, queue: int = 0) -> None:
         """What KVM does when the driver writes QueueNotify."""

@@ -33,19 +33,6 @@ from support.vhost_user import (
 NUMBERS = {name: number for number, name in NAMES.items()}
 
 
-@pytest.fixture
-def impostor(tmp_path: Path) -> Iterator[Callable[..., Impostor]]:
-    made: list[Impostor] = []
-
-    def make(**options: object) -> Impostor:
-        made.append(Impostor(tmp_path / f"socket{len(made)}", **options))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
-
-
 def connect(backend: Impostor, timeout: float = 5.0) -> VhostUser:
     return VhostUser(backend.path, wanted=F_VERSION_1 | 0xFF, needed=F_VERSION_1, timeout=timeout)
 

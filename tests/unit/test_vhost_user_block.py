@@ -268,19 +268,6 @@ def wait_for(condition: Callable[[], object]) -> None:
 # -- with a back end that does as it is told -----------------------------------------------------------------------
 
 
-@pytest.fixture
-def impostor(tmp_path: Path) -> Iterator[Callable[..., Impostor]]:
-    made: list[Impostor] = []
-
-    def make(**options: object) -> Impostor:
-        made.append(Impostor(tmp_path / f"socket{len(made)}", **options))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
-
-
 def test_the_guest_sees_one_queue_and_no_feature_that_needs_this_process(
     memory: GuestMemory, impostor: Callable[..., Impostor]
 ) -> None:

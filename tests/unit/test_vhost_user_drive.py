@@ -20,19 +20,6 @@ from crackle.vmm.devices import KINDS, kind_of_drive, make
 from support.vhost_user import Impostor, config_space
 
 
-@pytest.fixture
-def impostor(tmp_path: Path) -> Iterator[Callable[..., Impostor]]:
-    made: list[Impostor] = []
-
-    def make(**options: object) -> Impostor:
-        made.append(Impostor(tmp_path / f"socket{len(made)}", **options))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
-
-
 class Machine:
     """Has the drives only."""
 
