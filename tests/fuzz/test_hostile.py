@@ -177,6 +177,19 @@ def test_descriptors_made_to_hurt(memory: GuestMemory) -> None:
         heads=st.lists(indices, min_size=1, max_size=8),
         where=st.sampled_from([TABLES, END - 128, END - 16]),
     )
+    # An index beyond the table, a buffer outside memory, a loop, a table of a wrong size, outside memory, in a table.
+    @example(order=0, table=[(DATA, 16, 0, 0)], indirect=[], heads=[255], where=TABLES)
+    @example(order=0, table=[(END, 16, 0, 0)], indirect=[], heads=[0], where=TABLES)
+    @example(order=0, table=[(DATA, 16, driver.NEXT, 0)], indirect=[], heads=[0], where=TABLES)
+    @example(order=0, table=[(TABLES, 17, driver.INDIRECT, 0)], indirect=[], heads=[0], where=TABLES)
+    @example(order=0, table=[(END, 16, driver.INDIRECT, 0)], indirect=[], heads=[0], where=TABLES)
+    @example(
+        order=0,
+        table=[(TABLES, 16, driver.INDIRECT, 0)],
+        indirect=[(TABLES, 16, driver.INDIRECT, 0)],
+        heads=[0],
+        where=TABLES,
+    )
     def attack(
         order: int,
         table: list[tuple[int, int, int, int]],
@@ -201,7 +214,7 @@ def test_descriptors_made_to_hurt(memory: GuestMemory) -> None:
 
     attack()
     assert reached["chain"] > 20
-    assert len(reached) > 5, reached
+    assert len(reached) > 6, reached
 
 
 blocks = st.lists(st.tuples(st.just(512), st.booleans()), max_size=3)

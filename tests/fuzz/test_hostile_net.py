@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from crackle.memory import GuestMemory
@@ -69,6 +69,8 @@ broken = st.one_of(
     st.tuples(st.just("register"), st.just(STATUS), st.sampled_from([0, 1, 3, 11, 15, 128])),
     st.tuples(st.just("save"), st.none(), st.none()),
 )
+FROM_SERVICE = FROM_HOST = ("come", None, 60)  # in turn
+BROKEN_RING = [("descriptor", (TX, 0), (1 << 60, 60, 0, 0)), ("offer", TX, [0])]
 scripts = st.lists(frames, min_size=3, max_size=25) | st.lists(frames | broken, min_size=3, max_size=25)
 
 
@@ -175,6 +177,16 @@ def test_an_interface_whose_driver_is_mad(memory: GuestMemory) -> None:
         limit=st.sampled_from(limits),
         drop=st.booleans(),
     )
+    # Frames to the host and to the service, frames of both with room and without, one too short, a room too small for
+    # any, a broken ring.
+    @example(script=[("send", 1, [46])], features=set(), limit=None, drop=False)
+    @example(script=[("send", 1, [40])], features=set(), limit=None, drop=False)
+    @example(script=[("room", 1, [9000]), FROM_SERVICE], features=set(), limit=None, drop=False)
+    @example(script=[("room", 1, [9000]), FROM_SERVICE, FROM_HOST], features=set(), limit=None, drop=False)
+    @example(script=[FROM_SERVICE, FROM_HOST], features=set(), limit=None, drop=False)
+    @example(script=[("send", 1, [11])], features=set(), limit=None, drop=False)
+    @example(script=[("room", 1, [5]), FROM_SERVICE], features=set(), limit=None, drop=False)
+    @example(script=BROKEN_RING, features=set(), limit=None, drop=False)
     def attack(script: list[tuple[str, Any, Any]], features: set[int], limit: Any, drop: bool) -> None:
         with Guest(memory, rx_limiter=limit, tx_limiter=limit, drop_spoofed=drop) as guest:
             guest.begin_both(sum(features))

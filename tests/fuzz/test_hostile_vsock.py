@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from crackle.memory import GuestMemory
@@ -97,6 +97,11 @@ broken = st.one_of(
     st.tuples(st.just("restore"), st.none(), st.none()),
 )
 scripts = st.lists(ordinary, min_size=3, max_size=40) | st.lists(ordinary | broken, min_size=3, max_size=40)
+
+
+def data_packet(announced: int) -> tuple[str, Any, Any]:
+    """Five bytes on the connection that the guest has opened."""
+    return "packet", (RW, 1, PORT), (5, announced - 5, 0, 1 << 16, 0, (CID, HOST, 1))
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +261,14 @@ def test_a_device_whose_driver_is_mad(memory: GuestMemory, tmp_path: Path) -> No
     reached: Counter[str] = Counter()
 
     @given(script=scripts, features=st.sets(st.sampled_from([F_EVENT_IDX, F_INDIRECT])), begun=st.booleans())
+    # Data each way, less of it than was announced, a program that does not greet, a broken ring.
+    @example(script=[("program", 1, "write")], features=set(), begun=True)
+    @example(script=[data_packet(announced=5)], features=set(), begun=True)
+    @example(script=[data_packet(announced=6)], features=set(), begun=True)
+    @example(script=[("program", 1, "garbage")], features=set(), begun=False)
+    @example(
+        script=[("descriptor", (TX, 0), (1 << 60, 44, 0, 0)), ("offer", TX, [0])], features=set(), begun=False
+    )
     def attack(script: list[tuple[str, Any, Any]], features: set[int], begun: bool) -> None:
         with Guest(memory, tmp_path) as guest:
             guest.begin_all(sum(features))

@@ -252,8 +252,12 @@ class Relay:
         back = socket.socket(socket.AF_UNIX)
         back.connect(str(self._daemon.socket))
         self._ends += [front, back]
-        threading.Thread(target=self._forward, args=(front, back), daemon=True).start()
-        threading.Thread(target=self._answer, args=(back, front), daemon=True).start()
+        for way, ends in ((self._forward, (front, back)), (self._answer, (back, front))):
+            threading.Thread(target=self._until_closed, args=(way, *ends), daemon=True).start()
+
+    def _until_closed(self, way: Callable[..., None], *ends: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            way(*ends)
 
     def _forward(self, front: socket.socket, back: socket.socket) -> None:
         while True:
