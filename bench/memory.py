@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.monitor import Monitor, alternate
+from bench.monitor import Monitor, alternate, context_switches
 from bench.rows import Bench, Row, absolute, paired
 
 if TYPE_CHECKING:
@@ -41,14 +40,6 @@ def cpu_ticks(pid: int) -> int:
     """User and system time of a process's threads so far, in clock ticks (proc(5), stat 14 and 15)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12])
-
-
-def context_switches(pid: int) -> int:
-    """Times any thread of a process left a processor so far: a thread that never wakes adds none."""
-    total = 0
-    for status in Path(f"/proc/{pid}/task").glob("*/status"):
-        total += sum(map(int, re.findall(r"ctxt_switches:\s+(\d+)", status.read_text())))
-    return total
 
 
 def rows(bench: Bench) -> Iterator[Row]:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -228,6 +229,22 @@ def device_seconds(pid: int) -> float:
             if "vcpu" not in (task / "comm").read_text():
                 used += int((task / "schedstat").read_text().split()[0])
     return used / 1e9
+
+
+def context_switches(pid: int) -> int:
+    """Times any thread of a process left a processor so far: a thread that never wakes adds none."""
+    total = 0
+    for status in Path(f"/proc/{pid}/task").glob("*/status"):
+        total += sum(map(int, re.findall(r"ctxt_switches:\s+(\d+)", status.read_text())))
+    return total
+
+
+def idle_switches(pid: int, seconds: float = 2.0) -> float:
+    """The same a second, over so many, once what comes before is over."""
+    time.sleep(2)
+    before = context_switches(pid)
+    time.sleep(seconds)
+    return (context_switches(pid) - before) / seconds
 
 
 def run_guest(

@@ -13,14 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bench.monitor import Monitor, alternate, device_seconds
+from bench.monitor import Monitor, alternate, device_seconds, idle_switches
 from bench.rows import BUILD, ROOT, Bench, Row, absolute, paired
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 MILLISECONDS = 250
-IDLE_SECONDS = 2.0
 TAP = "tap0"
 HEADER = 12
 
@@ -139,14 +138,9 @@ def loop(network: Network, tool: Path, test: Test) -> Speed:
 
 def idle_wakeups(network: Network, bench: Bench) -> float:
     """Times a second that a thread of ours wakes while the guest halts with its interface open."""
-    from bench.memory import context_switches
-
     with guest(network, bench.ours, bench, "") as monitor:
         monitor.wait_output("net end")
-        time.sleep(2)
-        before = context_switches(monitor.pid)
-        time.sleep(IDLE_SECONDS)
-        return (context_switches(monitor.pid) - before) / IDLE_SECONDS
+        return idle_switches(monitor.pid)
 
 
 def rows(bench: Bench) -> Iterator[Row]:

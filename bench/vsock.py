@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import time
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from itertools import count
@@ -17,14 +16,13 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import TYPE_CHECKING, NamedTuple
 
-from bench.monitor import Monitor, alternate, device_seconds
+from bench.monitor import Monitor, alternate, device_seconds, idle_switches
 from bench.rows import BUILD, ROOT, Bench, Row, absolute, paired
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 MILLISECONDS = 250
-IDLE_SECONDS = 2.0
 IDLE_CONNECTIONS = 20
 GUEST_PORT, HOST_PORT = 52, 80
 NUMBERS = count()
@@ -136,8 +134,6 @@ def idle_wakeups(bench: Bench) -> float:
     """Times a second that a thread of ours wakes while the guest halts and connections wait for nothing."""
     import socket
 
-    from bench.memory import context_switches
-
     with (
         guest(bench.ours, bench, f"irq t=echo,{IDLE_CONNECTIONS + 1}") as (monitor, path),
         ExitStack() as stack,
@@ -155,10 +151,7 @@ def idle_wakeups(bench: Bench) -> float:
 
         for _ in range(IDLE_CONNECTIONS):
             connected()
-        time.sleep(2)
-        before = context_switches(monitor.pid)
-        time.sleep(IDLE_SECONDS)
-        return (context_switches(monitor.pid) - before) / IDLE_SECONDS
+        return idle_switches(monitor.pid)
 
 
 def rows(bench: Bench) -> Iterator[Row]:

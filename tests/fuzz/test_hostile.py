@@ -12,7 +12,6 @@ import random
 import struct
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from crackle.virtio.queue import Virtqueue
 from crackle.virtio.state import QueueState
 from support import driver
 from support.driver import F_EVENT_IDX, F_INDIRECT, F_VERSION_1, NEEDS_RESET, STATUS, Bench, Buffer, Ring
-from support.fence import SANITIZED, Fenced
+from support.fence import SANITIZED
 
 F_ALLOCATE = 1 << 13 | 1 << 14  # discard and write zeroes
 GPA, SIZE = 0x10000, 0x10000
@@ -52,13 +51,6 @@ descriptors = st.tuples(addresses, sizes, flags, indices)
 seeds = st.integers(0, (1 << 32) - 1)
 # What is tried depends on the constants in the modules that are loaded: enough to reach everything with any of them.
 thorough = settings(max_examples=max(settings.default.max_examples, 300))
-
-
-@pytest.fixture(scope="module")
-def memory() -> Iterator[GuestMemory]:
-    fenced = Fenced(GPA, SIZE)
-    yield fenced.memory
-    fenced.close()
 
 
 @pytest.fixture(scope="module")

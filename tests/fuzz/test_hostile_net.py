@@ -7,7 +7,6 @@ import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 from crackle.memory import GuestMemory
 from crackle.schema.rate_limiter import RateLimiter, TokenBucket
 from crackle.virtio.net import Net
-from support.card import F_MRG, MAC, frame
+from support.card import F_MRG, HEADER, MAC, frame
 from support.driver import (
     F_EVENT_IDX,
     F_INDIRECT,
@@ -27,33 +26,25 @@ from support.driver import (
     NEXT,
     STATUS,
     WRITE,
-    Bench,
     Buffer,
 )
-from support.fence import Fenced
+from support.hostile import ENTRIES, HostileGuest, broken, slots
 
-RX, TX, ENTRIES = 0, 1, 16
+RX, TX = 0, 1
 GPA, SIZE = 0x10000, 0x20000
 END = GPA + SIZE
 RINGS, TABLES, DATA = (GPA, GPA + 0x1000), GPA + 0x4000, GPA + 0x8000
 SERVICE = bytes((169, 254, 169, 254))
 F_GUEST_CSUM, F_TSO4 = 1 << 1, 1 << 7
 
-EDGES = [0, 1, GPA - 1, GPA, END - 17, END - 16, END - 1, END, 1 << 32, (1 << 64) - 1]
-LENGTHS = [0, 1, 9, 10, 11, 12, 13, 26, 53, 66, 1526, 16384, 65562, SIZE, SIZE + 1, 1 << 31, (1 << 32) - 1]
+LENGTHS = [9, 10, 11, 12, 13, 26, 53, 66, 1526, 16384, 65562]
 
-inside = st.integers(GPA, END - 64)
-addresses = inside | inside | st.sampled_from(EDGES)
-sizes = st.integers(0, 80) | st.sampled_from(LENGTHS)
-flags = st.sampled_from([0, 1, 2, 3, 2, 3, 4, 7, 0xFFFF])
-indices = st.integers(0, 63).map(lambda n: n & 15 if n < 60 else (16, 255, 0x8000, 0xFFFF)[n & 3])
 queues = st.sampled_from([RX, TX])
-slots = st.integers(0, ENTRIES - 1)
-descriptors = st.tuples(addresses, sizes, flags, indices)
+sizes = st.integers(0, 80) | st.sampled_from(LENGTHS)
 
 frames = st.one_of(
     # Chains as they should be but for their sizes, in as many pieces.
-    st.tuples(st.just("room"), slots, st.lists(sizes.filter(lambda n: n <= 65562), min_size=1, max_size=5)),
+    st.tuples(st.just("room"), slots, st.lists(sizes, min_size=1, max_size=5)),
     st.tuples(st.just("room"), slots, st.lists(st.sampled_from([1600, 9000, 65562]), min_size=1, max_size=3)),
     st.tuples(st.just("send"), slots, st.lists(st.integers(0, 11), min_size=1, max_size=1)),
     st.tuples(st.just("send"), slots, st.lists(st.integers(0, 70), min_size=1, max_size=5)),
@@ -61,28 +52,16 @@ frames = st.one_of(
     st.tuples(st.just("come"), st.none(), st.integers(12, 3000)),
     st.tuples(st.just("notify"), queues, st.none()),
 )
-broken = st.one_of(
-    st.tuples(st.just("descriptor"), st.tuples(queues, slots), descriptors),
-    st.tuples(st.just("indirect"), st.integers(0, 63), descriptors),
-    st.tuples(st.just("offer"), queues, st.lists(indices, max_size=ENTRIES)),
-    st.tuples(st.just("register"), st.integers(0, 0x45).map(lambda n: 4 * n), st.integers(0, (1 << 32) - 1)),
-    st.tuples(st.just("register"), st.just(STATUS), st.sampled_from([0, 1, 3, 11, 15, 128])),
-    st.tuples(st.just("save"), st.none(), st.none()),
-)
+breaches = broken(queues, GPA, SIZE, HEADER, LENGTHS) | st.just(("save", None, None))
 FROM_SERVICE = FROM_HOST = ("come", None, 60)  # in turn
 BROKEN_RING = [("descriptor", (TX, 0), (1 << 60, 60, 0, 0)), ("offer", TX, [0])]
-scripts = st.lists(frames, min_size=3, max_size=25) | st.lists(frames | broken, min_size=3, max_size=25)
+scripts = st.lists(frames, min_size=3, max_size=25) | st.lists(frames | breaches, min_size=3, max_size=25)
 
 
-@pytest.fixture(scope="module")
-def memory() -> Iterator[GuestMemory]:
-    fenced = Fenced(GPA, SIZE)
-    yield fenced.memory
-    fenced.close()
+class Guest(HostileGuest):
+    """An interface; both its TAP and its wire are sockets."""
 
-
-class Guest(Bench):
-    """An interface over memory that outlives it; both its TAP and its wire are sockets."""
+    tables = TABLES
 
     def __init__(self, memory: GuestMemory, **options: Any) -> None:
         memory.write(GPA, bytes(SIZE))
@@ -98,8 +77,7 @@ class Guest(Bench):
         self.wire_next = False
 
     def close(self) -> None:
-        self.io.close()
-        self.device.close()
+        super().close()
         self.host.close()
         self.service.close()
 
@@ -107,7 +85,6 @@ class Guest(Bench):
         self.rings = self.begin_queues(RINGS, ENTRIES, F_VERSION_1 | features)
 
     def play(self, action: str, first: Any, second: Any) -> None:
-        """One step of a script."""
         if action in ("room", "send"):
             ring = self.rings[RX if action == "room" else TX]
             ring.free = list(range(ENTRIES))
@@ -118,19 +95,11 @@ class Guest(Bench):
             self.wire_next = not self.wire_next
             with suppress(BlockingIOError):
                 (self.service if self.wire_next else self.host).send(bytes(second))
-        elif action == "notify":
-            self.notify(first)
-        elif action == "descriptor":
-            self.rings[first[0]].write_descriptor(first[1], *second)
-        elif action == "indirect":
-            self.rings[RX].write_descriptor(first, *second, table=TABLES)
-        elif action == "offer":
-            self.rings[first].offer(*second)
-        elif action == "register":
-            self.registers[first] = second
         elif action == "save":
             self.settle()
             self.transport.save()
+        else:
+            super().play(action, first, second)
 
     def take_away(self) -> None:
         """Whatever came out."""

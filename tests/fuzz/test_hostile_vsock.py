@@ -7,7 +7,6 @@ import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,30 +25,18 @@ from support.driver import (
     NEXT,
     STATUS,
     WRITE,
-    Bench,
     Buffer,
 )
-from support.fence import Fenced
-from support.vsock import CID, HOST, REQUEST, RESPONSE, RST, RW, RX, SHUTDOWN, TX, Packet, decode
+from support.hostile import ENTRIES, HostileGuest, broken, slots
+from support.vsock import CID, HEADER, HOST, REQUEST, RESPONSE, RST, RW, RX, SHUTDOWN, TX, Packet, decode
 
-ENTRIES = 16
 GPA, SIZE = 0x10000, 0x40000
 END = GPA + SIZE
 RINGS, TABLES, DATA = (GPA, GPA + 0x1000, GPA + 0x2000), GPA + 0x4000, GPA + 0x8000
 SLOT = 0x2000
 PORT = 80
 
-EDGES = [0, 1, GPA - 1, GPA, END - 45, END - 44, END - 1, END, 1 << 32, (1 << 64) - 1]
-LENGTHS = [0, 1, 43, 44, 45, 100, 4096, 65580, SIZE, SIZE + 1, 1 << 31, (1 << 32) - 1]
-
-inside = st.integers(GPA, END - 64)
-addresses = inside | inside | st.sampled_from(EDGES)
-sizes = st.integers(0, 80) | st.sampled_from(LENGTHS)
-flags = st.sampled_from([0, 1, 2, 3, 2, 3, 4, 7, 0xFFFF])
-indices = st.integers(0, 63).map(lambda n: n & 15 if n < 60 else (16, 255, 0x8000, 0xFFFF)[n & 3])
 queues = st.sampled_from([0, 1, 2])
-slots = st.integers(0, ENTRIES - 1)
-descriptors = st.tuples(addresses, sizes, flags, indices)
 # Few ports, so that packets meet connections; -1 stands for the port that a host program was given last.
 ports = st.sampled_from([PORT, PORT, -1, -1, 1, 0xFFFFFFFF])
 words = st.integers(0, 0xFFFFFFFF) | st.sampled_from([0, 1, 100, 1 << 18, 0xFFFFFFFF])
@@ -88,15 +75,9 @@ ordinary = st.one_of(
     st.tuples(st.just("room"), slots, st.just([4140])),
     st.tuples(st.just("notify"), queues, st.none()),
 )
-broken = st.one_of(
-    st.tuples(st.just("descriptor"), st.tuples(queues, slots), descriptors),
-    st.tuples(st.just("indirect"), st.integers(0, 63), descriptors),
-    st.tuples(st.just("offer"), queues, st.lists(indices, max_size=ENTRIES)),
-    st.tuples(st.just("register"), st.integers(0, 0x45).map(lambda n: 4 * n), st.integers(0, (1 << 32) - 1)),
-    st.tuples(st.just("register"), st.just(STATUS), st.sampled_from([0, 1, 3, 11, 15, 128])),
-    st.tuples(st.just("restore"), st.none(), st.none()),
-)
-scripts = st.lists(ordinary, min_size=3, max_size=40) | st.lists(ordinary | broken, min_size=3, max_size=40)
+breaches = broken(queues, GPA, SIZE, HEADER.size, [43, 44, 45, 100, 4096, 65580])
+breaches |= st.just(("restore", None, None))
+scripts = st.lists(ordinary, min_size=3, max_size=40) | st.lists(ordinary | breaches, min_size=3, max_size=40)
 
 
 def data_packet(announced: int) -> tuple[str, Any, Any]:
@@ -104,15 +85,10 @@ def data_packet(announced: int) -> tuple[str, Any, Any]:
     return "packet", (RW, 1, PORT), (5, announced - 5, 0, 1 << 16, 0, (CID, HOST, 1))
 
 
-@pytest.fixture(scope="module")
-def memory() -> Iterator[GuestMemory]:
-    fenced = Fenced(GPA, SIZE)
-    yield fenced.memory
-    fenced.close()
+class Guest(HostileGuest):
+    """A vsock device, and the host programs about it."""
 
-
-class Guest(Bench):
-    """A vsock device over memory that outlives it, and the host programs about it."""
+    tables = TABLES
 
     def __init__(self, memory: GuestMemory, directory: Path) -> None:
         memory.write(GPA, bytes(SIZE))
@@ -134,14 +110,12 @@ class Guest(Bench):
     def close(self) -> None:
         for program in (*self.programs.values(), self.server):
             program.close()
-        self.io.close()
-        self.device.close()
+        super().close()
 
     def begin_all(self, features: int) -> None:
         self.rings = self.begin_queues(RINGS, ENTRIES, F_VERSION_1 | features)
 
     def play(self, action: str, first: Any, second: Any) -> None:
-        """One step of a script."""
         if action == "packet":
             self.send(first, second)
         elif action == "program":
@@ -151,21 +125,13 @@ class Guest(Bench):
             ring.free = list(range(ENTRIES))
             ring.offer(ring.add([Buffer(DATA + SLOT * first, size, True) for size in second]))
             self.notify(RX)
-        elif action == "notify":
-            self.notify(first)
-        elif action == "descriptor":
-            self.rings[first[0]].write_descriptor(first[1], *second)
-        elif action == "indirect":
-            self.rings[RX].write_descriptor(first, *second, table=TABLES)
-        elif action == "offer":
-            self.rings[first].offer(*second)
-        elif action == "register":
-            self.registers[first] = second
         elif action == "restore":
             self.settle()
             state = self.transport.save()
             with suppress(ValueError):
                 self.transport.restore(state)
+        else:
+            super().play(action, first, second)
 
     def send(self, what: tuple[int, int, int], rest: tuple[Any, ...]) -> None:
         op, src, dst = what

@@ -14,7 +14,7 @@ from typing import Any
 from crackle.memory import GuestMemory
 from crackle.virtio.net import Net
 from crackle.virtio.tap import open_tap
-from support.driver import F_INDIRECT, F_VERSION_1, Bench, Buffer, Ring
+from support.driver import F_INDIRECT, F_VERSION_1, Bench, Buffer
 from support.network import Namespace
 
 RX, TX = 0, 1
@@ -51,11 +51,7 @@ class Card(Bench):
 
     def begin_both(self, features: int, size: int = 256) -> None:
         """The whole initialisation with both queues."""
-        self.rx, self.tx = Ring(self.memory, RX_RING, size), Ring(self.memory, TX_RING, size)
-        assert self.registers.negotiate(features)
-        assert self.registers.set_up_queue(RX, self.rx)
-        assert self.registers.set_up_queue(TX, self.tx)
-        self.registers.drive()
+        self.rx, self.tx = self.begin_queues((RX_RING, TX_RING), size, features)
         self.buffers: dict[int, list[Buffer]] = {}
         self.place = ARENA
         self.table = TABLES

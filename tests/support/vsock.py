@@ -10,7 +10,7 @@ from typing import NamedTuple
 from crackle.memory import GuestMemory
 from crackle.virtio.vsock import Vsock
 from support import driver
-from support.driver import F_EVENT_IDX, F_INDIRECT, F_VERSION_1, Bench, Buffer, Ring
+from support.driver import F_EVENT_IDX, F_INDIRECT, F_VERSION_1, Bench, Buffer
 
 REQUEST, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST = range(1, 8)
 STREAM = 1
@@ -61,14 +61,8 @@ class Guest(Bench):
         events: int = 8,
     ) -> None:
         super().__init__(Vsock(GuestMemory([(0, MEMORY)]), cid, path))
-        assert self.registers.negotiate(features)
-        self.rings = []
-        base = RINGS
-        for index in range(3):
-            ring = Ring(self.memory, base, QUEUE)
-            base += driver.ring_bytes(QUEUE)
-            assert self.registers.set_up_queue(index, ring)
-            self.rings.append(ring)
+        *rings, end = (RINGS + n * driver.ring_bytes(QUEUE) for n in range(4))
+        self.rings = self.begin_queues(rings, QUEUE, features, drive=False)
         self.rx, self.tx, self.events = self.rings
         self.size = size
         self.places: dict[int, int] = {}
@@ -77,7 +71,7 @@ class Guest(Bench):
         self.next_place = 0
         self.give(*(RX_BUFFERS + n * size for n in range(buffers)))
         for n in range(events):
-            gpa = base + 8 * n
+            gpa = end + 8 * n
             head = self.events.add([Buffer(gpa, 4, True)])
             self.event_places[head] = gpa
             self.events.offer(head)

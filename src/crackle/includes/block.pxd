@@ -5,8 +5,6 @@ linux/virtio_blk.h (virtio 1.2, section 5.2), linux/falloc.h, linux/fs.h, readv(
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from crackle.virtio.queue cimport iovec
-
 cdef extern from "<linux/virtio_blk.h>" nogil:
     enum:
         VIRTIO_BLK_F_SEG_MAX
@@ -47,13 +45,7 @@ cdef extern from "<linux/virtio_blk.h>" nogil:
         uint32_t num_sectors
         uint32_t flags
 
-cdef extern from "<sys/uio.h>" nogil:
-    ssize_t preadv(int fd, const iovec *iov, int count, long offset)
-    ssize_t pwritev(int fd, const iovec *iov, int count, long offset)
-
 cdef extern from "<unistd.h>" nogil:
-    ssize_t pread(int fd, void *buffer, size_t size, long offset)
-    ssize_t pwrite(int fd, const void *buffer, size_t size, long offset)
     int fdatasync(int fd)
 
 cdef extern from "<fcntl.h>" nogil:

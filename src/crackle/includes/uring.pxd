@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from crackle.virtio.queue cimport iovec
+from crackle.includes.io cimport iovec
 
 cdef extern from "<liburing.h>" nogil:
     enum:

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
-from crackle.virtio.queue cimport iovec
+from crackle.includes.io cimport iovec
 
 cdef extern from "<linux/virtio_ids.h>" nogil:
     enum:
@@ -72,9 +72,6 @@ cdef extern from "<sys/un.h>" nogil:
     struct sockaddr_un:
         unsigned short sun_family
         char sun_path[108]
-
-cdef extern from "<sys/uio.h>" nogil:
-    ssize_t readv(int fd, const iovec *iov, int count)
 
 cdef extern from "<poll.h>" nogil:
     enum:

@@ -24,6 +24,8 @@ from posix.mman cimport (
 )
 from posix.unistd cimport close, ftruncate
 
+from crackle.includes.io cimport pread
+
 import os
 
 from crackle.errors import ConfigError, MemoryAccessError
@@ -48,9 +50,6 @@ cdef extern from "<linux/mman.h>" nogil:
 cdef extern from "<linux/memfd.h>" nogil:
     enum:
         MFD_HUGE_2MB
-
-cdef extern from "<sys/uio.h>" nogil:
-    ssize_t pread(int fd, void *buf, size_t count, long offset)
 
 cdef extern from "<malloc.h>" nogil:
     int malloc_trim(size_t pad)

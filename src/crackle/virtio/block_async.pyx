@@ -12,11 +12,12 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset, strerror
 from posix.unistd cimport close
 
+from crackle.includes.io cimport iovec
 from crackle.includes.uring cimport *
 from crackle.memory.guest cimport GuestMemory
 from crackle.virtio.block_engine cimport DO_FLUSH, DO_READ, DO_WRITE, Engine, request
 from crackle.virtio.device cimport new_eventfd
-from crackle.virtio.queue cimport MAX_QUEUE_SIZE, iovec
+from crackle.virtio.queue cimport MAX_QUEUE_SIZE
 
 from crackle.errors import ConfigError
 

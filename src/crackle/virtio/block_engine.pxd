@@ -1,7 +1,7 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
+from crackle.includes.io cimport iovec
 from crackle.memory.guest cimport GuestMemory
-from crackle.virtio.queue cimport iovec
 
 cdef enum operation:
     DO_NOTHING          # the request has its answer already

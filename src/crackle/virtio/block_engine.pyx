@@ -8,6 +8,7 @@ from libc.errno cimport EINTR, EIO, EOPNOTSUPP, errno
 from libc.stdint cimport uint8_t, uint64_t
 
 from crackle.includes.block cimport *
+from crackle.includes.io cimport pread, preadv, pwrite, pwritev
 from crackle.memory.guest cimport GuestMemory
 
 

@@ -6,12 +6,13 @@ from libc.errno cimport EOPNOTSUPP
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from crackle.includes.block cimport *
+from crackle.includes.io cimport iovec
 from crackle.includes.threads cimport *
 from crackle.includes.virtio cimport *
 from crackle.virtio.block_engine cimport DO_ALLOCATE, DO_FLUSH, DO_NOTHING, DO_READ, DO_WRITE, operation, request
 from crackle.virtio.device cimport VirtioDevice
 from crackle.virtio.latency cimport note_latency
-from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers, iovec
+from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers
 
 import os
 

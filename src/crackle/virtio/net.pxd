@@ -1,10 +1,11 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from crackle.devices.iothread cimport IoThread
+from crackle.includes.io cimport iovec
 from crackle.ratelimit.limiter cimport RateLimiter
 from crackle.virtio.latency cimport latency
 from crackle.virtio.net_receive cimport QUEUE_SIZE, Receiver
-from crackle.virtio.queue cimport Virtqueue, chain, iovec
+from crackle.virtio.queue cimport Virtqueue, chain
 
 cdef enum:
     # Of a frame: what is looked at to decide where it goes, an ARP request being the longest (RFC 826).

@@ -12,6 +12,7 @@ from posix.unistd cimport close, write
 
 from crackle.devices.iothread cimport IoThread
 from crackle.includes.events cimport EPOLLET, EPOLLIN
+from crackle.includes.io cimport iovec, writev
 from crackle.includes.net cimport *
 from crackle.includes.threads cimport *
 from crackle.includes.virtio cimport VIRTIO_MMIO_INT_VRING
@@ -20,16 +21,13 @@ from crackle.ratelimit.limiter cimport RateLimiter
 from crackle.virtio.device cimport VirtioDevice
 from crackle.virtio.latency cimport note_latency
 from crackle.virtio.net_receive cimport HEADER, MAX_BATCH, MAX_BATCH_NS, MAX_FRAME, RX, TX, Receiver
-from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers, iovec
+from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers
 
 import os
 
 from crackle.errors import ConfigError
 from crackle.virtio.state import NetState
 
-
-cdef extern from "<sys/uio.h>" nogil:
-    ssize_t writev(int fd, const iovec *iov, int count)
 
 cdef enum:
     ETHERNET = 14               # two addresses and a type

@@ -1,8 +1,9 @@
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
+from crackle.includes.io cimport iovec
 from crackle.ratelimit.limiter cimport RateLimiter
 from crackle.virtio.device cimport VirtioDevice
-from crackle.virtio.queue cimport Virtqueue, chain, iovec
+from crackle.virtio.queue cimport Virtqueue, chain
 
 cdef enum:
     RX = 0

@@ -8,14 +8,12 @@ from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memmove
 
+from crackle.includes.io cimport iovec, readv
 from crackle.includes.threads cimport now_ns
 from crackle.includes.virtio cimport VIRTIO_MMIO_INT_VRING
 from crackle.virtio.device cimport VirtioDevice
-from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, Virtqueue, chain, copy_buffers, iovec
+from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, Virtqueue, chain, copy_buffers
 
-
-cdef extern from "<sys/uio.h>" nogil:
-    ssize_t readv(int fd, const iovec *iov, int count)
 
 cdef enum:
     NUM_BUFFERS = 10            # where the field is in the header

@@ -1,12 +1,8 @@
 from libc.stdint cimport uint16_t, uint32_t, uint64_t, uint8_t
 
+from crackle.includes.io cimport iovec
 from crackle.includes.virtio cimport vring_desc, vring_used_elem
 from crackle.memory.guest cimport GuestMemory
-
-cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
 
 cdef enum:
     MAX_QUEUE_SIZE = 256

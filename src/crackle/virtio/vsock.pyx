@@ -9,12 +9,13 @@ from libc.string cimport memcpy
 
 from crackle.devices.iothread cimport IoThread
 from crackle.includes.events cimport EPOLLIN
+from crackle.includes.io cimport iovec, readv
 from crackle.includes.threads cimport *
 from crackle.includes.virtio cimport *
 from crackle.includes.vsock cimport *
 from crackle.memory.guest cimport GuestMemory
 from crackle.virtio.device cimport VirtioDevice
-from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers, iovec
+from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers
 from crackle.virtio.vsock_mux cimport DATA, NOTHING, Multiplexer
 from crackle.virtio.vsock_table cimport connection
 

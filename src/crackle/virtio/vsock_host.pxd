@@ -1,7 +1,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
+from crackle.includes.io cimport iovec
 from crackle.includes.vsock cimport sockaddr_un
-from crackle.virtio.queue cimport iovec
 from crackle.virtio.vsock_table cimport Table, connection
 
 cdef enum:

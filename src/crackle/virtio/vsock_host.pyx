@@ -16,9 +16,9 @@ from posix.time cimport itimerspec
 from posix.unistd cimport close, read
 
 from crackle.includes.events cimport *
+from crackle.includes.io cimport iovec
 from crackle.includes.threads cimport now_ns
 from crackle.includes.vsock cimport *
-from crackle.virtio.queue cimport iovec
 from crackle.virtio.vsock_table cimport *
 
 import os

@@ -1,7 +1,7 @@
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
+from crackle.includes.io cimport iovec
 from crackle.includes.vsock cimport virtio_vsock_hdr
-from crackle.virtio.queue cimport iovec
 from crackle.virtio.vsock_host cimport HostSockets
 from crackle.virtio.vsock_table cimport connection
 

@@ -8,9 +8,9 @@ from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memset
 
+from crackle.includes.io cimport iovec
 from crackle.includes.threads cimport now_ns
 from crackle.includes.vsock cimport *
-from crackle.virtio.queue cimport iovec
 from crackle.virtio.vsock_host cimport FIRST_PORT, SHORT_NS
 from crackle.virtio.vsock_table cimport *
 

@@ -1,6 +1,6 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from crackle.virtio.queue cimport iovec
+from crackle.includes.io cimport iovec
 
 cdef enum:
     MAX_CONNECTIONS = 8192

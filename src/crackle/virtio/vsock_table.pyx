@@ -8,8 +8,9 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
+from crackle.includes.io cimport iovec
 from crackle.includes.threads cimport now_ns
-from crackle.virtio.queue cimport copy_buffers, iovec
+from crackle.virtio.queue cimport copy_buffers
 
 cdef enum:
     BUCKETS = 4096
