@@ -8,6 +8,7 @@ cdef extern from * nogil:
     #ifndef CRACKLE_THREADS
     #define CRACKLE_THREADS
     #include <pthread.h>
+    #include <sched.h>
     #include <signal.h>
     #include <time.h>
 
@@ -107,6 +108,7 @@ cdef extern from * nogil:
     int pthread_cond_broadcast(pthread_cond_t *)
     int pthread_kill(pthread_t, int)
     int pthread_join(pthread_t, void **)
+    int sched_yield()
     uint64_t now_ns()
     int wait_changed(thread_sync *sync, uint64_t ns)
     int load_acquire(int *place)

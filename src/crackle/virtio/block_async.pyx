@@ -76,8 +76,7 @@ cdef class AsyncEngine(Engine):
     cdef uint32_t idle_count
     cdef uint32_t queued        # in the ring's memory, not handed over yet
     cdef uint32_t in_flight     # handed over, or queued
-    cdef uint32_t writing       # of them writes ...
-    cdef uint64_t number        # ... out of so many so far
+    cdef uint64_t number        # of writes so far
     cdef request *held[DEPTH]   # flushes that wait for writes submitted before them
     cdef uint32_t held_count
 

@@ -36,6 +36,7 @@ cdef class Engine:
     cdef int fd
     cdef readonly int event_fd
     cdef request only
+    cdef uint32_t writing       # writes in flight
 
     cdef void use(self, int fd) noexcept nogil
     cdef request *take(self) noexcept nogil

@@ -96,10 +96,16 @@ cdef class BlockQueue(VirtioDevice):
         if self.vain >= IN_VAIN and self.vain % TRY_AGAIN:
             self.vain += 1
             return False
-        while now < until:
+        while True:
             if (for_more and queue.has_more()) or self.engine.ready():
                 self.vain = 0
                 return True
+            if now >= until:
+                break
+            if self.engine.writing:
+                # By a thread of the kernel, as most file systems have it, which each completion would take the CPU
+                # from if this one slept: let it do several.
+                sched_yield()
             now = now_ns()
         # Far beyond: others want this CPU, and who sleeps gets it sooner.
         self.vain = IN_VAIN + 1 if now - until > spin_ns else self.vain + 1
