@@ -48,7 +48,8 @@ printf %s "$token" >&7
 { $b cat out >&6; } & relays=$!
 { $b cat err >&7; } & relays="$relays $!"
 $b cat ${port}1 > in &
-$b sh run < in > out 2> err 6>&- 7>&- 8>&-
+# In a shell that has no children yet: the end of one would interrupt it while it waits for the pipes' other ends.
+( $b sh run < in > out 2> err 6>&- 7>&- 8>&- )
 status=$?
 
 # End what the command left behind, so that the pipes close, but not the relays, which may still have output to pass on.
