@@ -175,10 +175,11 @@ class DeviceTarget(Target):
 
     def recover(self, station: Station) -> None:
         station.registers[STATUS] = 0
+        self.memory.write(GPA, bytes(SIZE))
         for index in range(len(station.device.limiters)):
             station.device.update_limiter(index, NO_LIMIT)
         station.settle()
-        self.memory.write(GPA, bytes(SIZE))
+        assert self.memory.read(GPA, SIZE) == bytes(SIZE), "memory was written after the reset (2.4.1)"
         self.prove_alive(station)
         assert not station.registers[STATUS] & NEEDS_RESET, station.device.fault
         station.registers[STATUS] = 0
