@@ -10,7 +10,7 @@ from crackle.includes.io cimport iovec
 from crackle.includes.threads cimport *
 from crackle.includes.virtio cimport *
 from crackle.virtio.block_engine cimport DO_ALLOCATE, DO_FLUSH, DO_NOTHING, DO_READ, DO_WRITE, operation, request
-from crackle.virtio.device cimport VirtioDevice
+from crackle.virtio.device cimport TURN_NS, VirtioDevice
 from crackle.virtio.latency cimport note_latency
 from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers
 
@@ -18,9 +18,7 @@ import os
 
 cdef enum:
     HEADER = 16
-    # A driver that never stops submitting must not keep the I/O thread from other devices, and from who wants to stop it.
     MAX_BATCH = 4 * QUEUE_SIZE
-    MAX_BATCH_NS = 20_000_000
     IN_VAIN = 4
     TRY_AGAIN = 16
 
@@ -69,7 +67,7 @@ cdef class BlockQueue(VirtioDevice):
             if found == QUEUE_BROKEN:
                 self.need_reset()
                 break
-            if found == QUEUE_TIRED or self.clock - self.begun >= MAX_BATCH_NS:
+            if found == QUEUE_TIRED or self.clock - self.begun >= TURN_NS:
                 self.notify_again(0)
                 break
             if found == QUEUE_HELD and not self.limiter.blocked and self.engine.take() != NULL:
@@ -139,7 +137,7 @@ cdef class BlockQueue(VirtioDevice):
                 self.clock = now_ns()
                 self.finish(r, queue)
                 queue.publish()
-                if self.clock - self.begun >= MAX_BATCH_NS:
+                if self.clock - self.begun >= TURN_NS:
                     break
         return QUEUE_TIRED
 

@@ -10,6 +10,9 @@ cdef enum:
     MAX_QUEUES = 8
     MAX_LIMITERS = 2
     CONFIG_SPACE = 256
+    # A device's turn: a driver that never stops submitting must not keep the I/O thread from other devices, and from
+    # who wants to stop it. What is left is served in the next turn (`notify_again`).
+    TURN_NS = 2_000_000
 
 cdef struct queue_source:
     void *device

@@ -18,9 +18,9 @@ from crackle.includes.threads cimport *
 from crackle.includes.virtio cimport VIRTIO_MMIO_INT_VRING
 from crackle.memory.guest cimport GuestMemory
 from crackle.ratelimit.limiter cimport RateLimiter
-from crackle.virtio.device cimport VirtioDevice
+from crackle.virtio.device cimport TURN_NS, VirtioDevice
 from crackle.virtio.latency cimport note_latency
-from crackle.virtio.net_receive cimport HEADER, MAX_BATCH, MAX_BATCH_NS, MAX_FRAME, RX, TX, Receiver
+from crackle.virtio.net_receive cimport HEADER, MAX_BATCH, MAX_FRAME, RX, TX, Receiver
 from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers
 
 import os
@@ -251,7 +251,7 @@ cdef class Net(Receiver):
                 queue.publish()
                 if queue.wants_interrupt():
                     self.interrupt(VIRTIO_MMIO_INT_VRING)
-            if served == MAX_BATCH or before - begin >= MAX_BATCH_NS:
+            if served == MAX_BATCH or before - begin >= TURN_NS:
                 self.notify_again(TX)
                 break
         if hidden:

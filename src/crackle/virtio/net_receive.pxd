@@ -14,9 +14,8 @@ cdef enum:
     QUEUE_SIZE = 256
     # readv takes as many buffers at once (IOV_MAX).
     WINDOW = 1024
-    # Neither direction keeps the I/O thread from the other, from other devices, and from who wants to stop it.
+    # Frames in a turn: neither direction keeps the I/O thread from the other.
     MAX_BATCH = QUEUE_SIZE
-    MAX_BATCH_NS = 2_000_000
 
 # A receive buffer of the guest's that waits for a frame.
 cdef struct waiting:

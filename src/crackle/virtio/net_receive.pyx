@@ -11,7 +11,7 @@ from libc.string cimport memcpy, memmove
 from crackle.includes.io cimport iovec, readv
 from crackle.includes.threads cimport now_ns
 from crackle.includes.virtio cimport VIRTIO_MMIO_INT_VRING
-from crackle.virtio.device cimport VirtioDevice
+from crackle.virtio.device cimport TURN_NS, VirtioDevice
 from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, Virtqueue, chain, copy_buffers
 
 
@@ -149,7 +149,7 @@ cdef class Receiver(VirtioDevice):
             frames += 1
             if self.unpublished >= RX_GROUP:
                 self.tell_driver(queue)
-            if frames == MAX_BATCH or (frames & 15 == 0 and now_ns() - begin >= MAX_BATCH_NS):
+            if frames == MAX_BATCH or (frames & 15 == 0 and now_ns() - begin >= TURN_NS):
                 self.notify_again(RX)
                 break
         self.tell_driver(queue)

@@ -14,7 +14,7 @@ from crackle.includes.threads cimport *
 from crackle.includes.virtio cimport *
 from crackle.includes.vsock cimport *
 from crackle.memory.guest cimport GuestMemory
-from crackle.virtio.device cimport VirtioDevice
+from crackle.virtio.device cimport TURN_NS, VirtioDevice
 from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers
 from crackle.virtio.vsock_mux cimport DATA, NOTHING, Multiplexer
 from crackle.virtio.vsock_table cimport connection
@@ -37,9 +37,7 @@ cdef enum:
     MAX_GATHER = 64
     MAX_READ = 256 << 10
     MAX_BUFFERS = 2 * QUEUE_SIZE
-    # A driver that never stops submitting must not keep the I/O thread from other devices, and from who wants to stop it.
     MAX_BATCH = 4 * QUEUE_SIZE
-    MAX_BATCH_NS = 20_000_000
 
 # Nanoseconds to look out for more before asking to be notified. On a single CPU there could not be any meanwhile.
 cdef uint64_t spin_ns = 10_000 if len(os.sched_getaffinity(0)) > 1 else 0
@@ -145,7 +143,7 @@ cdef class Vsock(VirtioDevice):
             if self.move(rx, tx):
                 now = now_ns()
                 until = now + spin_ns
-                if now - begin >= MAX_BATCH_NS:
+                if now - begin >= TURN_NS:
                     self.notify_again(TX)
                     break
             # Either side of a stream goes on at once: look out for it for as long as its notification would cost.
@@ -177,7 +175,7 @@ cdef class Vsock(VirtioDevice):
 
     cdef bint take_packets(self, Virtqueue queue) noexcept nogil:
         """Serve the transmit queue; whether anything was used."""
-        cdef uint64_t end = now_ns() + MAX_BATCH_NS
+        cdef uint64_t end = now_ns() + TURN_NS
         cdef uint32_t served = 0
         cdef int found
         while not self.mux.full():
@@ -221,7 +219,7 @@ cdef class Vsock(VirtioDevice):
 
     cdef bint give_packets(self, Virtqueue queue) noexcept nogil:
         """Fill receive buffers; whether any was used."""
-        cdef uint64_t end = now_ns() + MAX_BATCH_NS
+        cdef uint64_t end = now_ns() + TURN_NS
         cdef uint32_t served = 0
         cdef connection *c
         cdef virtio_vsock_hdr header
