@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FILE_MIB = 256
-MILLISECONDS = 20
+MILLISECONDS = 40
 SLICES = 10
 ENGINES = {"Sync": "psync", "Async": "io_uring"}
 """And the engine of fio that does the same."""
@@ -75,23 +75,32 @@ def fio_speed(file: Path, test: Test, engine: str) -> float:
     return float(job[side]["bw_bytes"]) / (1 << 20)
 
 
+def fill(file: Path) -> None:
+    """Write the whole file anew: all of it is in the page cache and dirty, and the host has no reason yet to write it.
+
+    Otherwise a measurement of writes depends on what the one before it has left.
+    """
+    with file.open("r+b") as image:
+        for _ in range(FILE_MIB):
+            image.write(b"\x5a" * (1 << 20))
+
+
 def rows(bench: Bench) -> Iterator[Row]:
     """MiB/s; CPU seconds a GiB."""
     file = bench.scratch / "block.img"
-    with file.open("wb") as image:
-        for _ in range(FILE_MIB):
-            image.write(b"\x5a" * (1 << 20))
+    file.touch()
     fio = shutil.which("fio")
     for engine in ENGINES:
         for test in TESTS:
             speed: dict[str, list[float]] = defaultdict(list)
             cost: dict[str, list[float]] = defaultdict(list)
-            file.read_bytes()  # cached, whatever the host has reclaimed meanwhile
             for turn, (name, command) in enumerate(alternate(bench.contestants, bench.times(6))):
+                fill(file)
                 mibs, seconds = guest_run(command, bench.scratch, file, test, engine)
                 speed[name].append(mibs)
                 cost[name].append(seconds)
                 if fio and turn % len(bench.contestants) == 0:
+                    fill(file)
                     speed["fio"].append(fio_speed(file, test, engine))
             row = f"block.{engine.lower()}.{test.name}"
             against = bench.reference_name
