@@ -24,9 +24,13 @@ def drive(path: Path, engine: str, **options: object) -> Drive:
     return Drive("data", False, path_on_host=str(path), io_engine=engine, **options)  # type: ignore[arg-type]
 
 
-def test_fio_finds_what_it_wrote(boot: Boot, tools: dict[str, object], tmp_path: Path, engine: str) -> None:
+@pytest.mark.parametrize("limit", [None, RateLimiter(TokenBucket(MIB // 5, 100), TokenBucket(50, 100))])
+def test_fio_finds_what_it_wrote(
+    boot: Boot, tools: dict[str, object], tmp_path: Path, engine: str, limit: RateLimiter | None
+) -> None:
     image = disk(tmp_path / "data", 16 * MIB)
-    guest = boot(**tools, drives=[drive(image, engine, cache_type="Writeback")], cpus=2).wait_shell()
+    data = drive(image, engine, cache_type="Writeback", rate_limiter=limit)
+    guest = boot(**tools, drives=[data], cpus=2).wait_shell()
     guest.sh(
         "cd /tmp && fio --name=verify --filename=/dev/vdb --rw=randrw --bsrange=512-64k --bs_unaligned=0 "
         "--direct=1 --ioengine=psync --thread --numjobs=4 --size=4m --offset_increment=4m --fsync=32 "
@@ -37,6 +41,7 @@ def test_fio_finds_what_it_wrote(boot: Boot, tools: dict[str, object], tmp_path:
     assert counters["write_bytes"] > 4 * MIB
     assert counters["flush_count"] > 0
     assert counters["execute_fails"] == counters["invalid_reqs_count"] == 0
+    assert (counters["rate_limiter_throttled_events"] > 0) == (limit is not None)
 
 
 def test_the_journal_makes_good_what_a_killed_monitor_left(

@@ -21,6 +21,7 @@ from support.network import Namespace, malformed, tshark
 pytestmark = pytest.mark.timeout(400)
 
 HOST, GUEST = "10.7.0.1", "10.7.0.2"
+RATE = 200_000  # bytes a second, where there is a limit
 MAC = "06:f0:0d:00:00:02"
 FILE_KIB = 512
 
@@ -60,31 +61,31 @@ def stream(wire: Wire, *options: str) -> None:
     assert end["sum_received"]["bytes"] > 2 << 20
 
 
-def exchange_files(wire: Wire, guest: Guest, folder: Path) -> None:
-    """A file from the host to the guest and one back, by HTTP, compared."""
+def exchange_files(wire: Wire, guest: Guest, folder: Path, port: int) -> None:
+    """A file from the host to the guest and one back, by HTTP on `port`, compared."""
     sent = os.urandom(FILE_KIB << 10)
     (folder / "down").write_bytes(sent)
-    wire.namespace.popen("python3", "-m", "http.server", "8000", cwd=folder, stderr=subprocess.DEVNULL)
-    wire.namespace.wait_listening(8000)
+    wire.namespace.popen("python3", "-m", "http.server", str(port), cwd=folder, stderr=subprocess.DEVNULL)
+    wire.namespace.wait_listening(port)
     assert (
-        guest.sh(f"curl -s http://{HOST}:8000/down | sha256sum").split()[0]
+        guest.sh(f"curl -s http://{HOST}:{port}/down | sha256sum").split()[0]
         == hashlib.sha256(sent).hexdigest()
     )
-    guest.sh(f"dd if=/dev/urandom of=/tmp/up bs=1024 count={FILE_KIB} 2>/dev/null; httpd -p 80 -h /tmp")
-    wire.namespace.run("curl", "-sf", "-o", str(folder / "up"), f"http://{GUEST}/up")
+    guest.sh(f"dd if=/dev/urandom of=/tmp/up bs=1024 count={FILE_KIB} 2>/dev/null; httpd -p {port} -h /tmp")
+    wire.namespace.run("curl", "-sf", "-o", str(folder / "up"), f"http://{GUEST}:{port}/up")
     assert (
         hashlib.sha256((folder / "up").read_bytes()).hexdigest() == guest.sh("sha256sum /tmp/up").split()[0]
     )
 
 
-def test_ping_streams_and_files_with_offloads_and_without(
+def test_ping_streams_and_files_with_offloads_and_without_and_within_limits(
     wire: Wire, boot: Callable[..., Guest], tools: dict[str, object], tmp_path: Path
 ) -> None:
     guest = wire.boot(boot, tools)
     assert MAC in guest.sh("ifconfig eth0").lower()
     assert "3 packets received" in guest.sh(f"ping -c 3 -i 0.2 {HOST}")
     wire.namespace.run("ping", "-c", "3", "-i", "0.2", GUEST)
-    exchange_files(wire, guest, tmp_path)
+    exchange_files(wire, guest, tmp_path, 8000)
     guest.sh("iperf3 -s -D && sleep 1")
     capture = tmp_path / "capture.pcapng"
     for offloads in ("on", "off"):
@@ -108,7 +109,13 @@ def test_ping_streams_and_files_with_offloads_and_without(
             # Every frame has passed complete here, with checksums.
             assert malformed(capture) == []
             assert len(tshark(capture)) > 3000
+    limit = RateLimiter(TokenBucket(RATE // 10, 100), TokenBucket(50, 100))
+    guest.vm.update_interface("eth0", rx_limiter=limit, tx_limiter=limit)
+    exchange_files(wire, guest, tmp_path, 8001)
+    assert "0% packet loss" in guest.sh(f"ping -c 2 {HOST}")
     counted = counters(guest)
+    assert counted["rx_rate_limiter_throttled"] > 0
+    assert counted["tx_rate_limiter_throttled"] > 0
     assert {name: counted[name] for name in FAILURES} == dict.fromkeys(FAILURES, 0)
 
 
@@ -142,7 +149,6 @@ def test_jumbo_frames_pass_whole(
     stream(wire)
 
 
-RATE = 200_000  # bytes a second
 SECONDS = 5.0
 
 
