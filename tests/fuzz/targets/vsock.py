@@ -221,8 +221,12 @@ class Streams(DeviceTarget):
         self.free = HEADERS
         self.hang_up()
         station.start(F_VERSION_1, 16)
+        station.settle()
+        while station.device.connections:
+            # Of host programs that connected while no guest was there; they could fill every buffer below.
+            station.start(F_VERSION_1, 16)
+            station.settle()
         rx, tx = station.rings[RX], station.rings[TX]
-        # Host programs that connected to a guest that was not there come first.
         rx.offer(*[rx.add([Buffer(DATA + 0x400 * n, 0x400, True)]) for n in range(16)])
         station.notify(RX)
         self.say(station, REQUEST, 2000)
