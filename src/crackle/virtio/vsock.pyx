@@ -38,6 +38,8 @@ cdef enum:
     MAX_READ = 256 << 10
     MAX_BUFFERS = 2 * QUEUE_SIZE
     MAX_BATCH = 4 * QUEUE_SIZE
+    # Times in a row that there was data for the guest and none from it.
+    STREAM = 16
 
 # Nanoseconds to look out for more before asking to be notified. On a single CPU there could not be any meanwhile.
 cdef uint64_t spin_ns = 10_000 if len(os.sched_getaffinity(0)) > 1 else 0
@@ -71,6 +73,8 @@ cdef class Vsock(VirtioDevice):
     cdef iovec data[MAX_BUFFERS]        # of what is read into them
     cdef int reset_event
     cdef uint16_t event_avail
+    cdef uint32_t one_way               # see STREAM
+    cdef uint64_t seen_rx, seen_tx      # bytes
     cdef readonly uint64_t rx_events, tx_events, rx_errors, tx_errors, event_fails
 
     def __init__(self, GuestMemory memory, cid, str uds_path not None, uint32_t last_port=0):
@@ -141,6 +145,7 @@ cdef class Vsock(VirtioDevice):
         cdef uint64_t begin = now_ns(), until = 0, now = begin
         while self.running():
             if self.move(rx, tx):
+                self.note_direction()
                 now = now_ns()
                 until = now + spin_ns
                 if now - begin >= TURN_NS:
@@ -148,11 +153,22 @@ cdef class Vsock(VirtioDevice):
                     break
             # Either side of a stream goes on at once: look out for it for as long as its notification would cost.
             elif now < until:
+                if self.one_way >= STREAM:
+                    # Its writer may want this CPU, and would be interrupted for each piece if this thread slept.
+                    sched_yield()
                 self.mux.host_events()
                 now = now_ns()
             elif self.at_rest(rx, tx):
                 break
         self.mux.arm()
+
+    cdef void note_direction(self) noexcept nogil:
+        """Tell a stream to the guest from a conversation, in which the answer must find this thread there."""
+        if self.mux.tx_bytes != self.seen_tx:
+            self.one_way = 0
+        elif self.mux.rx_bytes != self.seen_rx and self.one_way < STREAM:
+            self.one_way += 1
+        self.seen_rx, self.seen_tx = self.mux.rx_bytes, self.mux.tx_bytes
 
     cdef bint at_rest(self, Virtqueue rx, Virtqueue tx) noexcept nogil:
         """Ask to be notified of what is missing; whether it is still missing then."""
