@@ -54,6 +54,8 @@ class Delegate:
         # The emulation is not perfect: one guest in a hundred hangs in it, or the host itself does.
         again = [name for name in sorted(self.wanted) if self._failed(name)]
         if again:
+            for name in again:
+                self._say_why(name)
             self._round(again, f"{len(again)} that failed there run once more: {' '.join(again)}")
 
     def _failed(self, name: str) -> bool:
@@ -61,6 +63,11 @@ class Delegate:
         return any(report.failed for report in reports) or not any(
             report.when == "teardown" for report in reports
         )
+
+    def _say_why(self, name: str) -> None:
+        failed = [report.longreprtext for report in self.reports.get(name, []) if report.failed]
+        text = "\n".join(failed) or "the emulated host ended before it did"
+        self.config.get_terminal_writer().line(f"\n{name}:\n{text[-3000:]}")
 
     def _round(self, names: list[str], what: str) -> None:
         self.config.get_terminal_writer().line(f"\n{what}, in {HOSTS} emulated hosts ...", flush=True)
