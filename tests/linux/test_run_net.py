@@ -101,8 +101,8 @@ def test_two_guests_reach_each_other_and_a_web_server_behind_the_host(
     assert "inet 10.213.0.3/24" in two.sh("ip addr show eth0")
     assert one.sh("hostname") == "one"
     assert two.sh("hostname") == "two"
-    assert "0% packet loss" in one.sh("ping -c 2 10.213.0.3")
-    assert "0% packet loss" in two.sh("ping -c 2 10.213.0.2")
+    assert " 0% packet loss" in one.sh("ping -c 2 10.213.0.3")
+    assert " 0% packet loss" in two.sh("ping -c 2 10.213.0.2")
     world.wait_listening(80)
     for guest in (one, two):
         assert guest.sh("wget -q -O - http://192.0.2.2/page") == "from far away"
