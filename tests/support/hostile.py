@@ -24,7 +24,9 @@ def broken(
     `header` bytes and are often of one of `lengths`.
     """
     end = gpa + size
-    edges = [0, 1, gpa - 1, gpa, end - header - 1, end - header, end - 1, end, 1 << 32, (1 << 64) - 1]
+    # Where a header, or a descriptor in an indirect table, just fits before the end, and one byte before that.
+    last = [end - needed - more for needed in (header, 16) for more in (1, 0)]
+    edges = [0, 1, gpa - 1, gpa, *last, end - 1, end, 1 << 32, (1 << 64) - 1]
     inside = st.integers(gpa, end - 64)
     descriptors = st.tuples(
         inside | inside | st.sampled_from(edges),
