@@ -29,6 +29,7 @@ cdef class Multiplexer(HostSockets):
     cdef void reset(self) noexcept nogil
     cdef bint pending(self) noexcept nogil
     cdef bint full(self) noexcept nogil
+    cdef bint is_ours(self, const virtio_vsock_hdr *h) noexcept nogil
     cdef void take(self, const virtio_vsock_hdr *h, iovec *iov, int count) noexcept nogil
     cdef void take_incomplete(self, const virtio_vsock_hdr *h) noexcept nogil
     cdef void refuse(self, const virtio_vsock_hdr *h) noexcept nogil

@@ -50,11 +50,15 @@ cdef class Multiplexer(HostSockets):
 
     # -- from the guest ------------------------------------------------------------------------------------------
 
+    cdef bint is_ours(self, const virtio_vsock_hdr *h) noexcept nogil:
+        """Whether it belongs to a stream from this guest to the host."""
+        return h.type == VIRTIO_VSOCK_TYPE_STREAM and h.dst_cid == VMADDR_CID_HOST and h.src_cid == self.cid
+
     cdef void take(self, const virtio_vsock_hdr *h, iovec *iov, int count) noexcept nogil:
         """A packet of the guest's: `count` buffers with `h.len` bytes."""
         cdef connection *c
         self.tx_packets += 1
-        if h.type != VIRTIO_VSOCK_TYPE_STREAM or h.dst_cid != VMADDR_CID_HOST or h.src_cid != self.cid:
+        if not self.is_ours(h):
             self.refuse(h)
             return
         c = self.table.find(h.dst_port, h.src_port)
@@ -76,7 +80,7 @@ cdef class Multiplexer(HostSockets):
         """A packet that announces more than it has: what is missing is missing from the stream, which cannot go on."""
         cdef connection *c = NULL
         self.tx_packets += 1
-        if h.type == VIRTIO_VSOCK_TYPE_STREAM and h.dst_cid == VMADDR_CID_HOST and h.src_cid == self.cid:
+        if self.is_ours(h):
             c = self.table.find(h.dst_port, h.src_port)
         if c == NULL:
             self.refuse(h)
