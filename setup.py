@@ -15,7 +15,7 @@ if SANITIZE:
 
 
 # What an extension links beside the C library.
-LIBRARIES = {"crackle.virtio.block_async": ["uring"]}
+LIBRARIES = {"crackle.virtio.block.uring": ["uring"]}
 
 
 def extensions() -> list[Extension]:

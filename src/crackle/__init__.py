@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from crackle.schema.mmds import MmdsConfig as MmdsConfig
     from crackle.schema.net import NetworkInterface as NetworkInterface
     from crackle.schema.vsock import Vsock as Vsock
-    from crackle.virtio.custom import VirtioDevice as VirtioDevice
+    from crackle.virtio.custom.base import VirtioDevice as VirtioDevice
     from crackle.vmm.console import Console as Console
     from crackle.vmm.machine import ExitStatus as ExitStatus
     from crackle.vmm.microvm import MicroVM as MicroVM
@@ -38,7 +38,7 @@ _MODULE_OF = {
     "MmdsConfig": "crackle.schema.mmds",
     "NetworkInterface": "crackle.schema.net",
     "StateError": "crackle.errors",
-    "VirtioDevice": "crackle.virtio.custom",
+    "VirtioDevice": "crackle.virtio.custom.base",
     "Vsock": "crackle.schema.vsock",
 }
 

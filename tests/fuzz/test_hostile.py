@@ -23,7 +23,7 @@ import crackle.virtio.queue
 from crackle.devices.serial import Serial
 from crackle.kvm.bus import Bus
 from crackle.memory import GuestMemory
-from crackle.virtio.block import Block
+from crackle.virtio.block.device import Block
 from crackle.virtio.queue import Virtqueue
 from crackle.virtio.state import QueueState
 from support import driver

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from crackle.memory import GuestMemory
 from crackle.schema.rate_limiter import RateLimiter, TokenBucket
-from crackle.virtio.net import Net
+from crackle.virtio.net.device import Net
 from support.card import F_MRG, HEADER, MAC, frame
 from support.driver import (
     F_EVENT_IDX,

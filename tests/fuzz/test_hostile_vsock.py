@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from crackle.memory import GuestMemory
-from crackle.virtio.vsock import Vsock
+from crackle.virtio.vsock.device import Vsock
 from support.driver import (
     F_EVENT_IDX,
     F_INDIRECT,

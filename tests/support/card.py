@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from crackle.memory import GuestMemory
-from crackle.virtio.net import Net
-from crackle.virtio.tap import open_tap
+from crackle.virtio.net.device import Net
+from crackle.virtio.net.tap import open_tap
 from support.driver import F_INDIRECT, F_VERSION_1, Bench, Buffer
 from support.network import Namespace
 

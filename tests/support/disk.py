@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from crackle.memory import GuestMemory
-from crackle.virtio.block import Block
+from crackle.virtio.block.device import Block
 from support.driver import F_INDIRECT, F_VERSION_1, Bench, Buffer
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13

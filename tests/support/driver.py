@@ -11,11 +11,11 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from crackle.devices.iothread import IoThread
 from crackle.kvm.bus import Bus
 from crackle.memory import GuestMemory
+from crackle.runtime.iothread import IoThread
 from crackle.virtio.device import VirtioDevice
-from crackle.virtio.mmio import MmioTransport
+from crackle.virtio.transport.mmio import MmioTransport
 
 NEXT, WRITE, INDIRECT = 1, 2, 4  # descriptor flags
 NO_INTERRUPT = 1  # avail.flags

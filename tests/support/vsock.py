@@ -8,7 +8,7 @@ import time
 from typing import NamedTuple
 
 from crackle.memory import GuestMemory
-from crackle.virtio.vsock import Vsock
+from crackle.virtio.vsock.device import Vsock
 from support import driver
 from support.driver import F_EVENT_IDX, F_INDIRECT, F_VERSION_1, Bench, Buffer
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from crackle.errors import ConfigError
 from crackle.memory import GuestMemory
-from crackle.virtio.block import Block
+from crackle.virtio.block.device import Block
 from support import driver
 from support.disk import (
     ARENA,

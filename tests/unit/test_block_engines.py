@@ -14,7 +14,7 @@ import pytest
 
 from crackle.errors import ConfigError
 from crackle.memory import GuestMemory
-from crackle.virtio.block import Block
+from crackle.virtio.block.device import Block
 from support.disk import (
     ARENA,
     FEATURES,
@@ -211,7 +211,7 @@ def test_a_host_that_has_no_ring_to_give_is_told_of(tmp_path: Path, engine: str)
 def test_only_the_async_engine_loads_liburing(tmp_path: Path, engine: str) -> None:
     (tmp_path / "disk").write_bytes(bytes(SECTOR * SECTORS))
     program = (
-        "import sys; from crackle.memory import GuestMemory; from crackle.virtio.block import Block;"
+        "import sys; from crackle.memory import GuestMemory; from crackle.virtio.block.device import Block;"
         "Block(GuestMemory([(0, 1 << 20)]), sys.argv[1], engine=sys.argv[2]);"
         "print('liburing' in open('/proc/self/maps').read())"
     )

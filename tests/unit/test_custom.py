@@ -24,7 +24,7 @@ from tests.support.driver import (
 import crackle
 from crackle.errors import ConfigError, StateError
 from crackle.memory import GuestMemory
-from crackle.virtio.python import PythonDevice, Request, RequestQueue
+from crackle.virtio.custom.device import PythonDevice, Request, RequestQueue
 
 RING, DATA = 0x1000, 0x8000
 

@@ -24,11 +24,11 @@ def test_the_socket_accepts_before_anything_large_is_imported() -> None:
 
 
 def test_a_microvm_without_metadata_does_not_import_the_service() -> None:
-    modules = imported_by("import crackle.cli.process, crackle.vmm.microvm")
+    modules = imported_by("import crackle.monitor.process, crackle.vmm.microvm")
     assert not [name for name in modules if name.startswith("crackle.mmds")]
 
 
-@pytest.mark.parametrize("module", ["crackle.cli.process", "crackle.vmm.builder", "crackle.vmm.shell"])
+@pytest.mark.parametrize("module", ["crackle.monitor.process", "crackle.vmm.builder", "crackle.vmm.shell"])
 def test_a_running_microvm_does_without_the_heavy_libraries(module: str) -> None:
     modules = imported_by(f"sys.modules['typing_extensions'] = None; import {module}")
     heavy = {

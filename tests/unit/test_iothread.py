@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from crackle.devices.iothread import IoThread
 from crackle.devices.serial import Serial
 from crackle.errors import StateError
 from crackle.kvm.bus import Bus
 from crackle.memory import GuestMemory
-from crackle.virtio.block import Block
+from crackle.runtime.iothread import IoThread
+from crackle.virtio.block.device import Block
 from support.driver import F_VERSION_1, Bench, Buffer, Ring
 
 FLUSH = (4).to_bytes(16, "little")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from crackle.vmm.loop import READABLE, WRITABLE, Loop
+from crackle.runtime.loop import READABLE, WRITABLE, Loop
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,8 +12,8 @@ import msgspec
 import pytest
 
 from crackle.memory import GuestMemory
-from crackle.virtio.block import Block
-from crackle.virtio.mmio import SIZE, MmioTransport
+from crackle.virtio.block.device import Block
+from crackle.virtio.transport.mmio import SIZE, MmioTransport
 from support import driver
 from support.driver import (
     ACKNOWLEDGE,

@@ -17,8 +17,8 @@ from crackle.errors import ConfigError
 from crackle.memory import GuestMemory
 from crackle.schema.rate_limiter import RateLimiter, TokenBucket
 from crackle.telemetry.names import SECTIONS
-from crackle.virtio.net import Net
-from crackle.virtio.tap import open_tap
+from crackle.virtio.net.device import Net
+from crackle.virtio.net.tap import open_tap
 from support import driver
 from support.card import (
     ARENA,

@@ -15,7 +15,7 @@ from crackle.errors import ConfigError
 from crackle.memory import GuestMemory
 from crackle.schema.codec import decode, explain
 from crackle.telemetry.logger import OFF, Logger
-from crackle.virtio.tap import open_tap
+from crackle.virtio.net.tap import open_tap
 from crackle.vmm.commands import Command
 from crackle.vmm.controller import Controller
 from crackle.vmm.devices import KINDS, make

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crackle.devices.iothread import IoThread
 from crackle.devices.serial import Serial
 from crackle.kvm.bus import Bus
+from crackle.runtime.iothread import IoThread
 
 DATA, IER, IIR, FCR, LCR, MCR, LSR, MSR, SCR = 0, 1, 2, 2, 3, 4, 5, 6, 7
 RX_INTERRUPT, TX_INTERRUPT = 0x01, 0x02  # IER

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from crackle.errors import ConfigError
-from crackle.virtio.tap import Tap, open_tap, tap_name
+from crackle.virtio.net.tap import Tap, open_tap, tap_name
 from support.network import Namespace
 
 

@@ -131,7 +131,7 @@ WRONG_ARGUMENTS = """
 import os
 from crackle.kvm import Vcpu
 from crackle.memory import GuestMemory
-from crackle.virtio.block import Block
+from crackle.virtio.block.device import Block
 
 for kind, *arguments in ((Vcpu,), (Vcpu, "fd", 0, 0), (Vcpu, 0, "index", 0), (Block,), (Block, 7, "path")):
     try:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from crackle.errors import ConfigError
 from crackle.memory import GuestMemory
-from crackle.virtio.vhost_user import Ring, VhostUser
+from crackle.virtio.vhost_user.protocol import Ring, VhostUser
 from support.vhost_user import (
     F_PROTOCOL,
     F_VERSION_1,

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from crackle.errors import ConfigError, StateError
 from crackle.memory import GuestMemory
-from crackle.virtio.block import Block
-from crackle.virtio.vhost_user_block import VhostUserBlock, connect
+from crackle.virtio.block.device import Block
+from crackle.virtio.vhost_user.block import VhostUserBlock, connect
 from support.driver import (
     CONFIG,
     CONFIG_GENERATION,
@@ -357,8 +357,8 @@ def test_a_back_end_that_is_silent_at_the_end_keeps_nobody_for_long(
     memory: GuestMemory, impostor: Callable[..., Impostor]
 ) -> None:
     backend = impostor(silent={"GET_VRING_BASE"})
-    from crackle.virtio.vhost_user import VhostUser
-    from crackle.virtio.vhost_user_block import NEEDED, WANTED
+    from crackle.virtio.vhost_user.block import NEEDED, WANTED
+    from crackle.virtio.vhost_user.protocol import VhostUser
 
     quick = VhostUser(backend.path, wanted=WANTED, needed=NEEDED, timeout=0.3)
     with Bench(VhostUserBlock(memory, quick)) as bench:

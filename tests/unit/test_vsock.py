@@ -14,7 +14,7 @@ import pytest
 from crackle.errors import ConfigError
 from crackle.memory import GuestMemory
 from crackle.virtio.state import VsockState
-from crackle.virtio.vsock import Vsock
+from crackle.virtio.vsock.device import Vsock
 from support.driver import F_VERSION_1
 from support.vsock import (
     CID,

@@ -17,15 +17,15 @@ import msgspec
 from crackle.api.http import HttpConnection
 from crackle.api.routes import RequestError, find_route, parse
 from crackle.errors import CrackleError, TooLargeError
+from crackle.runtime.loop import READABLE, WRITABLE
 from crackle.telemetry.logger import INFO
-from crackle.vmm.loop import READABLE, WRITABLE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket
 
+    from crackle.runtime.loop import Loop
     from crackle.vmm.controller import Controller
-    from crackle.vmm.loop import Loop
 
 DEFAULT_PAYLOAD_LIMIT = 51200
 MAX_CONNECTIONS = 64

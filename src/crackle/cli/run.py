@@ -14,8 +14,8 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from crackle.cli.terminal import Terminal
 from crackle.errors import CrackleError
+from crackle.runtime.terminal import Terminal
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -118,7 +118,7 @@ def _serve(options: Options, logger: Logger) -> int:
 
         # Most clients configure and start a machine at once: begin with the default one while the rest is imported.
         shell = prepare(default_machine_config()) if config is None else None
-        from crackle.cli.process import VmmProcess
+        from crackle.monitor.process import VmmProcess
 
         if sys.modules["typing_extensions"] is None:
             del sys.modules["typing_extensions"]

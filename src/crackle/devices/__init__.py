@@ -1,1 +1,1 @@
-"""The few devices that are not virtio, and the I/O thread that all devices share."""
+"""The few devices that are not virtio."""

@@ -1,8 +1,8 @@
 from typing import Self
 
-from crackle.devices.iothread import IoThread
 from crackle.devices.state import SerialState
 from crackle.kvm.bus import Bus
+from crackle.runtime.iothread import IoThread
 
 class Serial:
     @property

@@ -12,9 +12,9 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from posix.unistd cimport read, write
 
-from crackle.devices.iothread cimport IoThread, event_source
+from crackle.runtime.iothread cimport IoThread, event_source
 from crackle.includes.events cimport EPOLLIN, EPOLLONESHOT
-from crackle.includes.threads cimport *
+from crackle.runtime.threads cimport *
 from crackle.kvm.bus cimport BUS_CONTINUE, Bus
 
 from crackle.devices.state import SerialState

@@ -15,7 +15,7 @@ from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, mun
 from posix.unistd cimport close, write
 
 from crackle.includes.kvm cimport *
-from crackle.includes.threads cimport *
+from crackle.runtime.threads cimport *
 from crackle.kvm.bus cimport BUS_CONTINUE, BUS_RESET, Bus
 
 from crackle.errors import KvmError, StateError

@@ -14,7 +14,7 @@ from posix.time cimport itimerspec
 from posix.unistd cimport close, read
 
 from crackle.includes.events cimport CLOCK_MONOTONIC, TFD_CLOEXEC, TFD_NONBLOCK, timerfd_create, timerfd_settime
-from crackle.includes.threads cimport now_ns
+from crackle.runtime.threads cimport now_ns
 
 from crackle.errors import ConfigError
 from crackle.ratelimit.state import BucketState, LimiterState

@@ -1,1 +1,1 @@
-"""virtio: the split virtqueue, the MMIO transport, and one file per device."""
+"""virtio: the split virtqueue, what all devices share, the transport, and a room for each kind of device."""

@@ -1,7 +1,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from crackle.devices.iothread cimport IoThread
-from crackle.includes.threads cimport pthread_mutex_t
+from crackle.runtime.iothread cimport IoThread
+from crackle.runtime.threads cimport pthread_mutex_t
 from crackle.memory.guest cimport GuestMemory
 from crackle.ratelimit.limiter cimport RateLimiter
 from crackle.virtio.queue cimport Virtqueue

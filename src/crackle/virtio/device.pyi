@@ -1,8 +1,8 @@
 from typing import Any
 
-from crackle.devices.iothread import IoThread
 from crackle.memory.guest import GuestMemory
 from crackle.ratelimit.limiter import RateLimiter
+from crackle.runtime.iothread import IoThread
 from crackle.schema.rate_limiter import RateLimiter as Limits
 from crackle.virtio.queue import Virtqueue
 from crackle.virtio.state import OwnState

@@ -1,8 +1,8 @@
 """What all virtio devices share (virtio 1.2, sections 2.1 to 2.4 and 3.1): status, feature negotiation, queues, interrupts.
 
 A device subclasses `VirtioDevice`, fills in its id, features and configuration space, and overrides `handle_queue`. The
-transport (`crackle.virtio.mmio`) turns register accesses into calls on it. Owns the eventfds: one a queue, written by KVM
-when the driver notifies it, and one bound to the interrupt line.
+transport (`crackle.virtio.transport.mmio`) turns register accesses into calls on it. Owns the eventfds: one a queue,
+written by KVM when the driver notifies it, and one bound to the interrupt line.
 
 `lock` covers everything but `interrupt_status`: the I/O thread holds it while it serves a queue, which may take as long as
 a disk does, and a vCPU that only acknowledges an interrupt must not wait for that.
@@ -13,9 +13,9 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport strerror
 from posix.unistd cimport close, write
 
-from crackle.devices.iothread cimport IoThread
+from crackle.runtime.iothread cimport IoThread
 from crackle.includes.events cimport EFD_CLOEXEC, EFD_NONBLOCK, EPOLLET, EPOLLIN, eventfd
-from crackle.includes.threads cimport *
+from crackle.runtime.threads cimport *
 from crackle.includes.virtio cimport *
 from crackle.memory.guest cimport GuestMemory
 from crackle.ratelimit.limiter cimport RateLimiter, bucket, configure_bucket

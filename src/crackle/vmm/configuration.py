@@ -112,7 +112,7 @@ class Configuration:
 
     def put_network(self, interface: NetworkInterface) -> None:
         """The TAP stays open from now on: nobody else gets it, and one that had to be made stays to be set up."""
-        from crackle.virtio.net import MTU_RANGE
+        from crackle.virtio.net.device import MTU_RANGE
 
         interfaces = self.config.network_interfaces
         at = next((i for i, other in enumerate(interfaces) if other.iface_id == interface.iface_id), None)
@@ -151,7 +151,7 @@ class Configuration:
 
     def put_vsock(self, vsock: Vsock) -> None:
         with context("Vsock config error: Cannot create backend for vsock device"):
-            from crackle.virtio.vsock_mux import Multiplexer
+            from crackle.virtio.vsock.mux import Multiplexer
 
             Multiplexer(vsock.guest_cid, vsock.uds_path).close()
         # The device has one name only; clients of old versions still give it one.
@@ -278,7 +278,7 @@ def _complete_file_drive(drive: Drive) -> Drive:
     _check_backing_file(drive.path_on_host, read_only)
     engine = drive.io_engine or "Sync"
     if engine == "Async":
-        from crackle.virtio.block_async import check_host
+        from crackle.virtio.block.uring import check_host
 
         check_host()
     complete: Drive = msgspec.structs.replace(
@@ -311,7 +311,7 @@ def _check_backing_file(path: str, read_only: bool) -> None:
         raise ConfigError(
             f"Virtio backend error: Error manipulating the backing file: {_reason(error)} {path}"
         ) from None
-    from crackle.virtio.backing import open_backing
+    from crackle.virtio.block.backing import open_backing
 
     os.close(open_backing(path, read_only).fd)
 

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from crackle.memory import GuestMemory
     from crackle.schema import Drive, DriveUpdate, NetworkInterface, NetworkInterfaceUpdate
     from crackle.schema import Vsock as VsockResource
-    from crackle.virtio.block import Block
+    from crackle.virtio.block.device import Block
     from crackle.virtio.device import VirtioDevice
-    from crackle.virtio.net import Net
-    from crackle.virtio.tap import Tap
-    from crackle.virtio.vhost_user import VhostUser
-    from crackle.virtio.vhost_user_block import VhostUserBlock
-    from crackle.virtio.vsock import Vsock
+    from crackle.virtio.net.device import Net
+    from crackle.virtio.net.tap import Tap
+    from crackle.virtio.vhost_user.block import VhostUserBlock
+    from crackle.virtio.vhost_user.protocol import VhostUser
+    from crackle.virtio.vsock.device import Vsock
 
     # What is open before there is a device; `close` may be called again.
     Held = Tap | VhostUser
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def make_block(memory: GuestMemory, drive: Drive) -> Block:
     """ConfigError when the drive's file cannot be used."""
-    from crackle.virtio.block import Block
+    from crackle.virtio.block.device import Block
 
     assert drive.path_on_host is not None
     return Block(
@@ -54,14 +54,14 @@ def update_block(block: Block, update: DriveUpdate) -> None:
 
 def open_net(interface: NetworkInterface) -> Tap:
     """ConfigError when the TAP cannot be had."""
-    from crackle.virtio.tap import Tap
+    from crackle.virtio.net.tap import Tap
 
     return Tap(interface.host_dev_name)
 
 
 def make_net(memory: GuestMemory, interface: NetworkInterface, tap: Tap) -> Net:
     """Takes the descriptor of `tap`. ConfigError when it has none, and gets none any more."""
-    from crackle.virtio.net import Net
+    from crackle.virtio.net.device import Net
 
     fd = tap.take()
     try:
@@ -88,7 +88,7 @@ def update_net(net: Net, update: NetworkInterfaceUpdate) -> None:
 
 def open_vhost_user_block(drive: Drive) -> VhostUser:
     """A connection to the drive's back end; ConfigError when that is no use."""
-    from crackle.virtio.vhost_user_block import connect
+    from crackle.virtio.vhost_user.block import connect
 
     assert drive.socket is not None
     backend: VhostUser = connect(drive.socket, writeback=drive.cache_type == "Writeback")
@@ -97,7 +97,7 @@ def open_vhost_user_block(drive: Drive) -> VhostUser:
 
 def make_vhost_user_block(memory: GuestMemory, drive: Drive, backend: VhostUser) -> VhostUserBlock:
     """ConfigError when the back end is no use (any more)."""
-    from crackle.virtio.vhost_user_block import VhostUserBlock
+    from crackle.virtio.vhost_user.block import VhostUserBlock
 
     # A start that failed has closed what it was given.
     return VhostUserBlock(memory, backend if backend.fileno() >= 0 else open_vhost_user_block(drive))
@@ -120,7 +120,7 @@ def is_read_only(disk: Any) -> bool:
 
 def make_vsock(memory: GuestMemory, vsock: VsockResource) -> Vsock:
     """ConfigError when the Unix socket cannot be made."""
-    from crackle.virtio.vsock import Vsock
+    from crackle.virtio.vsock.device import Vsock
 
     return Vsock(memory, vsock.guest_cid, vsock.uds_path)
 

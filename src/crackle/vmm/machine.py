@@ -10,14 +10,14 @@ from crackle.arch import DeviceInfo, layout
 from crackle.devices.boot_timer import SIZE as BOOT_TIMER_SIZE
 from crackle.devices.boot_timer import BootTimer
 from crackle.devices.i8042 import I8042
-from crackle.devices.iothread import IoThread
 from crackle.devices.power import SleepControl
 from crackle.devices.serial import Serial
 from crackle.errors import ConfigError, StateError
 from crackle.kvm import Bus
+from crackle.runtime.iothread import IoThread
 from crackle.telemetry.names import PER_DEVICE
-from crackle.virtio.mmio import SIZE as MMIO_SIZE
-from crackle.virtio.mmio import MmioTransport
+from crackle.virtio.transport.mmio import SIZE as MMIO_SIZE
+from crackle.virtio.transport.mmio import MmioTransport
 from crackle.vmm.devices import KINDS, make
 
 TYPE_CHECKING = False
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from crackle.mmds.store import Store
     from crackle.schema import MmdsConfig
     from crackle.telemetry.logger import Logger
-    from crackle.virtio.custom import VirtioDevice as CustomDevice
+    from crackle.virtio.custom.base import VirtioDevice as CustomDevice
     from crackle.virtio.device import VirtioDevice
     from crackle.vmm.devices import Held
     from crackle.vmm.shell import Parts
@@ -132,7 +132,7 @@ class Machine:
 
     def add_custom(self, identifier: str, device: CustomDevice) -> None:
         """Attach a device written in Python; all of them share a thread, apart from the other devices'."""
-        from crackle.virtio.python import PythonDevice
+        from crackle.virtio.custom.device import PythonDevice
 
         if self._python_io is None:
             self._python_io = IoThread("python")

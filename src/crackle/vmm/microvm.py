@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from crackle.schema.machine import HugePages
     from crackle.schema.net import NetworkInterface
     from crackle.schema.rate_limiter import RateLimiter
-    from crackle.virtio.custom import VirtioDevice
+    from crackle.virtio.custom.base import VirtioDevice
     from crackle.vmm.devices import Held
     from crackle.vmm.machine import ExitStatus
 

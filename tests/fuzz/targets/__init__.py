@@ -18,18 +18,19 @@ class Name(NamedTuple):
     python: bool = False
 
 
-BLOCK = ("virtio.block", "virtio.block_queue", "virtio.block_engine")
+BLOCK = ("virtio.block.device", "virtio.block.queue", "virtio.block.engine")
 NAMES = {
     "queue": Name("queue:Queue", ("virtio.queue", "memory.guest")),
-    "mmio": Name("queue:Mmio", ("virtio.mmio", "virtio.device", "kvm.bus")),
+    "mmio": Name("queue:Mmio", ("virtio.transport.mmio", "virtio.device", "kvm.bus")),
     "block": Name("block:Sync", BLOCK),
-    "async": Name("block:Async", (*BLOCK, "virtio.block_async")),
-    "net": Name("net:Interface", ("virtio.net", "virtio.net_receive")),
+    "async": Name("block:Async", (*BLOCK, "virtio.block.uring")),
+    "net": Name("net:Interface", ("virtio.net.device", "virtio.net.receive")),
     "vsock": Name(
-        "vsock:Streams", ("virtio.vsock", "virtio.vsock_mux", "virtio.vsock_host", "virtio.vsock_table")
+        "vsock:Streams",
+        ("virtio.vsock.device", "virtio.vsock.mux", "virtio.vsock.host", "virtio.vsock.table"),
     ),
-    "vhost": Name("vhost:BackEnd", ("virtio.vhost_user",), python=True),
-    "python": Name("custom:Python", ("virtio.python",)),
+    "vhost": Name("vhost:BackEnd", ("virtio.vhost_user.protocol",), python=True),
+    "python": Name("custom:Python", ("virtio.custom.device",)),
     "mmds": Name("mmds:Frames", ("mmds.packet", "mmds.stack", "mmds.tcp"), python=True),
     "mmds-http": Name("mmds:Http", ("mmds.http", "mmds.store", "mmds.token"), python=True),
 }

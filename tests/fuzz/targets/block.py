@@ -8,7 +8,7 @@ import tempfile
 from contextlib import suppress
 
 from crackle.errors import ConfigError
-from crackle.virtio.block import Block
+from crackle.virtio.block.device import Block
 from support.driver import F_VERSION_1, Buffer
 from targets.choices import Choices
 from targets.device import DATA, HEADERS, RINGS, DeviceTarget, Station, fire

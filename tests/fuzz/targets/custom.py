@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import struct
 
-import crackle.virtio.custom
+import crackle.virtio.custom.base
 from crackle.errors import StateError
-from crackle.virtio.python import PythonDevice, Request, RequestQueue
+from crackle.virtio.custom.device import PythonDevice, Request, RequestQueue
 from support.driver import F_VERSION_1, Buffer
 from targets.choices import Choices
 from targets.device import DATA, HEADERS, SIZE, DeviceTarget, Station
 
 
-class Echo(crackle.virtio.custom.VirtioDevice):
+class Echo(crackle.virtio.custom.base.VirtioDevice):
     """Gives back what it is sent, at once or later; some requests it never completes."""
 
     device_id = 42
@@ -64,7 +64,7 @@ class Echo(crackle.virtio.custom.VirtioDevice):
 
 
 class Python(DeviceTarget):
-    """Its queues, as `crackle.virtio.python` shows them to it."""
+    """Its queues, as `crackle.virtio.custom.device` shows them to it."""
 
     def make(self, kind: int) -> PythonDevice:
         self.echo = Echo()

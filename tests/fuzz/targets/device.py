@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from crackle.devices.iothread import IoThread
+from crackle.runtime.iothread import IoThread
 from crackle.schema.rate_limiter import RateLimiter, TokenBucket
 from crackle.virtio.device import VirtioDevice
 from support import driver

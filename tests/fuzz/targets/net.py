@@ -6,7 +6,7 @@ import os
 import socket
 import struct
 
-from crackle.virtio.net import Net
+from crackle.virtio.net.device import Net
 from support.driver import F_VERSION_1, Buffer
 from targets.choices import Choices
 from targets.device import DATA, END, HEADERS, DeviceTarget, Station, reap

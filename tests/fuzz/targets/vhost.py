@@ -8,8 +8,15 @@ import struct
 
 from crackle.errors import ConfigError
 from crackle.memory import GuestMemory
-from crackle.virtio import vhost_user
-from crackle.virtio.vhost_user import F_PROTOCOL_FEATURES, P_CONFIG, P_REPLY_ACK, REQUESTS, Ring, VhostUser
+from crackle.virtio.vhost_user import protocol
+from crackle.virtio.vhost_user.protocol import (
+    F_PROTOCOL_FEATURES,
+    P_CONFIG,
+    P_REPLY_ACK,
+    REQUESTS,
+    Ring,
+    VhostUser,
+)
 from targets.choices import Choices
 from targets.device import GPA, SIZE, Target, descriptors
 
@@ -109,9 +116,9 @@ class BackEnd(Target):
     def message(self, choices: Choices, name: str, payload: bytes) -> bytes:
         if choices.rarely():
             return choices.bytes(choices.below(40))
-        header = vhost_user.HEADER.pack(
+        header = protocol.HEADER.pack(
             choices.nearly(REQUESTS[name]) & 0xFFFFFFFF,
-            choices.nearly(vhost_user.VERSION | vhost_user.REPLY) & 0xFFFFFFFF,
+            choices.nearly(protocol.VERSION | protocol.REPLY) & 0xFFFFFFFF,
             choices.nearly(len(payload)) & 0xFFFFFFFF,
         )
         return header + payload

@@ -9,7 +9,7 @@ import socket
 import struct
 import tempfile
 
-from crackle.virtio.vsock import Vsock
+from crackle.virtio.vsock.device import Vsock
 from support.driver import F_VERSION_1, Buffer
 from targets.block import in_memory
 from targets.choices import Choices

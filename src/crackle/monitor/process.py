@@ -1,0 +1,232 @@
+"""A process that is one microVM: controller, API, metrics timer, signals, terminal and exit status.
+
+In one loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import time
+
+import msgspec
+
+from crackle.api.server import ApiServer
+from crackle.errors import CrackleError
+from crackle.runtime.housekeeping import give_back
+from crackle.runtime.loop import Loop
+from crackle.runtime.terminal import Terminal
+from crackle.schema.codec import decode, explain
+from crackle.schema.config import VmConfig
+from crackle.telemetry.metrics import FLUSH_PERIOD_S, Metrics
+from crackle.vmm import builder, shell
+from crackle.vmm.commands import Command
+from crackle.vmm.controller import Controller
+from crackle.vmm.machine import BuildOptions
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from _socket import socket
+    from collections.abc import Mapping
+    from typing import Any
+
+    from crackle.cli.options import Options
+    from crackle.schema import MachineConfig
+    from crackle.telemetry.logger import Logger
+    from crackle.telemetry.sink import Sink
+    from crackle.vmm.controller import Machine, Shell
+    from crackle.vmm.devices import Held
+
+# What the process ends with when it intercepts a signal, as Firecracker does.
+SIGNAL_STATUS = {
+    signal.SIGSYS: 148,
+    signal.SIGXFSZ: 151,
+    signal.SIGXCPU: 154,
+    signal.SIGHUP: 156,
+}
+
+# Seconds after the start of the guest when what only the start needed is given back.
+_SETTLED_S = 1.0
+
+# These end it in order, and then by the signal itself, so that the parent sees what it sent.
+_TERMINATE = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+
+
+class VmmProcess:
+    """Runs one microVM until it ends. Takes over ``metrics_sink``, ``listener`` and ``ready``."""
+
+    def __init__(
+        self,
+        options: Options,
+        logger: Logger,
+        metrics_sink: Sink | None,
+        listener: socket | None,
+        config: bytes | None,
+        ready: Shell | None,
+        metadata: bytes | None = None,
+    ) -> None:
+        self._options = options
+        self._logger = logger
+        self._config = config
+        self._metadata = metadata
+        self._status = 0
+        self._signal = 0
+        self._terminal = Terminal(0)
+        self._loop = Loop()
+        self._metrics = Metrics()
+        if metrics_sink is not None:
+            self._metrics.attach(metrics_sink)
+        limit = options.number("http-api-max-payload-size") or 0
+        metadata_limit = options.number("mmds-size-limit")
+        self._controller = Controller(
+            self._build,
+            self._prepare,
+            instance_id=logger.instance_id,
+            logger=logger,
+            metrics=self._metrics,
+            on_start=self._started,
+            shell=ready,
+            metadata_limit=limit if metadata_limit is None else metadata_limit,
+        )
+        self._server = None if listener is None else ApiServer(self._loop, listener, self._controller, limit)
+        self._watch_signals()
+
+    def run(self) -> int:
+        """Serve until the microVM or a signal ends it; the result is the exit status. Raises CrackleError."""
+        try:
+            if self._server is not None:
+                self._report_start()
+            if self._metadata is not None:
+                self._put_metadata(self._metadata)
+            if self._config is not None:
+                self._start_from_file(self._config)
+            self._loop.run()
+        finally:
+            self._close()
+        if self._signal:
+            signal.signal(self._signal, signal.SIG_DFL)
+            os.kill(os.getpid(), self._signal)
+        return self._status
+
+    def _put_metadata(self, text: bytes) -> None:
+        problem = "Populating MMDS from file failed"
+        try:
+            self._controller.execute(Command("put_mmds", msgspec.json.decode(text)))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise CrackleError(f"{problem}: metadata provided not valid json: {error}.") from None
+        except CrackleError as error:
+            raise CrackleError(f"{problem}: {error}") from error
+        self._logger.info("Successfully added metadata to mmds from file")
+
+    def _start_from_file(self, text: bytes) -> None:
+        problem = "Failed to build MicroVM from Json"
+        try:
+            config = decode(text, VmConfig)
+        except msgspec.DecodeError as error:
+            raise CrackleError(
+                f"{problem}: Configuration for VMM from one single json failed: Invalid JSON: "
+                f"{explain(error, VmConfig, text)}"
+            ) from None
+        try:
+            self._controller.configure(config)
+        except CrackleError as error:
+            raise CrackleError(
+                f"{problem}: Configuration for VMM from one single json failed: {error}"
+            ) from error
+        try:
+            self._controller.execute(Command("start"))
+        except CrackleError as error:
+            raise CrackleError(f"{problem}: {error}") from error
+        self._logger.info("Successfully started microvm that was configured from one single json")
+
+    def _build(self, config: VmConfig, ready: Any, held: Mapping[tuple[str, str], Held]) -> Machine:
+        if config.vsock is not None:
+            _allow_many_descriptors()
+        options = BuildOptions(boot_timer="boot-timer" in self._options, logger=self._logger)
+        return builder.build(config, ready, options, held)
+
+    def _prepare(self, machine_config: MachineConfig, shared: bool) -> Shell | None:
+        return shell.prepare(machine_config, shared)
+
+    def _started(self, machine: Machine) -> None:
+        self._terminal.set_raw()
+        self._loop.watch(machine.exit_fd, lambda _events: self._ended())
+        self._flush_periodically()
+        gc.freeze()
+        self._loop.call_later(_SETTLED_S, give_back)
+
+    def _ended(self) -> None:
+        machine = self._controller.machine
+        if machine is None:
+            return
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(machine.exit_fd)
+        status = machine.exit_status()
+        if status is None:
+            return
+        self._loop.forget(machine.exit_fd)
+        self._status = status.exit_code
+        (self._logger.info if self._status == 0 else self._logger.error)(
+            f"The microVM ended ({status.reason}): {status.message}"
+        )
+        self._loop.stop()
+
+    def _flush_periodically(self) -> None:
+        self._flush()
+        self._loop.call_later(FLUSH_PERIOD_S, self._flush_periodically)
+
+    def _flush(self) -> None:
+        self._metrics.counters["logger"]["missed_log_count"] = self._logger.lost
+        try:
+            self._metrics.flush()
+        except CrackleError as error:
+            self._logger.error(str(error))
+
+    def _report_start(self) -> None:
+        counters = self._metrics.counters["api_server"]
+        start_us = self._options.number("start-time-us")
+        if start_us is not None:
+            counters["process_startup_time_us"] = max(0, time.monotonic_ns() // 1000 - start_us)
+        start_cpu_us = self._options.number("start-time-cpu-us")
+        if start_cpu_us is not None:
+            own = time.process_time_ns() // 1000 - start_cpu_us
+            counters["process_startup_time_cpu_us"] = max(
+                0, own + (self._options.number("parent-cpu-time-us") or 0)
+            )
+        self._logger.info("API server started.")
+
+    def _watch_signals(self) -> None:
+        for number in (*SIGNAL_STATUS, *_TERMINATE):
+            self._loop.on_signal(number, self._intercept)
+
+    def _intercept(self, number: int) -> None:
+        name = signal.Signals(number).name.lower()
+        if name in self._metrics.counters["signals"]:
+            self._metrics.counters["signals"][name] = 1
+        elif number == signal.SIGSYS:
+            self._metrics.counters["seccomp"]["num_faults"] = 1
+        self._logger.error(f"Shutting down VM after intercepting signal {number}.")
+        if number in _TERMINATE:
+            self._signal = number
+        else:
+            self._status = SIGNAL_STATUS[signal.Signals(number)]
+        self._loop.stop()
+
+    def _close(self) -> None:
+        self._terminal.restore()
+        self._flush()
+        if self._server is not None:
+            self._server.close()
+        self._controller.stop()
+        self._loop.close()
+        self._metrics.close()
+
+
+def _allow_many_descriptors() -> None:
+    """One for each vsock connection: as many as the hard limit allows."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

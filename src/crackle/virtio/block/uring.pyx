@@ -1,0 +1,253 @@
+"""virtio-block's Async engine: io_uring(7) through liburing.
+
+A module of its own, so that only a process with such a drive loads liburing. What a guest has submitted goes to the kernel
+in one io_uring_enter; what the page cache holds is done when that returns, the rest is announced by an eventfd. The ring is
+restricted to the operations below on the one registered file.
+
+Owns the ring, its requests and the eventfd. Guest memory must outlive what is in flight: `shut_down` waits for it.
+"""
+
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset, strerror
+from posix.unistd cimport close
+
+from crackle.includes.io cimport iovec
+from crackle.includes.uring cimport *
+from crackle.memory.guest cimport GuestMemory
+from crackle.virtio.block.engine cimport DO_FLUSH, DO_READ, DO_WRITE, Engine, request
+from crackle.virtio.device cimport new_eventfd
+from crackle.virtio.queue cimport MAX_QUEUE_SIZE
+
+from crackle.errors import ConfigError
+
+
+cdef extern from * nogil:
+    void full_barrier "__sync_synchronize" ()
+
+cdef enum:
+    # Requests in flight at most, as many as the queue has entries: its ring cannot overflow.
+    DEPTH = MAX_QUEUE_SIZE
+    # The backing file's place among the registered files.
+    FILE = 0
+
+cdef int[6] OPERATIONS = [
+    IORING_OP_READ, IORING_OP_WRITE, IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_FSYNC, IORING_OP_FALLOCATE
+]
+
+
+cdef restrict(io_uring *ring):
+    """Whatever happens to this process, the ring does nothing else and on no other file."""
+    cdef io_uring_restriction rules[8]
+    cdef int i
+    memset(rules, 0, sizeof(rules))
+    for i in range(6):
+        rules[i].opcode, rules[i].sqe_op = IORING_RESTRICTION_SQE_OP, OPERATIONS[i]
+    rules[6].opcode, rules[6].sqe_flags = IORING_RESTRICTION_SQE_FLAGS_REQUIRED, IOSQE_FIXED_FILE
+    rules[7].opcode, rules[7].register_op = IORING_RESTRICTION_REGISTER_OP, IORING_REGISTER_FILES_UPDATE
+    check(io_uring_register(ring.ring_fd, IORING_REGISTER_RESTRICTIONS, rules, 8))
+
+
+cdef check(int result):
+    if result < 0:
+        raise ConfigError(
+            f"The Async io_engine needs io_uring of Linux 5.10.51 or newer, and this host does not let it be used: "
+            f"{strerror(-result).decode()}. See sysctl kernel.io_uring_disabled, or use the Sync io_engine."
+        )
+
+
+def check_host():
+    """ConfigError when the host has no io_uring for this process."""
+    cdef io_uring ring
+    cdef io_uring_params params
+    memset(&params, 0, sizeof(params))
+    check(io_uring_queue_init_params(1, &ring, &params))
+    io_uring_queue_exit(&ring)
+
+
+cdef class AsyncEngine(Engine):
+    """ConfigError when the host has no io_uring for this process."""
+
+    cdef io_uring ring
+    cdef bint made              # there is a ring
+    cdef request *requests      # DEPTH of them,
+    cdef iovec *tables          # with room for as many buffers each,
+    cdef request **idle         # and those that are not in flight, the one used last on top
+    cdef uint32_t idle_count
+    cdef uint32_t queued        # in the ring's memory, not handed over yet
+    cdef uint32_t in_flight     # handed over, or queued
+    cdef uint64_t number        # of writes so far
+    cdef request *held[DEPTH]   # flushes that wait for writes submitted before them
+    cdef uint32_t held_count
+
+    def __init__(self, GuestMemory memory):
+        cdef io_uring_params params
+        cdef int nothing = -1, i
+        if self.made:
+            raise ValueError("this engine is set up already")
+        memset(&params, 0, sizeof(params))
+        # The I/O thread comes by anyway: no interrupt to have it run what completes (Linux 5.19).
+        params.flags = IORING_SETUP_R_DISABLED | IORING_SETUP_COOP_TASKRUN
+        result = io_uring_queue_init_params(DEPTH, &self.ring, &params)
+        if result < 0:
+            memset(&params, 0, sizeof(params))
+            params.flags = IORING_SETUP_R_DISABLED
+            check(io_uring_queue_init_params(DEPTH, &self.ring, &params))
+        self.made = True
+        self.event_fd = new_eventfd()
+        check(io_uring_register_files(&self.ring, &nothing, 1))
+        check(io_uring_register_eventfd(&self.ring, self.event_fd))
+        restrict(&self.ring)
+        check(io_uring_register(self.ring.ring_fd, IORING_REGISTER_ENABLE_RINGS, NULL, 0))
+        io_uring_cq_eventfd_toggle(&self.ring, False)
+        # Pages that are never touched cost nothing, and the request that was given back last is the next to be taken.
+        self.requests = <request *> calloc(DEPTH, sizeof(request))
+        self.tables = <iovec *> calloc(DEPTH * MAX_QUEUE_SIZE, sizeof(iovec))
+        self.idle = <request **> calloc(DEPTH, sizeof(request *))
+        if self.requests == NULL or self.tables == NULL or self.idle == NULL:
+            raise MemoryError
+        for i in range(DEPTH):
+            self.idle[i] = &self.requests[DEPTH - 1 - i]
+        self.idle_count = DEPTH
+
+    def __dealloc__(self):
+        self.shut_down()
+        free(self.requests)
+        free(self.tables)
+        free(self.idle)
+
+    cdef void shut_down(self) noexcept nogil:
+        if not self.made:
+            return
+        while self.wait():
+            while self.completed() != NULL:
+                pass
+        io_uring_queue_exit(&self.ring)
+        self.made = False
+        if self.event_fd >= 0:
+            close(self.event_fd)
+            self.event_fd = -1
+
+    cdef void use(self, int fd) noexcept nogil:
+        self.fd = fd
+        io_uring_register_files_update(&self.ring, FILE, &fd, 1)
+
+    cdef request *take(self) noexcept nogil:
+        return self.idle[self.idle_count - 1] if self.idle_count else NULL
+
+    cdef void release(self, request *r) noexcept nogil:
+        self.idle[self.idle_count] = r
+        self.idle_count += 1
+
+    # -- to the kernel -------------------------------------------------------------------------------------------
+
+    cdef bint submit(self, request *r) noexcept nogil:
+        cdef iovec *table
+        self.idle_count -= 1
+        # The chain that it came in is used for the next.
+        if r.count == 1:
+            r.one = r.iov[0]
+            r.iov = &r.one
+        elif r.count:
+            table = &self.tables[(r - self.requests) * MAX_QUEUE_SIZE]
+            memcpy(table, r.iov, r.count * sizeof(iovec))
+            r.iov = table
+        self.in_flight += 1
+        r.number = self.number
+        if r.what == DO_FLUSH:
+            # What was written before must be on the disk when it is answered; what comes after does not wait for it, as
+            # it would with IOSQE_IO_DRAIN.
+            r.waits_for = self.writing
+            if r.waits_for:
+                self.held[self.held_count] = r
+                self.held_count += 1
+                return False
+        elif r.what != DO_READ:
+            self.number += 1
+            self.writing += 1
+        self.put(r)
+        return False
+
+    cdef void put(self, request *r) noexcept nogil:
+        # Never NULL: the ring has an entry for each request.
+        cdef io_uring_sqe *sqe = io_uring_get_sqe(&self.ring)
+        if r.what == DO_READ:
+            if r.count == 1:
+                io_uring_prep_read(sqe, FILE, r.iov.iov_base, r.iov.iov_len, r.offset)
+            else:
+                io_uring_prep_readv(sqe, FILE, r.iov, r.count, r.offset)
+        elif r.what == DO_WRITE:
+            if r.count == 1:
+                io_uring_prep_write(sqe, FILE, r.iov.iov_base, r.iov.iov_len, r.offset)
+            else:
+                io_uring_prep_writev(sqe, FILE, r.iov, r.count, r.offset)
+        elif r.what == DO_FLUSH:
+            io_uring_prep_fsync(sqe, FILE, IORING_FSYNC_DATASYNC)
+        else:
+            io_uring_prep_fallocate(sqe, FILE, r.mode, r.offset, r.length)
+        io_uring_sqe_set_flags(sqe, IOSQE_FIXED_FILE)
+        sqe.user_data = <uint64_t> r
+        self.queued += 1
+
+    cdef bint kick(self) noexcept nogil:
+        cdef int taken
+        if self.queued == 0:
+            return False
+        taken = io_uring_submit(&self.ring)
+        if taken > 0:
+            self.queued -= <uint32_t> taken
+        return True
+
+    cdef bint wait(self) noexcept nogil:
+        cdef int taken
+        if self.in_flight == 0:
+            return False
+        if next_completion(&self.ring) == NULL:
+            taken = io_uring_submit_and_wait(&self.ring, 1)
+            if taken > 0:
+                self.queued -= <uint32_t> taken
+        return True
+
+    # -- and back ------------------------------------------------------------------------------------------------
+
+    cdef request *completed(self) noexcept nogil:
+        cdef io_uring_cqe *cqe
+        cdef request *r
+        cdef ssize_t result
+        while True:
+            cqe = next_completion(&self.ring)
+            if cqe == NULL:
+                return NULL
+            r, result = <request *> cqe.user_data, cqe.res
+            io_uring_cq_advance(&self.ring, 1)
+            if self.advance(r, result):
+                self.in_flight -= 1
+                if r.what != DO_READ and r.what != DO_FLUSH:
+                    self.written(r)
+                return r
+            self.put(r)
+
+    cdef void written(self, request *r) noexcept nogil:
+        """One write less: let the flushes go that waited for it."""
+        cdef uint32_t i, kept = 0
+        cdef request *flush
+        self.writing -= 1
+        for i in range(self.held_count):
+            flush = self.held[i]
+            if flush.number > r.number:
+                flush.waits_for -= 1
+            if flush.waits_for:
+                self.held[kept] = flush
+                kept += 1
+            else:
+                self.put(flush)
+        self.held_count = kept
+
+    cdef bint ready(self) noexcept nogil:
+        return io_uring_cq_ready(&self.ring) != 0
+
+    cdef bint announce(self, bint on) noexcept nogil:
+        io_uring_cq_eventfd_toggle(&self.ring, on)
+        if on:
+            full_barrier()
+        return self.queued != 0 or self.ready()

@@ -1,7 +1,0 @@
-from crackle.memory.guest import GuestMemory
-from crackle.virtio.block_engine import Engine
-
-class AsyncEngine(Engine):
-    def __init__(self, memory: GuestMemory) -> None: ...
-
-def check_host() -> None: ...

@@ -1,0 +1,1 @@
+"""Virtio devices written in Python (docs/devices.md)."""

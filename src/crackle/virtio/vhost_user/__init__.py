@@ -1,0 +1,1 @@
+"""Devices whose queues another process serves (the vhost-user protocol)."""

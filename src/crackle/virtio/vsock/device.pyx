@@ -1,0 +1,436 @@
+"""virtio-vsock (virtio 1.2, section 5.10): streams between programs of the guest and of the host.
+
+Three queues: to the guest, from the guest, and events. Packets are `crackle.virtio.vsock.mux`'s; what they carry is read
+from and written to Unix sockets straight out of and into the guest's own buffers, many packets with one system call.
+"""
+
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from crackle.runtime.iothread cimport IoThread
+from crackle.includes.events cimport EPOLLIN
+from crackle.includes.io cimport iovec, readv
+from crackle.runtime.threads cimport *
+from crackle.includes.virtio cimport *
+from crackle.includes.vsock cimport *
+from crackle.memory.guest cimport GuestMemory
+from crackle.virtio.device cimport TURN_NS, VirtioDevice
+from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers
+from crackle.virtio.vsock.mux cimport DATA, NOTHING, Multiplexer
+from crackle.virtio.vsock.table cimport connection
+
+import os
+
+from crackle.virtio.state import VsockState
+
+cdef extern from * nogil:
+    void full_barrier "__sync_synchronize" ()
+
+cdef enum:
+    QUEUE_SIZE = 256
+    RX = 0
+    TX = 1
+    EVENT = 2
+    HEADER = sizeof(virtio_vsock_hdr)
+    MAX_PACKET = 64 << 10
+    # What one read from a socket fills: no connection keeps the others waiting for longer.
+    MAX_GATHER = 64
+    MAX_READ = 256 << 10
+    MAX_BUFFERS = 2 * QUEUE_SIZE
+    MAX_BATCH = 4 * QUEUE_SIZE
+    # Times in a row that there was data for the guest and none from it.
+    STREAM = 16
+
+# Nanoseconds to look out for more before asking to be notified. On a single CPU there could not be any meanwhile.
+cdef uint64_t spin_ns = 10_000 if len(os.sched_getaffinity(0)) > 1 else 0
+
+# The reset event (5.10.6.7) of a restored guest, whose connections are gone.
+cdef enum:
+    NO_EVENT = 0
+    TO_SEND = 1
+    SENT = 2        # nothing else is sent until the driver has taken it
+
+# A packet to the guest: a chain of the receive queue.
+cdef struct packet:
+    uint16_t head
+    int first           # of its buffers in the gathering
+    int count
+    uint32_t room       # for data
+
+
+cdef class Vsock(VirtioDevice):
+    """Streams for the guest with context identifier `cid`, 3 to 2^32 - 2; host programs connect to the socket `uds_path`.
+
+    last_port: of the ports given to host programs before, from a saved state, or 0. Raises ConfigError when the socket
+    cannot be made.
+    """
+
+    cdef readonly Multiplexer mux
+    cdef chain request
+    cdef packet packets[MAX_GATHER]
+    cdef iovec buffers[MAX_BUFFERS]     # of the packets, headers and all
+    cdef uint64_t gpas[MAX_BUFFERS]
+    cdef iovec data[MAX_BUFFERS]        # of what is read into them
+    cdef int reset_event
+    cdef uint16_t event_avail
+    cdef uint32_t one_way               # see STREAM
+    cdef uint64_t seen_rx, seen_tx      # bytes
+    cdef readonly uint64_t rx_events, tx_events, rx_errors, tx_errors, event_fails
+
+    def __init__(self, GuestMemory memory, cid, str uds_path not None, uint32_t last_port=0):
+        cdef virtio_vsock_config config
+        self.mux = Multiplexer(cid, uds_path, last_port)
+        self.set_up(VIRTIO_ID_VSOCK, 0, (QUEUE_SIZE, QUEUE_SIZE, QUEUE_SIZE))
+        config.guest_cid = self.mux.cid
+        memcpy(self.config, &config, sizeof(config))
+        self.config_size = sizeof(config)
+
+    def attach(self, IoThread io not None):
+        """Serve the queues, and the host's sockets, on `io`."""
+        VirtioDevice.attach(self, io)
+        io.add(self.mux.epoll_fd, EPOLLIN, host_ready, <void *> self, self)
+
+    def close(self):
+        """End all connections, remove the socket's file, give the descriptors back; the I/O thread is stopped. Idempotent."""
+        VirtioDevice.close(self)
+        if self.mux is not None:
+            self.mux.close()
+
+    @property
+    def uds_path(self):
+        """Where host programs connect."""
+        return self.mux.path
+
+    @property
+    def cid(self):
+        """The guest's context identifier."""
+        return self.mux.cid
+
+    @property
+    def connections(self):
+        """How many there are now, those that are only beginning or ending among them."""
+        return self.mux.table.count
+
+    # -- on the I/O thread, with the lock held -------------------------------------------------------------------
+
+    cdef bint on_activate(self) noexcept nogil:
+        return self.mux.start()
+
+    cdef void on_reset(self) noexcept nogil:
+        self.reset_event = NO_EVENT
+        self.mux.reset()
+
+    cdef void fail(self) noexcept nogil:
+        self.need_reset()
+        self.mux.reset()
+
+    cdef void handle_queue(self, int index, Virtqueue queue) noexcept nogil:
+        if index == RX:
+            self.rx_events += 1
+        elif index == TX:
+            self.tx_events += 1
+        else:
+            self.serve_events(queue)
+        self.serve(<Virtqueue> self.table[RX], <Virtqueue> self.table[TX])
+
+    cdef void host_events(self) noexcept nogil:
+        pthread_mutex_lock(&self.lock)
+        self.mux.host_events()
+        if self.running():
+            self.serve(<Virtqueue> self.table[RX], <Virtqueue> self.table[TX])
+        pthread_mutex_unlock(&self.lock)
+
+    cdef void serve(self, Virtqueue rx, Virtqueue tx) noexcept nogil:
+        """Take what the guest has sent, and give it what there is for it, until there is no more for a while."""
+        cdef uint64_t begin = now_ns(), until = 0, now = begin
+        while self.running():
+            if self.move(rx, tx):
+                self.note_direction()
+                now = now_ns()
+                until = now + spin_ns
+                if now - begin >= TURN_NS:
+                    self.notify_again(TX)
+                    break
+            # Either side of a stream goes on at once: look out for it for as long as its notification would cost.
+            elif now < until:
+                if self.one_way >= STREAM:
+                    # Its writer may want this CPU, and would be interrupted for each piece if this thread slept.
+                    sched_yield()
+                self.mux.host_events()
+                now = now_ns()
+            elif self.at_rest(rx, tx):
+                break
+        self.mux.arm()
+
+    cdef void note_direction(self) noexcept nogil:
+        """Tell a stream to the guest from a conversation, in which the answer must find this thread there."""
+        if self.mux.tx_bytes != self.seen_tx:
+            self.one_way = 0
+        elif self.mux.rx_bytes != self.seen_rx and self.one_way < STREAM:
+            self.one_way += 1
+        self.seen_rx, self.seen_tx = self.mux.rx_bytes, self.mux.tx_bytes
+
+    cdef bint at_rest(self, Virtqueue rx, Virtqueue tx) noexcept nogil:
+        """Ask to be notified of what is missing; whether it is still missing then."""
+        cdef bint rests = True
+        if tx.ready and not self.mux.full():
+            rests = tx.rearm()
+        if rx.ready and self.mux.pending() and self.reset_event == NO_EVENT:
+            rests = rx.rearm() and rests
+        return rests
+
+    cdef bint move(self, Virtqueue rx, Virtqueue tx) noexcept nogil:
+        """Serve both queues as they are; whether anything was used."""
+        cdef bint taken = tx.ready and self.take_packets(tx), given = False, wanted = taken and tx.wants_interrupt()
+        if rx.ready and self.reset_event == NO_EVENT and self.running():
+            given = self.give_packets(rx)
+            wanted = given and rx.wants_interrupt() or wanted
+        if wanted:
+            self.interrupt(VIRTIO_MMIO_INT_VRING)
+        return taken or given
+
+    cdef bint take_packets(self, Virtqueue queue) noexcept nogil:
+        """Serve the transmit queue; whether anything was used."""
+        cdef uint64_t end = now_ns() + TURN_NS
+        cdef uint32_t served = 0
+        cdef int found
+        while not self.mux.full():
+            found = queue.pop(&self.request)
+            if found == QUEUE_EMPTY:
+                break
+            if found == QUEUE_BROKEN:
+                self.fail()
+                break
+            self.take_packet(&self.request)
+            queue.push(self.request.head, 0)
+            queue.publish()
+            served += 1
+            if served == MAX_BATCH or served % 16 == 0 and now_ns() >= end:
+                break
+        return served != 0
+
+    cdef void take_packet(self, chain *c) noexcept nogil:
+        cdef virtio_vsock_hdr header
+        cdef iovec *iov = c.iov
+        cdef int count
+        cdef size_t skip = HEADER, left
+        if c.writable or copy_buffers(iov, c.readable, 0, &header, HEADER, False) != HEADER:
+            self.tx_errors += 1
+            return
+        if header.len > c.readable_bytes - HEADER:
+            self.tx_errors += 1
+            self.mux.take_incomplete(&header)
+            return
+        while skip and skip >= iov.iov_len:
+            skip -= iov.iov_len
+            iov += 1
+        iov.iov_base = <char *> iov.iov_base + skip
+        iov.iov_len -= skip
+        left, count = header.len, 0
+        while left:
+            iov[count].iov_len = min(iov[count].iov_len, left)
+            left -= iov[count].iov_len
+            count += 1
+        self.mux.take(&header, iov, count)
+
+    cdef bint give_packets(self, Virtqueue queue) noexcept nogil:
+        """Fill receive buffers; whether any was used."""
+        cdef uint64_t end = now_ns() + TURN_NS
+        cdef uint32_t served = 0
+        cdef connection *c
+        cdef virtio_vsock_hdr header
+        cdef int found
+        while self.mux.pending():
+            found = self.gather(queue, 0)
+            if found == QUEUE_BROKEN:
+                self.fail()
+                break
+            if found == QUEUE_EMPTY:
+                break
+            if self.packets[0].count == 0:
+                # Not even a header fits.
+                self.rx_errors += 1
+                queue.push(self.packets[0].head, 0)
+                served += 1
+            else:
+                found = self.mux.next_packet(&c, &header)
+                if found == NOTHING:
+                    queue.next_avail -= 1
+                    break
+                if found == DATA:
+                    served += self.read_into(queue, c)
+                else:
+                    self.put_packet(queue, &self.packets[0], &header)
+                    served += 1
+            queue.publish()
+            if served >= MAX_BATCH or now_ns() >= end:
+                break
+        return served != 0
+
+    cdef int gather(self, Virtqueue queue, int number) noexcept nogil:
+        """The next receive buffer becomes packet `number`, with a count of 0 when it cannot be one; as Virtqueue.pop()."""
+        cdef chain *c = &self.request
+        cdef packet *p = &self.packets[number]
+        cdef int found = queue.pop(c), i
+        if found != QUEUE_CHAIN:
+            return found
+        p.head, p.count = c.head, 0
+        p.first = 0 if number == 0 else self.packets[number - 1].first + self.packets[number - 1].count
+        if c.readable or c.writable_bytes < HEADER:
+            return found
+        p.count, p.room = c.writable, <int> min(c.writable_bytes - HEADER, <uint64_t> MAX_PACKET)
+        for i in range(c.writable):
+            self.buffers[p.first + i], self.gpas[p.first + i] = c.iov[i], c.gpa[i]
+        return found
+
+    cdef int data_buffers(self, packet *p, iovec *data, size_t size) noexcept nogil:
+        """The first `size` bytes of a packet's room for data as `data`; how many entries that is."""
+        cdef iovec *iov = &self.buffers[p.first]
+        cdef size_t skip = HEADER, part
+        cdef int count = 0
+        while size:
+            if skip >= iov.iov_len:
+                skip -= iov.iov_len
+            else:
+                part = min(iov.iov_len - skip, size)
+                data[count].iov_base, data[count].iov_len = <char *> iov.iov_base + skip, part
+                size -= part
+                count += 1
+                skip = 0
+            iov += 1
+        return count
+
+    cdef uint32_t read_into(self, Virtqueue queue, connection *c) noexcept nogil:
+        """Read what a host program has written into as many packets as it fills; how many. The first is gathered."""
+        cdef size_t most = min(self.mux.credit(c), <uint32_t> MAX_READ), asked = 0, left, part
+        cdef int count = 0, entries = 0, filled = 0, i
+        cdef virtio_vsock_hdr header
+        cdef ssize_t n
+        if self.packets[0].room == 0:
+            self.rx_errors += 1
+            queue.push(self.packets[0].head, 0)
+            self.mux.ready(c)
+            return 1
+        while True:
+            part = min(<size_t> self.packets[count].room, most - asked)
+            entries += self.data_buffers(&self.packets[count], &self.data[entries], part)
+            asked += part
+            count += 1
+            if asked == most or count == MAX_GATHER:
+                break
+            # A chain has as many buffers as the queue has entries, at most.
+            if self.packets[count - 1].first + self.packets[count - 1].count > MAX_BUFFERS - QUEUE_SIZE:
+                break
+            if self.gather(queue, count) != QUEUE_CHAIN:
+                break
+            if self.packets[count].count == 0 or self.packets[count].room == 0:
+                queue.next_avail -= 1
+                break
+        n = readv(c.fd, self.data, entries)
+        left = max(n, 0)
+        for i in range(count):
+            if left == 0:
+                break
+            part = min(left, <size_t> self.packets[i].room)
+            self.mux.fill(c, &header, VIRTIO_VSOCK_OP_RW, 0)
+            header.len = <uint32_t> part
+            self.put_packet(queue, &self.packets[i], &header)
+            left -= part
+            filled += 1
+        # Those that have remained empty were never taken.
+        queue.next_avail -= <uint16_t> (count - filled)
+        self.mux.data_read(c, n, asked)
+        return filled
+
+    cdef void put_packet(self, Virtqueue queue, packet *p, virtio_vsock_hdr *header) noexcept nogil:
+        cdef uint64_t left = HEADER + header.len
+        cdef int i = p.first
+        copy_buffers(&self.buffers[p.first], p.count, 0, header, HEADER, True)
+        queue.push(p.head, <uint32_t> left)
+        self.mux.rx_packets += 1
+        if self.memory.tracking:
+            while left:
+                self.memory.mark_dirty(self.gpas[i], min(left, self.buffers[i].iov_len))
+                left -= min(left, self.buffers[i].iov_len)
+                i += 1
+
+    # -- the reset event -----------------------------------------------------------------------------------------
+
+    cdef void serve_events(self, Virtqueue queue) noexcept nogil:
+        """Tell a restored guest that its connections are gone; what the driver does then says that it knows (5.10.6.7)."""
+        cdef uint32_t event = VIRTIO_VSOCK_EVENT_TRANSPORT_RESET
+        cdef chain *c = &self.request
+        cdef int found = QUEUE_EMPTY
+        if self.reset_event == TO_SEND:
+            self.reset_event = NO_EVENT
+            if queue.ready:
+                found = queue.pop(c)
+            if found == QUEUE_BROKEN:
+                self.fail()
+            if found != QUEUE_CHAIN:
+                # It cannot be told; the resets that its packets are answered with tell it too.
+                self.event_fails += 1
+                return
+            queue.push(c.head, <uint32_t> copy_buffers(
+                &c.iov[c.readable], c.writable, 0, &event, sizeof(event), True))
+            if c.writable:
+                self.memory.mark_dirty(c.gpa[c.readable], sizeof(event))
+            # Notified of the next buffer, however many of these it has given already.
+            self.event_avail = queue.avail[1]
+            queue.used[2 + 4 * queue.size] = self.event_avail
+            full_barrier()
+            self.reset_event = SENT
+            queue.publish()
+            self.interrupt(VIRTIO_MMIO_INT_VRING)
+        if self.reset_event == SENT and queue.avail[1] != self.event_avail:
+            self.reset_event = NO_EVENT
+
+    # -- control -------------------------------------------------------------------------------------------------
+
+    def counters(self):
+        """As Firecracker's."""
+        cdef Multiplexer mux = self.mux
+        return {
+            "activate_fails": self.activate_fails,
+            "cfg_fails": self.cfg_fails,
+            "rx_queue_event_fails": self.rx_errors,
+            "tx_queue_event_fails": self.tx_errors,
+            "ev_queue_event_fails": self.event_fails,
+            "muxer_event_fails": mux.muxer_fails,
+            "conn_event_fails": mux.event_fails,
+            "rx_queue_event_count": self.rx_events,
+            "tx_queue_event_count": self.tx_events,
+            "rx_bytes_count": mux.rx_bytes,
+            "tx_bytes_count": mux.tx_bytes,
+            "rx_packets_count": mux.rx_packets,
+            "tx_packets_count": mux.tx_packets,
+            "conns_added": mux.added,
+            "conns_killed": mux.killed,
+            "conns_removed": mux.removed,
+            "tx_flush_fails": mux.flush_fails,
+            "tx_write_fails": mux.write_fails,
+            "rx_read_fails": mux.read_fails,
+        }
+
+    def save_own(self):
+        """VsockState. Connections are not saved: a restored guest is told that they are gone."""
+        return VsockState(cid=self.mux.cid, uds_path=self.mux.path, last_port=self.mux.last_port)
+
+    def restore_own(self, state):
+        """The reverse; the constructor was given the state's values, or another path."""
+        if not isinstance(state, VsockState):
+            raise ValueError(f"a saved {type(state).__name__} for a vsock device")
+        if state.cid != self.mux.cid:
+            raise ValueError(f"a saved vsock device of guest {state.cid}, this one is of {self.mux.cid}")
+        self.mux.last_port = state.last_port
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+            self.mux.reset()
+            if self.running():
+                self.reset_event = TO_SEND
+                self.mux.start()
+            pthread_mutex_unlock(&self.lock)
+
+
+cdef void host_ready(void *context, uint32_t events) noexcept nogil:
+    (<Vsock> context).host_events()

@@ -1,6 +1,0 @@
-from crackle.virtio.vsock_host import HostSockets
-
-class Multiplexer(HostSockets):
-    @property
-    def cid(self) -> int: ...
-    def __init__(self, cid: int, path: str, last_port: int = 0) -> None: ...
