@@ -3,12 +3,13 @@
 Each result an answer.
 
 Everything happens in the main thread's loop without waiting: a client that sends or reads slowly only makes
-itself wait.
+itself wait. One descriptor is held in reserve, so that a process that has none left still answers: 503.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 
 DEFAULT_PAYLOAD_LIMIT = 51200
 MAX_CONNECTIONS = 64
+
+# Seconds after a client's last answer (or its coming) when it gives way to a new one, where there is no room for both.
+EVICTABLE_AFTER_S = 10.0
+
+# Seconds until a listener that could not be served is looked at again.
+_REST_S = 0.1
 
 _READ_SIZE = 65536
 
@@ -72,26 +79,72 @@ class ApiServer:
         self._listener = listener
         self._controller = controller
         self._payload_limit = payload_limit
+        # The one that has been silent for the longest comes first.
         self._clients: dict[int, _Client] = {}
+        self._reserve = -1
         listener.setblocking(False)
-        loop.watch(listener.fileno(), self._accept)
+        self._listen()
+
+    def _listen(self) -> None:
+        if self._listener.fileno() >= 0:
+            self._loop.watch(self._listener.fileno(), self._accept)
+            self._keep_reserve()
+
+    def _keep_reserve(self) -> None:
+        if self._reserve < 0:
+            with contextlib.suppress(OSError):
+                self._reserve = os.dup(self._listener.fileno())
+
+    def _rest(self) -> None:
+        """Look away for a while: a client that cannot be accepted would wake the loop for ever."""
+        self._loop.forget(self._listener.fileno())
+        self._loop.call_later(_REST_S, self._listen)
 
     def _accept(self, _events: int) -> None:
         for _ in range(MAX_CONNECTIONS):
             try:
                 fd, _ = self._listener._accept()  # type: ignore[attr-defined]
-            except OSError:
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            self._admit(fd)
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE) and (self._evict() or self._refuse()):
+                    continue
+                self._rest()
+                return
+            if len(self._clients) < MAX_CONNECTIONS or self._evict():
+                self._clients[fd] = _Client(self, fd)
+            else:
+                _turn_away(fd, "Too many open connections.")
 
-    def _admit(self, fd: int) -> None:
-        os.set_blocking(fd, False)
-        if len(self._clients) >= MAX_CONNECTIONS:
-            with contextlib.suppress(OSError):
-                os.write(fd, fault(_BUSY, "Too many open connections.", keep=False))
-            os.close(fd)
-            return
-        self._clients[fd] = _Client(self, fd)
+    def _evict(self) -> bool:
+        """Close the client that has been silent for the longest, if that is long; whether that is so."""
+        client = next(iter(self._clients.values()), None)
+        if client is None or time.monotonic() - client.active < EVICTABLE_AFTER_S:
+            return False
+        client.close()
+        return True
+
+    def _refuse(self) -> bool:
+        """Tell a client, by the descriptor in reserve, that there is none for it; False when that was of no use."""
+        if self._reserve < 0:
+            return False
+        os.close(self._reserve)
+        self._reserve = -1
+        try:
+            fd, _ = self._listener._accept()  # type: ignore[attr-defined]
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                self._keep_reserve()
+            return self._reserve >= 0
+        _turn_away(fd, "The process has no file descriptors left: raise its limit (ulimit -n).")
+        self._keep_reserve()
+        return self._reserve >= 0
+
+    def touched(self, client: _Client, fd: int) -> None:
+        """It has taken some of an answer just now: it is the last to give way."""
+        client.active = time.monotonic()
+        del self._clients[fd]
+        self._clients[fd] = client
 
     def serve(self, method: str, path: str, body: bytes, keep: bool) -> bytes:
         """Carry out one request and give the bytes of its answer. Never raises."""
@@ -148,6 +201,9 @@ class ApiServer:
             client.close()
         self._loop.forget(self._listener.fileno())
         self._listener.close()
+        if self._reserve >= 0:
+            os.close(self._reserve)
+            self._reserve = -1
 
 
 class _Client:
@@ -156,9 +212,11 @@ class _Client:
     Reads only while nothing is left to send, which bounds what is kept.
     """
 
-    __slots__ = ("_fd", "_http", "_sending", "_server")
+    __slots__ = ("_fd", "_http", "_sending", "_server", "active")
 
     def __init__(self, server: ApiServer, fd: int) -> None:
+        os.set_blocking(fd, False)
+        self.active = time.monotonic()
         self._server = server
         self._fd = fd
         self._http = HttpConnection(server.serve, server._payload_limit)
@@ -196,6 +254,8 @@ class _Client:
             self.close()
             return
         del http.out[:sent]
+        if sent:
+            self._server.touched(self, self._fd)
         sending = bool(http.out)
         if not sending and http.refused is not None:
             self.close()
@@ -208,6 +268,14 @@ class _Client:
         if self._server._clients.pop(self._fd, None) is not None:
             self._server._loop.forget(self._fd)
             os.close(self._fd)
+
+
+def _turn_away(fd: int, message: str) -> None:
+    """Say why, as far as that can be said without waiting, and hang up."""
+    os.set_blocking(fd, False)
+    with contextlib.suppress(OSError):
+        os.write(fd, fault(_BUSY, message, keep=False))
+    os.close(fd)
 
 
 def _shown(path: str, body: bytes) -> str:
