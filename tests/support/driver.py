@@ -243,13 +243,14 @@ class Bench:
     def interrupts(self) -> int:
         """How many times the interrupt line was pulsed since the last call."""
         try:
-            return os.eventfd_read(self.device.irq_fd)
+            return os.eventfd_read(self.transport.irq_fd)
         except BlockingIOError:
             return 0
 
     def close(self) -> None:
         self.io.close()
         self.device.close()
+        self.transport.close()
         self.memory.close()
 
     def __enter__(self) -> Bench:

@@ -391,11 +391,11 @@ def test_the_driver_sees_a_whole_ring_of_requests_served(disk: Disk) -> None:
 def test_a_ring_serves_on_across_the_wrap_of_its_indices(tmp_path) -> None:
     with Disk(tmp_path / "disk") as disk:
         disk.ring = disk.begin(RING, 256)
-        state = disk.transport.save()
+        state = disk.device.save()
         disk.io.pause()
         queue = msgspec.structs.replace(state.queues[0], next_avail=65_400, next_used=65_400)
         disk.ring = Ring(disk.memory, RING, 256, start=65_400)
-        disk.transport.restore(msgspec.structs.replace(state, queues=(queue,)))
+        disk.device.restore(msgspec.structs.replace(state, queues=(queue,)))
         disk.io.resume()
         for _ in range(5):
             heads = submit_reads(disk, 80)

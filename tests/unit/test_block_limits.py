@@ -158,7 +158,7 @@ def test_a_state_without_a_limiter_is_no_disks(tmp_path: Path) -> None:
         disk.io.pause()
         state = disk.transport.save()
         with pytest.raises(ValueError, match="for a disk"):
-            disk.transport.restore(msgspec.structs.replace(state, own=None))
+            disk.device.restore(msgspec.structs.replace(state.device, own=None))
         disk.io.resume()
 
 

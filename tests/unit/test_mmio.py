@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -12,6 +13,7 @@ import msgspec
 import pytest
 
 from crackle.memory import GuestMemory
+from crackle.runtime.iothread import IoThread
 from crackle.virtio.block.device import Block
 from crackle.virtio.transport.mmio import SIZE, MmioTransport
 from support import driver
@@ -417,13 +419,17 @@ def test_a_saved_device_goes_on_in_another_process(bench: Bench, disk: Path) -> 
 
 def test_a_state_that_does_not_fit_is_refused(bench: Bench, disk: Path) -> None:
     bench.begin(RING, 8)
-    good = bench.transport.save()
+    saved = bench.transport.save()
+    good = saved.device
 
     def restored(**changes: object) -> None:
-        transport = MmioTransport(Block(GuestMemory([(0, MEMORY)]), str(disk)), 0, 5)
-        transport.restore(msgspec.structs.replace(good, **changes))
+        transport = MmioTransport(Block(GuestMemory([(0, MEMORY)]), str(disk)), Bench.ADDRESS, 5)
+        transport.restore(msgspec.structs.replace(saved, device=msgspec.structs.replace(good, **changes)))
 
     restored()
+    for address, gsi in ((Bench.ADDRESS, 6), (0, 5)):
+        with pytest.raises(ValueError, match="saved registers at 0xc0001000 with interrupt 5, these are at"):
+            MmioTransport(Block(GuestMemory([(0, MEMORY)]), str(disk)), address, gsi).restore(saved)
     with pytest.raises(ValueError, match="saved features 0x80 go beyond"):
         restored(driver_features=0x80)
     with pytest.raises(ValueError, match="2 saved queues, this device has 1"):
@@ -438,18 +444,54 @@ def test_a_state_that_does_not_fit_is_refused(bench: Bench, disk: Path) -> None:
 def test_a_closed_device_writes_to_no_descriptor_that_was_its_own(disk: Path) -> None:
     memory = GuestMemory([(0, MEMORY)])
     device = Block(memory, str(disk))
-    old = (*device.notify_fds, device.irq_fd)
-    device.close()
-    device.close()
-    assert (device.notify_fds, device.irq_fd) == ((), -1)
+    transport = MmioTransport(device, 0, 5)
+    old = (*device.notify_fds, transport.irq_fd)
+    for _ in range(2):
+        device.close()
+        transport.close()
+    assert (device.notify_fds, transport.irq_fd) == ((), -1)
     others = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(4)]
-    assert set(old) & set(others)
+    assert set(old) <= set(others)
     device.kick()
+    device.update(str(disk))
     for fd in others:
         with pytest.raises(BlockingIOError):
             os.eventfd_read(fd)
         os.close(fd)
     memory.close()
+
+
+def test_a_device_without_a_transport_serves_and_signals_nobody(bench: Bench, disk: Path) -> None:
+    ring = bench.begin(RING, 4)
+    bench.io.pause()
+    submit(ring)
+    alone = Block(bench.memory, str(disk))
+    with contextlib.closing(IoThread()) as io, contextlib.closing(alone):
+        alone.attach(io)
+        alone.restore(bench.device.save())
+        alone.update(str(disk))
+        assert io.step() == 1
+        assert len(ring.reap()) == 1
+        ring.offer(9)
+        alone.kick()
+        assert io.step() == 1
+        assert alone.device_status & NEEDS_RESET
+        assert alone.irq_fails == 0
+
+
+def test_a_transport_that_has_gone_is_not_signalled(bench: Bench, disk: Path) -> None:
+    bench.begin(RING, 4)
+    bench.transport.close()
+    before = bench.transport.save()
+    bench.device.update(str(disk))
+    assert bench.transport.save().interrupt_status == before.interrupt_status
+    # Another may have the device now, and only one at a time.
+    other = MmioTransport(bench.device, 0, 6)
+    with pytest.raises(ValueError, match="has a transport already"):
+        MmioTransport(bench.device, 0, 7)
+    bench.device.update(str(disk))
+    assert os.eventfd_read(other.irq_fd) == 1
+    other.close()
 
 
 def test_a_device_that_cannot_be_made_leaves_no_descriptor_behind(disk: Path) -> None:

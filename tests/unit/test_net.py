@@ -482,7 +482,7 @@ def test_frames_beyond_the_limit_stay_in_the_ring(namespace: Namespace) -> None:
         assert link.host.nothing_more()
         assert len(link.tx.reap()) == 5
         assert link.device.counters()["tx_rate_limiter_throttled"] >= 1
-        assert link.transport.save().queues[TX].next_avail == 5
+        assert link.transport.save().device.queues[TX].next_avail == 5
         link.device.update_limiter(TX, limit(ops=1000, ms=60_000))
         assert link.host.frames(15) == [frame(60 + n) for n in range(5, 20)]
         assert link.device.counters()["tx_rate_limiter_event_count"] == 1
@@ -511,7 +511,7 @@ def test_a_frame_held_back_is_given_out_when_the_machine_is_saved(namespace: Nam
         link.io.pause()
         link.device.drain()
         assert [data for _, data in link.received()] == [frame(62)]
-        assert link.transport.save().queues[RX].next_avail == 3
+        assert link.transport.save().device.queues[RX].next_avail == 3
 
 
 def test_bytes_are_limited_to_what_is_configured(namespace: Namespace) -> None:
@@ -626,7 +626,7 @@ def test_a_restored_interface_goes_on_with_offloads_and_limits(namespace: Namesp
         link.io.pause()
         link.device.drain()
         saved = link.transport.save()
-        assert saved.queues[RX].next_avail == saved.queues[RX].next_used == 1
+        assert saved.device.queues[RX].next_avail == saved.device.queues[RX].next_used == 1
         image = [link.memory.read(0, LOW), link.memory.read(HIGH, LOW)]
         with Link(namespace, LARGE, headers=True, mac=MAC, **limits) as other:
             other.io.pause()

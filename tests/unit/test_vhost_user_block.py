@@ -95,7 +95,7 @@ class Guest:
         deadline = time.monotonic() + 20
         while len(done) < count:
             assert time.monotonic() < deadline, "the back end does not answer"
-            select.select([self.bench.device.irq_fd], [], [], 0.1)
+            select.select([self.bench.transport.irq_fd], [], [], 0.1)
             self.bench.interrupts()
             done += self.ring.reap()
 
@@ -243,7 +243,7 @@ def test_a_saved_disk_goes_on_with_another_back_end(
         bench.io.pause()
         bench.device.drain()
         state = bench.transport.save()
-        assert state.queues[0].next_avail == state.queues[0].next_used == 6
+        assert state.device.queues[0].next_avail == state.device.queues[0].next_used == 6
         bench.io.resume()
         backend.kill()
         second = daemon(content + bytes(MIB))

@@ -783,7 +783,7 @@ def test_a_restored_guest_is_told_that_its_connections_are_gone_before_anything_
 ) -> None:
     host, port = host_connects(guest)
     state = guest.transport.save()
-    assert state.own == VsockState(cid=CID, uds_path=guest.vsock.uds_path, last_port=port)
+    assert state.device.own == VsockState(cid=CID, uds_path=guest.vsock.uds_path, last_port=port)
     guest.device.close()
     assert ended(host)
     guest.io.close()

@@ -25,21 +25,30 @@ cdef struct limiter_source:
     void *limiter
     int queue
 
+# How a device reaches its driver: the transport fills it in (`connect`), and outlives it. Called with the device's lock held.
+# A device without a transport has none of this, and signals nobody.
+cdef struct driver_link:
+    void *transport
+    # Chains of these queues (a bit for each) are used, the configuration space is another: False when the driver could not be
+    # told.
+    bint (*queues_used)(void *transport, uint32_t queues) noexcept nogil
+    bint (*config_changed)(void *transport) noexcept nogil
+    # What another process writes to, to say that chains of this queue are used; -1 when there is none.
+    int (*call_fd)(void *transport, int index) noexcept nogil
+
 # One that does not block, for its owner to close; ConfigError when the process is out of descriptors.
 cdef int new_eventfd() except -1
 
 cdef class VirtioDevice:
     cdef pthread_mutex_t lock
     cdef bint made                  # __cinit__ has run, and the descriptors below are ours
-    cdef bint foreign               # another process serves the queues, and raises their interrupts itself
     cdef readonly uint32_t device_id
     cdef readonly GuestMemory memory
     cdef readonly uint64_t device_features
     cdef readonly uint64_t driver_features
     cdef uint32_t status
     cdef readonly uint32_t config_generation
-    cdef int interrupt_status       # changed by atomic operations only
-    cdef readonly int irq_fd
+    cdef driver_link driver
     cdef readonly tuple queues
     cdef readonly tuple notify_fds
     cdef int queue_count
@@ -53,6 +62,8 @@ cdef class VirtioDevice:
 
     cdef set_up(self, uint32_t device_id, uint64_t features, queue_sizes)
     cdef add_limiter(self, RateLimiter limiter, int queue)
+    cdef connect(self, const driver_link *link)
+    cdef void disconnect(self) noexcept
     cdef void close_fds(self) noexcept
     cdef void activate(self) noexcept nogil
     cdef void notify_again(self, int index) noexcept nogil
@@ -60,7 +71,10 @@ cdef class VirtioDevice:
     cdef void reset(self) noexcept nogil
     cdef void need_reset(self) noexcept nogil
     cdef bint running(self) noexcept nogil
-    cdef void interrupt(self, int cause) noexcept nogil
+    cdef void signal_queue(self, int index) noexcept nogil
+    cdef void signal_queues(self, uint32_t queues) noexcept nogil
+    cdef void signal_config(self) noexcept nogil
+    cdef int call_fd(self, int index) noexcept nogil
     cdef void notified(self, int index) noexcept nogil
     cdef void limiter_fired(self, RateLimiter limiter, int queue) noexcept nogil
     cdef void config_changed(self) noexcept nogil

@@ -1,16 +1,15 @@
-"""What all virtio devices share (virtio 1.2, sections 2.1 to 2.4 and 3.1): status, feature negotiation, queues, interrupts.
+"""What all virtio devices share (virtio 1.2, sections 2.1 to 2.4 and 3.1): status, features, queues, signals.
 
-A device subclasses `VirtioDevice`, fills in its id, features and configuration space, and overrides `handle_queue`. The
-transport (`crackle.virtio.transport.mmio`) turns register accesses into calls on it. Owns the eventfds: one a queue,
-written by KVM when the driver notifies it, and one bound to the interrupt line.
+A device subclasses `VirtioDevice`, fills in its id, features and configuration space, and overrides `handle_queue`. A
+transport (`crackle.virtio.transport`) turns the driver's accesses into calls on it, and what the device says with
+`signal_queue` and `signal_config` into interrupts. Owns an eventfd for each queue, which KVM writes when it is notified.
 
-`lock` covers everything but `interrupt_status`: the I/O thread holds it while it serves a queue, which may take as long as
-a disk does, and a vCPU that only acknowledges an interrupt must not wait for that.
+`lock` covers everything: the I/O thread holds it while it serves a queue, which may take as long as a disk does.
 """
 
 from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport strerror
+from libc.string cimport memset, strerror
 from posix.unistd cimport close, write
 
 from crackle.runtime.iothread cimport IoThread
@@ -22,10 +21,8 @@ from crackle.ratelimit.limiter cimport RateLimiter, bucket, configure_bucket
 from crackle.virtio.queue cimport Virtqueue
 
 from crackle.errors import ConfigError
+from crackle.virtio.state import DeviceState
 
-
-cdef extern from * nogil:
-    int atomic_or "__sync_fetch_and_or" (int *place, int bits)
 
 cdef uint64_t VERSION_1 = <uint64_t> 1 << VIRTIO_F_VERSION_1
 cdef uint64_t EVENT_IDX = <uint64_t> 1 << VIRTIO_RING_F_EVENT_IDX
@@ -45,19 +42,17 @@ cdef class VirtioDevice:
     def __cinit__(self, GuestMemory memory not None, *args, **kwargs):
         pthread_mutex_init(&self.lock, NULL)
         self.memory = memory
-        self.irq_fd = -1
         self.made = True
         self.queues = self.notify_fds = self.limiters = ()
 
     cdef set_up(self, uint32_t device_id, uint64_t features, queue_sizes):
         """Called by the subclass once. VERSION_1, EVENT_IDX and INDIRECT are offered by every device."""
-        if self.irq_fd >= 0:
+        if self.device_features:
             raise ValueError("this device is set up already")
         if len(queue_sizes) > MAX_QUEUES:
             raise ValueError(f"{len(queue_sizes)} queues, at most {MAX_QUEUES}")
         self.device_id = device_id
         self.device_features = features | VERSION_1 | EVENT_IDX | INDIRECT
-        self.irq_fd = new_eventfd()
         for index, size in enumerate(queue_sizes):
             queue = Virtqueue(self.memory, size)
             self.queues += (queue,)
@@ -88,9 +83,6 @@ cdef class VirtioDevice:
                 close(self.sources[i].fd)
                 # A number that another descriptor may get must not be written to.
                 self.sources[i].fd = -1
-        if self.irq_fd >= 0:
-            close(self.irq_fd)
-            self.irq_fd = -1
 
     def close(self):
         """Give the descriptors back; the I/O thread is stopped. Idempotent."""
@@ -164,7 +156,6 @@ cdef class VirtioDevice:
         self.on_reset()
         self.status = 0
         self.driver_features = 0
-        self.interrupt_status = 0
         for i in range(self.queue_count):
             (<Virtqueue> self.table[i]).reset()
 
@@ -173,15 +164,42 @@ cdef class VirtioDevice:
         self.status |= VIRTIO_CONFIG_S_NEEDS_RESET
         self.broken_queues += 1
         if self.status & VIRTIO_CONFIG_S_DRIVER_OK:
-            self.interrupt(VIRTIO_MMIO_INT_CONFIG)
+            self.signal_config()
 
-    # -- interrupts and notifications ----------------------------------------------------------------------------
+    # -- signals to the driver, and its notifications ------------------------------------------------------------
 
-    cdef void interrupt(self, int cause) noexcept nogil:
-        cdef uint64_t one = 1
-        atomic_or(&self.interrupt_status, cause)
-        if write(self.irq_fd, &one, sizeof(one)) != sizeof(one):
+    cdef connect(self, const driver_link *link):
+        """Signal the driver through `link` from now on. ValueError when another transport has the device."""
+        if self.driver.transport != NULL:
+            raise ValueError("this device has a transport already")
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+            self.driver = link[0]
+            pthread_mutex_unlock(&self.lock)
+
+    cdef void disconnect(self) noexcept:
+        """Signal nobody any more: the transport goes."""
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+            memset(&self.driver, 0, sizeof(self.driver))
+            pthread_mutex_unlock(&self.lock)
+
+    cdef void signal_queue(self, int index) noexcept nogil:
+        """Chains of queue `index` are used: tell the driver, who wants to know (`wants_interrupt`)."""
+        self.signal_queues(<uint32_t> 1 << index)
+
+    cdef void signal_queues(self, uint32_t queues) noexcept nogil:
+        """The same for several, a bit for each: where they share an interrupt, it is raised once."""
+        if self.driver.transport != NULL and not self.driver.queues_used(self.driver.transport, queues):
             self.irq_fails += 1
+
+    cdef void signal_config(self) noexcept nogil:
+        if self.driver.transport != NULL and not self.driver.config_changed(self.driver.transport):
+            self.irq_fails += 1
+
+    cdef int call_fd(self, int index) noexcept nogil:
+        """For who serves queue `index` in this device's place: the descriptor to write to instead of `signal_queue`."""
+        return -1 if self.driver.transport == NULL else self.driver.call_fd(self.driver.transport, index)
 
     cdef void notified(self, int index) noexcept nogil:
         pthread_mutex_lock(&self.lock)
@@ -201,7 +219,7 @@ cdef class VirtioDevice:
         """The configuration space has just changed, with the lock held since before: tell the driver (2.5)."""
         self.config_generation += 1
         if self.running():
-            self.interrupt(VIRTIO_MMIO_INT_CONFIG)
+            self.signal_config()
 
     # -- the device's own part -----------------------------------------------------------------------------------
 
@@ -254,6 +272,37 @@ cdef class VirtioDevice:
         return {}
 
     # -- saved state, and what tests look at ---------------------------------------------------------------------
+
+    def save(self):
+        """DeviceState. The machine is paused and drained; the transport saves this with its own registers."""
+        return DeviceState(
+            driver_features=self.driver_features,
+            status=self.status,
+            config_generation=self.config_generation,
+            queues=tuple(queue.save() for queue in self.queues),
+            own=self.save_own(),
+        )
+
+    def restore(self, state):
+        """The reverse of `save`, before the vCPUs run; ValueError when the state is not this device's.
+
+        What was submitted and not served yet is served as soon as the I/O thread runs.
+        """
+        self.accept_features(state.driver_features)
+        if state.driver_features & ~self.device_features:
+            raise ValueError(f"saved features {state.driver_features:#x} go beyond {self.device_features:#x}")
+        if len(state.queues) != len(self.queues):
+            raise ValueError(f"{len(state.queues)} saved queues, this device has {len(self.queues)}")
+        for queue, saved in zip(self.queues, state.queues):
+            queue.restore(
+                saved,
+                event_idx=bool(state.driver_features & EVENT_IDX),
+                indirect=bool(state.driver_features & INDIRECT),
+            )
+        self.driver_features, self.status = state.driver_features, state.status
+        self.config_generation = state.config_generation
+        self.restore_own(state.own)
+        self.kick()
 
     def save_own(self):
         """What the device itself adds to DeviceState: a Struct of `crackle.virtio.state`, or None."""

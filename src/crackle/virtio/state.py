@@ -62,14 +62,25 @@ OwnState = BlockState | CustomState | VhostUserBlockState | NetState | VsockStat
 
 
 class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
-    """What the driver has negotiated with a device, its transport's registers, and its queues."""
+    """What the driver has negotiated with a device, and its queues: the same behind every transport."""
 
     driver_features: int
     status: int
-    interrupt_status: int
     config_generation: int
+    queues: tuple[QueueState, ...]
+    own: OwnState | None = None
+
+
+class MmioState(msgspec.Struct, frozen=True, kw_only=True, tag="mmio"):
+    """A device behind virtio-mmio registers: where the guest has found it, and what the registers hold.
+
+    address: guest physical. gsi: of its interrupt line.
+    """
+
+    address: int
+    gsi: int
+    interrupt_status: int
     device_features_select: int
     driver_features_select: int
     queue_select: int
-    queues: tuple[QueueState, ...]
-    own: OwnState | None = None
+    device: DeviceState

@@ -158,7 +158,7 @@ class Machine:
         self.transports.append(transport)
         self.devices[kind, identifier] = device
         transport.attach(self.mmio)
-        self.vm.irqfd(device.irq_fd, transport.gsi)
+        self.vm.irqfd(transport.irq_fd, transport.gsi)
         for queue, fd in enumerate(device.notify_fds):
             self.vm.ioeventfd(fd, transport.notify_address, 4, datamatch=queue)
         device.attach(io)
@@ -260,6 +260,7 @@ class Machine:
             self.mmds.stop()
         for transport in self.transports:
             transport.device.close()
+            transport.close()
         while self._fds:
             os.close(self._fds.pop())
         self.parts.close()

@@ -75,7 +75,7 @@ cdef class BlockQueue(VirtioDevice):
             if self.answered != told:
                 told = self.answered
                 if queue.wants_interrupt():
-                    self.interrupt(VIRTIO_MMIO_INT_VRING)
+                    self.signal_queue(0)
                 if self.look_out(queue, found == QUEUE_EMPTY):
                     continue
             self.held = found == QUEUE_HELD
@@ -84,7 +84,7 @@ cdef class BlockQueue(VirtioDevice):
             self.clock = now_ns()
         self.engine.announce(True)
         if self.answered != told and queue.wants_interrupt():
-            self.interrupt(VIRTIO_MMIO_INT_VRING)
+            self.signal_queue(0)
 
     cdef bint look_out(self, Virtqueue queue, bint for_more) noexcept nogil:
         """A driver that waits for its answer asks again at once: look out for it, and for what is in flight. Until rearm()
@@ -171,7 +171,7 @@ cdef class BlockQueue(VirtioDevice):
                 self.engine.release(r)
                 r = self.engine.completed()
         if live and self.answered != before and queue.wants_interrupt():
-            self.interrupt(VIRTIO_MMIO_INT_VRING)
+            self.signal_queue(0)
         if live and self.held and not self.limiter.blocked:
             # The engine takes more now, and has nothing left to announce.
             self.notify_again(0)

@@ -10,7 +10,6 @@ from libc.string cimport memcpy
 from posix.unistd cimport read
 
 from crackle.runtime.threads cimport *
-from crackle.includes.virtio cimport VIRTIO_MMIO_INT_VRING
 from crackle.memory.guest cimport GuestMemory
 from crackle.virtio.device cimport CONFIG_SPACE, VirtioDevice
 from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, Virtqueue, chain
@@ -189,7 +188,7 @@ cdef class PythonDevice(VirtioDevice):
         cdef int found = 0
         pthread_mutex_lock(&self.lock)
         generation[0] = self.generation
-        if self.running() and queue.ready and self.irq_fd >= 0:
+        if self.running() and queue.ready and self.sources[index].fd >= 0:
             while True:
                 found = queue.pop(c)
                 if found != 0 or queue.rearm():
@@ -213,7 +212,7 @@ cdef class PythonDevice(VirtioDevice):
             queue.push(head, length)
             queue.publish()
             if queue.wants_interrupt():
-                self.interrupt(VIRTIO_MMIO_INT_VRING)
+                self.signal_queue(index)
         pthread_mutex_unlock(&self.lock)
         return valid
 

@@ -15,7 +15,6 @@ from crackle.includes.events cimport EPOLLET, EPOLLIN
 from crackle.includes.io cimport iovec, writev
 from crackle.includes.net cimport *
 from crackle.runtime.threads cimport *
-from crackle.includes.virtio cimport VIRTIO_MMIO_INT_VRING
 from crackle.memory.guest cimport GuestMemory
 from crackle.ratelimit.limiter cimport RateLimiter
 from crackle.virtio.device cimport TURN_NS, VirtioDevice
@@ -233,7 +232,7 @@ cdef class Net(Receiver):
                     hidden = 0
                     queue.publish()
                     if queue.wants_interrupt():
-                        self.interrupt(VIRTIO_MMIO_INT_VRING)
+                        self.signal_queue(TX)
                 if not self.look_out(queue) and queue.rearm():
                     break
                 before = now_ns()
@@ -250,14 +249,14 @@ cdef class Net(Receiver):
                 hidden = 0
                 queue.publish()
                 if queue.wants_interrupt():
-                    self.interrupt(VIRTIO_MMIO_INT_VRING)
+                    self.signal_queue(TX)
             if served == MAX_BATCH or before - begin >= TURN_NS:
                 self.notify_again(TX)
                 break
         if hidden:
             queue.publish()
             if queue.wants_interrupt():
-                self.interrupt(VIRTIO_MMIO_INT_VRING)
+                self.signal_queue(TX)
         if not served:
             self.no_tx_buffer += 1
 

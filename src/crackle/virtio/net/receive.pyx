@@ -10,7 +10,6 @@ from libc.string cimport memcpy, memmove
 
 from crackle.includes.io cimport iovec, readv
 from crackle.runtime.threads cimport now_ns
-from crackle.includes.virtio cimport VIRTIO_MMIO_INT_VRING
 from crackle.virtio.device cimport TURN_NS, VirtioDevice
 from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, Virtqueue, chain, copy_buffers
 
@@ -200,4 +199,4 @@ cdef class Receiver(VirtioDevice):
             self.unpublished = 0
             queue.publish()
             if queue.wants_interrupt():
-                self.interrupt(VIRTIO_MMIO_INT_VRING)
+                self.signal_queue(RX)

@@ -1,19 +1,22 @@
 """The virtio-mmio transport, version 2 (virtio 1.2, section 4.2.2): a page of registers in front of a device.
 
 Register accesses run on a vCPU thread without the GIL. Queue notifications do not come here at all: KVM turns the write
-to QueueNotify into a write to the queue's eventfd (`notify_address`).
+to QueueNotify into a write to the queue's eventfd (`notify_address`). All queues, and the configuration space, share one
+interrupt (4.2.3.4); `interrupt_status` says why, and lies outside the device's lock: a vCPU that only acknowledges an
+interrupt must not wait for a queue that is being served. Owns the eventfd that raises it.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
+from posix.unistd cimport close, write
 
 from crackle.runtime.threads cimport *
 from crackle.includes.virtio cimport *
 from crackle.kvm.bus cimport BUS_CONTINUE, Bus
-from crackle.virtio.device cimport VirtioDevice
+from crackle.virtio.device cimport VirtioDevice, driver_link, new_eventfd
 from crackle.virtio.queue cimport Virtqueue
 
-from crackle.virtio.state import DeviceState
+from crackle.virtio.state import MmioState
 
 
 cdef extern from * nogil:
@@ -37,17 +40,31 @@ cdef void set_high(uint64_t *field, uint32_t value) noexcept nogil:
 
 
 cdef class MmioTransport:
-    """The registers of `device`. Holds the three selectors; everything else is the device's."""
-
-    cdef readonly VirtioDevice device
-    cdef readonly uint64_t address
-    cdef readonly uint32_t gsi
-    cdef uint32_t device_features_select, driver_features_select, queue_select
+    """The registers of `device`, at guest physical `address`, which interrupt at line `gsi`. Until `close` the device is this
+    transport's alone. ConfigError when the process is out of descriptors."""
 
     def __cinit__(self, VirtioDevice device not None, uint64_t address, uint32_t gsi):
-        self.device = device
+        cdef driver_link link
+        self.irq_fd = -1
         self.address = address
         self.gsi = gsi
+        self.irq_fd = new_eventfd()
+        link.transport = <void *> self
+        link.queues_used, link.config_changed, link.call_fd = queues_used, config_changed, call_fd
+        device.connect(&link)
+        self.device = device
+
+    def __del__(self):
+        self.close()
+
+    def close(self):
+        """Let go of the device, and give the descriptor back; nobody accesses the registers any more. Idempotent."""
+        if self.irq_fd < 0:
+            return
+        if self.device is not None:
+            self.device.disconnect()
+        close(self.irq_fd)
+        self.irq_fd = -1
 
     def attach(self, Bus bus not None):
         """Answer at `address` on the MMIO bus."""
@@ -58,19 +75,24 @@ cdef class MmioTransport:
         """Where an ioeventfd belongs, 32 bits wide, with the queue's index as the value to match (4.2.2, QueueNotify)."""
         return self.address + VIRTIO_MMIO_QUEUE_NOTIFY
 
+    cdef bint interrupt(self, int cause) noexcept nogil:
+        cdef uint64_t one = 1
+        atomic_or(&self.interrupt_status, cause)
+        return write(self.irq_fd, &one, sizeof(one)) == sizeof(one)
+
     # -- on a vCPU thread ----------------------------------------------------------------------------------------
 
     cdef int access(self, uint64_t offset, uint8_t *data, uint32_t size, bint is_write) noexcept nogil:
         cdef uint32_t value = 0
         # Interrupts are acknowledged without waiting for a queue that is being served.
         if offset == VIRTIO_MMIO_INTERRUPT_STATUS and not is_write:
-            value = atomic_or(&self.device.interrupt_status, 0)
-            # Whoever else raises interrupts cannot set the bit: each may be one of a queue.
-            if self.device.foreign:
+            value = atomic_or(&self.interrupt_status, 0)
+            # Each may be one that another process has raised for a queue.
+            if self.lent:
                 value |= VIRTIO_MMIO_INT_VRING
         elif offset == VIRTIO_MMIO_INTERRUPT_ACK and is_write and size == 4:
             memcpy(&value, data, 4)
-            atomic_and(&self.device.interrupt_status, ~value)
+            atomic_and(&self.interrupt_status, ~value)
             return BUS_CONTINUE
         else:
             pthread_mutex_lock(&self.device.lock)
@@ -151,6 +173,7 @@ cdef class MmioTransport:
         elif offset == VIRTIO_MMIO_STATUS:
             device.set_status(value)
             if value == 0:
+                atomic_and(&self.interrupt_status, 0)
                 self.device_features_select = self.driver_features_select = self.queue_select = 0
         elif VIRTIO_MMIO_QUEUE_NUM <= offset <= VIRTIO_MMIO_QUEUE_USED_HIGH:
             if self.queue_select < <uint32_t> device.queue_count:
@@ -193,45 +216,47 @@ cdef class MmioTransport:
     # -- saved state ---------------------------------------------------------------------------------------------
 
     def save(self):
-        """DeviceState of the device and these registers. The machine is paused."""
-        cdef VirtioDevice device = self.device
-        return DeviceState(
-            driver_features=device.driver_features,
-            status=device.status,
-            interrupt_status=device.interrupt_status,
-            config_generation=device.config_generation,
+        """MmioState of these registers and the device behind them. The machine is paused."""
+        return MmioState(
+            address=self.address,
+            gsi=self.gsi,
+            interrupt_status=self.interrupt_status,
             device_features_select=self.device_features_select,
             driver_features_select=self.driver_features_select,
             queue_select=self.queue_select,
-            queues=tuple(queue.save() for queue in device.queues),
-            own=device.save_own(),
+            device=self.device.save(),
         )
 
     def restore(self, state):
-        """The reverse of `save`, before the vCPUs run; ValueError when the state is not this device's."""
-        cdef VirtioDevice device = self.device
-        device.accept_features(state.driver_features)
-        if state.driver_features & ~device.device_features:
-            raise ValueError(f"saved features {state.driver_features:#x} go beyond {device.device_features:#x}")
-        if len(state.queues) != len(device.queues):
-            raise ValueError(f"{len(state.queues)} saved queues, this device has {len(device.queues)}")
-        for queue, saved in zip(device.queues, state.queues):
-            queue.restore(
-                saved,
-                event_idx=bool(state.driver_features >> VIRTIO_RING_F_EVENT_IDX & 1),
-                indirect=bool(state.driver_features >> VIRTIO_RING_F_INDIRECT_DESC & 1),
+        """The reverse of `save`, before the vCPUs run; ValueError when the state is another device's or place's."""
+        if (state.address, state.gsi) != (self.address, self.gsi):
+            raise ValueError(
+                f"saved registers at {state.address:#x} with interrupt {state.gsi}, these are at {self.address:#x} with "
+                f"{self.gsi}"
             )
-        device.driver_features, device.status = state.driver_features, state.status
-        device.interrupt_status, device.config_generation = state.interrupt_status, state.config_generation
+        self.device.restore(state.device)
+        # Beside what the device has signalled already, so that it reaches a driver that has not seen it.
+        atomic_or(&self.interrupt_status, state.interrupt_status)
         self.device_features_select = state.device_features_select
         self.driver_features_select = state.driver_features_select
         self.queue_select = state.queue_select
-        device.restore_own(state.own)
-        # What was submitted and not served yet, and an interrupt that was on its way, come again.
-        device.kick()
-        if device.interrupt_status:
-            device.interrupt(0)
+        # An interrupt that was on its way comes again.
+        if self.interrupt_status:
+            self.interrupt(0)
 
 
 cdef int mmio_access(void *context, uint64_t offset, uint8_t *data, uint32_t size, bint is_write) noexcept nogil:
     return (<MmioTransport> context).access(offset, data, size, is_write)
+
+
+cdef bint queues_used(void *transport, uint32_t queues) noexcept nogil:
+    return (<MmioTransport> transport).interrupt(VIRTIO_MMIO_INT_VRING)
+
+
+cdef bint config_changed(void *transport) noexcept nogil:
+    return (<MmioTransport> transport).interrupt(VIRTIO_MMIO_INT_CONFIG)
+
+
+cdef int call_fd(void *transport, int index) noexcept nogil:
+    (<MmioTransport> transport).lent = True
+    return (<MmioTransport> transport).irq_fd

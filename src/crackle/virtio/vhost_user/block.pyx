@@ -17,7 +17,6 @@ from crackle.includes.vhost_user cimport *
 from crackle.includes.virtio cimport (
     VIRTIO_F_VERSION_1,
     VIRTIO_ID_BLOCK,
-    VIRTIO_MMIO_INT_VRING,
     VIRTIO_RING_F_EVENT_IDX,
     VIRTIO_RING_F_INDIRECT_DESC,
 )
@@ -90,7 +89,6 @@ cdef class VhostUserBlock(VirtioDevice):
         self.set_up(VIRTIO_ID_BLOCK, 0, (QUEUE_SIZE,))
         self.backend = connect(backend, writeback=writeback) if isinstance(backend, str) else backend
         self.device_features = self.backend.features
-        self.foreign = True
         self.config_size = CONFIG_SIZE
         try:
             self.read_config()
@@ -184,7 +182,7 @@ cdef class VhostUserBlock(VirtioDevice):
             if not taken:
                 raise ConfigError(self.failure)
             # One that was on its way has left no trace.
-            self.interrupt(VIRTIO_MMIO_INT_VRING)
+            self.signal_queue(0)
         if state.config != (<const char *> self.config)[:CONFIG_SIZE]:
             self.config_changed()
 
@@ -241,7 +239,7 @@ cdef class VhostUserBlock(VirtioDevice):
                 used=<uint64_t> queue.used,
                 base=queue.next_avail,
                 kick=self.sources[0].fd,
-                call=self.irq_fd,
+                call=self.call_fd(0),
             )
             self.backend.start(self.driver_features, self.memory.regions, (ring,))
         except BaseException as error:

@@ -181,12 +181,14 @@ cdef class Vsock(VirtioDevice):
 
     cdef bint move(self, Virtqueue rx, Virtqueue tx) noexcept nogil:
         """Serve both queues as they are; whether anything was used."""
-        cdef bint taken = tx.ready and self.take_packets(tx), given = False, wanted = taken and tx.wants_interrupt()
+        cdef bint taken = tx.ready and self.take_packets(tx), given = False
+        cdef uint32_t wanted = 1 << TX if taken and tx.wants_interrupt() else 0
         if rx.ready and self.reset_event == NO_EVENT and self.running():
             given = self.give_packets(rx)
-            wanted = given and rx.wants_interrupt() or wanted
+            if given and rx.wants_interrupt():
+                wanted |= 1 << RX
         if wanted:
-            self.interrupt(VIRTIO_MMIO_INT_VRING)
+            self.signal_queues(wanted)
         return taken or given
 
     cdef bint take_packets(self, Virtqueue queue) noexcept nogil:
@@ -381,7 +383,7 @@ cdef class Vsock(VirtioDevice):
             full_barrier()
             self.reset_event = SENT
             queue.publish()
-            self.interrupt(VIRTIO_MMIO_INT_VRING)
+            self.signal_queue(EVENT)
         if self.reset_event == SENT and queue.avail[1] != self.event_avail:
             self.reset_event = NO_EVENT
 

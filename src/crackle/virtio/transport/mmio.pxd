@@ -1,0 +1,20 @@
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from crackle.virtio.device cimport VirtioDevice
+from crackle.virtio.queue cimport Virtqueue
+
+cdef class MmioTransport:
+    cdef readonly VirtioDevice device
+    cdef readonly uint64_t address
+    cdef readonly uint32_t gsi
+    cdef readonly int irq_fd
+    cdef int interrupt_status       # changed by atomic operations only
+    cdef bint lent                  # another process raises interrupts too, and cannot set the bit
+    cdef uint32_t device_features_select, driver_features_select, queue_select
+
+    cdef bint interrupt(self, int cause) noexcept nogil
+    cdef int access(self, uint64_t offset, uint8_t *data, uint32_t size, bint is_write) noexcept nogil
+    cdef void config(self, VirtioDevice device, uint64_t offset, uint8_t *data, uint32_t size, bint is_write) noexcept nogil
+    cdef uint32_t load(self, VirtioDevice device, uint64_t offset) noexcept nogil
+    cdef void store(self, VirtioDevice device, uint64_t offset, uint32_t value) noexcept nogil
+    cdef void store_queue(self, Virtqueue queue, uint64_t offset, uint32_t value) noexcept nogil
