@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import pty
 import select
+import signal
+import socket
 import subprocess
 import sys
 import threading
+import tty
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from crackle.devices.serial import Serial
+from crackle.errors import ConfigError
 from crackle.kvm.bus import Bus
+from crackle.runtime import stream
 from crackle.runtime.iothread import IoThread
+
+ROOT = Path(__file__).resolve().parents[2]
 
 DATA, IER, IIR, FCR, LCR, MCR, LSR, MSR, SCR = 0, 1, 2, 2, 3, 4, 5, 6, 7
 RX_INTERRUPT, TX_INTERRUPT = 0x01, 0x02  # IER
@@ -25,15 +35,18 @@ DATA_READY, TRANSMITTER_EMPTY = 0x01, 0x60  # LSR
 DIVISOR_LATCH = 0x80  # LCR
 LOOP = 0x10  # MCR
 FIFO = 64
+BACKLOG = 64 << 10
 PORT = 0x3F8
 
 
 class Line:
     """A serial port on a bus, with its interrupt line and a guest's hands on its registers."""
 
-    def __init__(self, in_fd: int = -1, out_fd: int = -1, *, threaded: bool = False) -> None:
+    def __init__(
+        self, in_fd: int = -1, out_fd: int = -1, *, threaded: bool = False, waits: bool = False
+    ) -> None:
         self.irq = os.eventfd(0, os.EFD_NONBLOCK)
-        self.device = Serial(in_fd, out_fd, self.irq)
+        self.device = Serial(in_fd, out_fd, self.irq, waits)
         self.bus = Bus("pio")
         self.io = IoThread() if threaded else None
         self.device.attach(self.bus, PORT, self.io)
@@ -154,7 +167,7 @@ def test_loopback_returns_what_is_sent_and_sends_nothing(pipe: tuple[int, int]) 
         line[MCR] = LOOP
         for byte in b"echo":
             line[DATA] = byte
-        assert line.interrupts() == 4
+        assert line.interrupts() == 1
         assert line.receive() == b"echo"
         line[MCR] = 0
         line[DATA] = ord("x")
@@ -312,62 +325,286 @@ def test_what_the_guest_sends_comes_out_byte_by_byte(pipe: tuple[int, int]) -> N
         assert (line.device.write_count, line.device.missed_write_count) == (256, 0)
 
 
-def test_bytes_for_a_full_pipe_are_lost_and_counted_and_the_guest_goes_on(pipe: tuple[int, int]) -> None:
+def test_a_burst_interrupts_once(line: Line) -> None:
+    """A driver that has been told fills the transmitter's FIFO without being told again after each byte."""
+    line[IER] = TX_INTERRUPT
+    line.interrupts()
+    assert line[IIR] == TX_EMPTY
+    for byte in range(16):
+        line[DATA] = byte
+    assert line.interrupts() == 1
+    assert [line[IIR], line[IIR]] == [TX_EMPTY, NO_INTERRUPT]
+    line[DATA] = 0
+    assert line.interrupts() == 1
+
+
+def test_a_driver_that_looks_at_the_line_status_only_is_told_of_each_byte(line: Line) -> None:
+    line[IER] = TX_INTERRUPT
+    for byte in range(16):
+        assert line.interrupts() == 1
+        assert line[LSR] & TRANSMITTER_EMPTY
+        line[DATA] = byte
+    assert line.interrupts() == 1
+
+
+def test_input_behind_input_that_was_announced_is_not_announced_again(line: Line) -> None:
+    line[IER] = RX_INTERRUPT
+    for _ in range(16):
+        line.device.feed(b"x")
+    assert line.interrupts() == 1
+    assert line.receive() == bytes(16 * b"x")
+    line.device.feed(b"x")
+    assert line.interrupts() == 1
+
+
+def fill(writing: int) -> int:
+    """Fill a pipe through a description of our own, so that the mode of `writing` stays; how many bytes it took."""
+    own = os.open(f"/proc/self/fd/{writing}", os.O_WRONLY | os.O_NONBLOCK)
+    filled = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            filled += os.write(own, bytes(4096))
+    os.close(own)
+    return filled
+
+
+def read_exactly(reading: int, size: int) -> bytes:
+    found = bytearray()
+    while len(found) < size:
+        found += os.read(reading, size - len(found))
+    return bytes(found)
+
+
+def test_output_for_a_reader_that_is_behind_is_kept_in_order_and_goes_out_when_it_reads(pipe) -> None:
     reading, writing = pipe
-    os.set_blocking(writing, False)
-    with Line(out_fd=writing) as line:
-        filled = 0
-        while select.select([], [writing], [], 0)[1]:
-            filled += os.write(writing, bytes(65536))
-        line[IER] = TX_INTERRUPT
-        line.interrupts()
-        for _ in range(3):
-            line[DATA] = 0x41
-        assert line.interrupts() == 3
-        assert (line.device.write_count, line.device.missed_write_count) == (0, 3)
-        while filled:
-            filled -= len(os.read(reading, filled))
+    filled = fill(writing)
+    text = os.urandom(5000)
+    with Line(out_fd=writing, threaded=True) as line:
+        for byte in text:
+            line[DATA] = byte
+        assert line.device.write_count == 0
+        assert read_exactly(reading, filled + len(text))[filled:] == text
         line[DATA] = 0x42
         assert os.read(reading, 10) == b"B"
-        assert line.device.write_count == 1
+        assert line.io is not None
+        line.io.pause()
+        assert (line.device.write_count, line.device.missed_write_count) == (len(text) + 1, 0)
+    assert os.get_blocking(writing)
+
+
+def test_output_past_what_is_kept_is_dropped_and_counted(pipe: tuple[int, int]) -> None:
+    reading, writing = pipe
+    filled = fill(writing)
+    with Line(out_fd=writing, threaded=True) as line:
+        line[IER] = TX_INTERRUPT
+        for number in range(BACKLOG + 1000):
+            line[DATA] = number % 251
+        assert line.interrupts() == 1
+        assert (line.device.write_count, line.device.missed_write_count) == (0, 1000)
+        kept = read_exactly(reading, filled + BACKLOG)[filled:]
+        assert kept == bytes(number % 251 for number in range(BACKLOG))
+        line[DATA] = 0x42
+        assert os.read(reading, 10) == b"B"
 
 
 def test_without_an_output_the_guest_notices_nothing(line: Line) -> None:
     line[IER] = TX_INTERRUPT
-    line.interrupts()
+    assert (line[IIR], line.interrupts()) == (TX_EMPTY, 1)
     line[DATA] = 0x41
     assert line.interrupts() == 1
     assert line.device.missed_write_count == 0
 
 
+def test_output_that_nobody_can_read_any_more_is_counted(pipe: tuple[int, int]) -> None:
+    reading, writing = pipe
+    with Line(out_fd=writing, threaded=True) as line:
+        os.close(reading)
+        line[DATA] = 0x41
+        assert (line.device.write_count, line.device.missed_write_count) == (0, 1)
+
+
+def test_what_is_kept_at_the_end_goes_out_as_far_as_the_output_takes_it(pipe: tuple[int, int]) -> None:
+    reading, writing = pipe
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    filled = fill(writing)
+    line = Line(out_fd=writing, threaded=True)
+    assert line.io is not None
+    line.io.pause()  # so that it does not see the reader
+    for byte in bytes(range(200)) * 25:
+        line[DATA] = byte
+    os.read(reading, filled)
+    line.close()
+    line.device.close()
+    line.device.close()
+    os.close(writing)
+    found = os.read(reading, 65536)
+    assert len(found) >= 4096 - 4096 % 200 - 200
+    assert (bytes(range(200)) * 25).startswith(found)
+    assert os.read(reading, 1) == b""
+    assert line.device.write_count == len(found)
+    assert line.device.missed_write_count == 5000 - len(found)
+
+
+def test_a_port_that_waits_loses_nothing_and_holds_no_lock_meanwhile(pipe: tuple[int, int]) -> None:
+    reading, writing = pipe
+    filled = fill(writing)
+    text = os.urandom(3 * BACKLOG)
+    with Line(out_fd=writing, threaded=True, waits=True) as line:
+        writer = threading.Thread(target=lambda: [line.bus.write(PORT, 1, byte) for byte in text])
+        writer.start()
+        # The port answers, and takes input, while the writer waits.
+        assert line[LSR] == TRANSMITTER_EMPTY
+        assert line.device.feed(b"typed") == 5
+        assert line.receive() == b"typed"
+        assert read_exactly(reading, filled + len(text))[filled:] == text
+        writer.join(10)
+        assert not writer.is_alive()
+        assert line.device.missed_write_count == 0
+
+
+def test_a_pause_ends_the_wait_and_loses_nothing(pipe: tuple[int, int]) -> None:
+    reading, writing = pipe
+    filled = fill(writing)
+    text = bytes(range(100))
+    with Line(out_fd=writing, threaded=True, waits=True) as line:
+        for byte in text:
+            writer = threading.Thread(target=line.bus.write, args=(PORT, 1, byte))
+            writer.start()
+            line.device.pause()
+            writer.join(10)
+            assert not writer.is_alive()
+            line.device.resume()
+        assert line.device.save().unsent == text
+        assert read_exactly(reading, filled + len(text))[filled:] == text
+        assert line.device.missed_write_count == 0
+
+
+def test_two_ports_on_one_input_do_not_wait_for_each_other(pipe: tuple[int, int]) -> None:
+    reading, writing = pipe
+    with Line(reading, threaded=True) as one, Line(reading, threaded=True) as other:
+        for number in range(500):
+            os.write(writing, b"x")
+            found = b""
+            while not found:
+                found = one.receive() + other.receive()
+            assert found == b"x", number
+            for line in (one, other):
+                assert line.io is not None
+                line.io.pause()
+                line.io.resume()
+    assert os.get_blocking(reading)
+
+
+@pytest.mark.parametrize("kind", ["socket", "terminal", "master", "no /proc"])
+def test_descriptors_of_every_kind_keep_their_mode_and_are_not_waited_for(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "socket":
+        ends = [end.detach() for end in socket.socketpair()]
+    elif kind == "no /proc":
+        monkeypatch.setattr(stream, "_open_again", lambda *_: None)
+        input_read, input_write = os.pipe()
+        output_read, output_write = os.pipe()
+        ends = [input_read, output_write, output_read, input_write]
+    else:
+        master, slave = os.openpty()
+        tty.setraw(slave)
+        ends = [master, slave] if kind == "master" else [slave, master]
+    in_fd, out_fd = (ends[0], ends[0]) if len(ends) == 2 else ends[:2]
+    far_in, far_out = (ends[1], ends[1]) if len(ends) == 2 else ends[2:]
+    with Line(in_fd, out_fd, threaded=True) as line:
+        line[IER] = RX_INTERRUPT
+        os.write(far_out, b"typed")
+        line.wait_interrupt()
+        received = line.receive()
+        while len(received) < 5:
+            received += line.receive()
+        assert received == b"typed"
+        sent = bytes(number % 100 for number in range(BACKLOG))
+        for byte in sent:
+            line[DATA] = byte
+        while line.device.missed_write_count == 0:
+            line[DATA] = 0xFF
+        assert read_exactly(far_in, len(sent)) == sent
+        assert os.get_blocking(in_fd)
+        assert os.get_blocking(out_fd)
+    for fd in ends:
+        os.close(fd)
+
+
+def test_a_descriptor_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot use descriptor 12345 as the console's output: Bad file"):
+        Serial(-1, 12345)
+
+
+BACKGROUND = """
+import os, select, signal, tty
+from tests.unit.test_serial import IER, RX_INTERRUPT, Line
+
+tty.setraw(0)
+print("raw", flush=True)
+select.select([0], [], [])
+if port := os.fork():
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(port, 0)[1]))
+os.setpgid(0, 0)  # in the background from now on
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
+with Line(0, threaded=True) as line:
+    line[IER] = RX_INTERRUPT
+    line.io.pause()
+    assert line.receive() == b"", "a terminal of others was read"
+    line.io.resume()
+    os.tcsetpgrp(0, os.getpgrp())  # as `fg` does
+    received = b""
+    while len(received) < 2:
+        received += line.receive()
+    print(received, flush=True)
+"""
+
+
+def test_a_terminal_that_others_had_for_a_while_is_read_again() -> None:
+    child, master = pty.fork()
+    if child == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "-c", BACKGROUND])
+    text = b""
+    typed = False
+    with contextlib.suppress(OSError):  # the terminal's end
+        while select.select([master], [], [], 30)[0]:
+            text += os.read(master, 1000)
+            if b"raw" in text and not typed:
+                os.write(master, b"hi")
+                typed = True
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(master)
+    assert b"b'hi'" in text, text.decode()
+
+
 STUCK_OUTPUT = """
-import os, select, threading
-from crackle.devices.serial import Serial
-from crackle.kvm.bus import Bus
+import os, threading
+from tests.unit.test_serial import Line, PORT, fill
 
 reading, writing = os.pipe()
-os.set_blocking(writing, False)
-size = 0
-while select.select([], [writing], [], 0)[1]:
-    size += os.write(writing, bytes(65536))
-os.set_blocking(writing, True)
-serial, bus = Serial(-1, writing), Bus("pio")
-serial.attach(bus, 0x3F8)
-threading.Thread(target=bus.write, args=(0x3F8, 1, 0x41)).start()  # stuck, until somebody reads
-threading.Thread(target=serial.feed, args=(b"t",)).start()
+size = fill(writing)
+line = Line(out_fd=writing, threaded=True, waits=True)
+writer = threading.Thread(target=line.bus.write, args=(PORT, 1, 0x41))  # stuck, until somebody reads
+writer.start()
+threading.Thread(target=line.device.feed, args=(b"t",)).start()
 found = b""
 while len(found) < size + 1:
     found += os.read(reading, 65536)
-while not bus.read(0x3FD, 1) & 1:
-    pass
-print(found[-1:], chr(bus.read(0x3F8, 1)))
+writer.join()
+print(found[-1:], line.receive())
+line.close()
 """
 
 
 def test_typing_while_the_output_is_stuck_does_not_stop_the_interpreter() -> None:
     """Whoever is to read the output may be a Python thread of this process."""
-    run = subprocess.run([sys.executable, "-c", STUCK_OUTPUT], capture_output=True, text=True, timeout=60)
-    assert run.stdout.split() == ["b'A'", "t"], run.stderr
+    run = subprocess.run(
+        [sys.executable, "-c", STUCK_OUTPUT], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert run.stdout.split() == ["b'A'", "b't'"], run.stderr
 
 
 # -- saved state ---------------------------------------------------------------------------------------------
@@ -384,6 +621,24 @@ def test_the_saved_state_restores_to_the_same_port(writes: list[tuple[int, int]]
         assert other.device.save() == state
         for register in (SCR, MCR, LCR, MSR, LSR, IIR, IER, DATA, DATA):
             assert other[register] == line[register]
+
+
+def test_output_that_was_kept_before_a_save_goes_out_after_the_restore(pipe: tuple[int, int]) -> None:
+    _, writing = pipe
+    fill(writing)
+    with Line(out_fd=writing, threaded=True) as line:
+        for byte in b"kept":
+            line[DATA] = byte
+        state = line.device.save()
+        assert state.unsent == b"kept"
+    other_reading, other_writing = os.pipe()
+    with Line(out_fd=other_writing, threaded=True) as other:
+        other.device.restore(state)
+        assert read_exactly(other_reading, 4) == b"kept"
+        other[DATA] = ord("!")
+        assert read_exactly(other_reading, 1) == b"!"
+    os.close(other_reading)
+    os.close(other_writing)
 
 
 def test_input_that_was_received_before_a_save_is_announced_after_the_restore(line: Line) -> None:

@@ -12,6 +12,7 @@ import sys
 
 from crackle.cli.options import Options, UsageError, help_text, parse
 from crackle.errors import ConfigError, CrackleError, os_reason
+from crackle.runtime.stream import open_standard_streams
 from crackle.telemetry.logger import Logger
 from crackle.telemetry.sink import Sink
 from crackle.version import VERSION
@@ -47,7 +48,7 @@ def run(arguments: list[str]) -> int:
     """Run a microVM to its end; the result is the exit status of the process."""
     # Nothing made during start-up is garbage: collecting then would only cost time.
     gc.disable()
-    _open_standard_streams()
+    open_standard_streams()
     # Until the loop takes signals, Ctrl-C ends the process and shows no traceback.
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
     logger = Logger()
@@ -74,14 +75,6 @@ def run(arguments: list[str]) -> int:
     else:
         logger.error(f"Crackle exiting with error. exit_code={status}")
     return status
-
-
-def _open_standard_streams() -> None:
-    # One that was closed would become the number of something else, which the guest's console then reads or writes.
-    fd = os.open("/dev/null", os.O_RDWR)
-    while fd <= 2:
-        fd = os.dup(fd)
-    os.close(fd)
 
 
 def _tell(text: str) -> None:

@@ -6,7 +6,7 @@ import msgspec
 
 
 class SerialState(msgspec.Struct, frozen=True, kw_only=True):
-    """Registers of the 16550A and the input that the guest has not read yet."""
+    """Registers of the 16550A, the input that the guest has not read yet, and its output that has not gone out yet."""
 
     ier: int
     lcr: int
@@ -16,6 +16,7 @@ class SerialState(msgspec.Struct, frozen=True, kw_only=True):
     divisor: int
     thr_pending: bool
     received: bytes
+    unsent: bytes = b""
 
 
 class I8042State(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import select
 
 from crackle.errors import ConfigError, os_reason
-
-# What a pipe that polls writable is sure to take at once (pipe(7), PIPE_BUF).
-_PIPE_BUF = 4096
+from crackle.runtime.stream import OWN, borrow, put
 
 
 class Sink:
@@ -16,17 +13,16 @@ class Sink:
 
     A line that does not fit now is refused; one that fits in part is finished by a later write.
 
-    Owns its descriptor when made by :meth:`open`; a descriptor handed to the constructor is only borrowed,
-    and keeps its blocking mode because other processes may share it.
+    A descriptor handed to the constructor is only borrowed: other processes may share it, and its mode stays as it is.
     """
 
-    __slots__ = ("_borrowed", "_fd", "_rest")
+    __slots__ = ("_borrowed", "_fd", "_how", "_rest")
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self._borrowed = fd
+        self._fd = -1
+        self._how = OWN
         self._rest = b""
-        self._borrowed: select.poll | None = select.poll()
-        self._borrowed.register(fd, select.POLLOUT)
 
     @classmethod
     def open(cls, path: str, problem: str) -> Sink:
@@ -36,12 +32,12 @@ class Sink:
         """
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            sink = cls(os.open(path, flags, 0o644))
+            sink = cls(-1)
+            sink._fd = os.open(path, flags, 0o644)
         except OSError as error:
             raise ConfigError(f"{problem}: {os_reason(error)}: {path}") from None
         except ValueError as error:
             raise ConfigError(f"{problem}: {error}") from None
-        sink._borrowed = None
         return sink
 
     def write(self, line: bytes) -> bool:
@@ -50,11 +46,13 @@ class Sink:
         False if it is lost because its reader is behind or the device failed.
         """
         try:
+            if self._fd < 0:
+                self._fd, self._how = borrow(self._borrowed, os.O_WRONLY)
             if self._rest:
-                self._rest = self._rest[self._put(self._rest) :]
+                self._rest = self._rest[put(self._fd, self._how, self._rest) :]
                 if self._rest:
                     return False
-            taken = self._put(line)
+            taken = put(self._fd, self._how, line)
         except OSError:
             return False
         if not taken:
@@ -62,23 +60,8 @@ class Sink:
         self._rest = line[taken:]
         return True
 
-    def _put(self, data: bytes) -> int:
-        """The number of bytes of ``data`` that were written without waiting."""
-        if self._borrowed is None:
-            try:
-                return os.write(self._fd, data)
-            except BlockingIOError:
-                return 0
-        taken = 0
-        while taken < len(data):
-            ready = self._borrowed.poll(0)
-            if not ready or not ready[0][1] & select.POLLOUT:
-                break
-            taken += os.write(self._fd, data[taken : taken + _PIPE_BUF])
-        return taken
-
     def close(self) -> None:
-        """Close an owned descriptor; idempotent."""
-        if self._borrowed is None and self._fd >= 0:
+        """Close what is our own; idempotent. A borrowed descriptor can be written to again."""
+        if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1

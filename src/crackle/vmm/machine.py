@@ -45,6 +45,7 @@ class BuildOptions(msgspec.Struct, kw_only=True):
     """What a front end decides, and no API resource says.
 
     console_in, console_out: descriptors of the serial console, -1 for none; the machine does not close them.
+    console_waits: the guest waits for who reads its console, rather than that output is dropped once 64 KiB are kept.
     profile: also measure how long exits take to handle.
     devices: devices written in Python, which the guest gets after the configured ones.
     """
@@ -53,6 +54,7 @@ class BuildOptions(msgspec.Struct, kw_only=True):
     logger: Logger | None = None
     console_in: int = 0
     console_out: int = 1
+    console_waits: bool = False
     profile: bool = False
     devices: tuple[CustomDevice, ...] = ()
 
@@ -116,7 +118,10 @@ class Machine:
 
     def add_legacy_devices(self, console_out: int) -> None:
         """Serial console, keyboard controller, sleep registers, power button and, if asked for, the boot timer."""
-        self.serial = Serial(self._options.console_in, console_out, self._interrupt(layout.GSI_COM1))
+        options = self._options
+        self.serial = Serial(
+            options.console_in, console_out, self._interrupt(layout.GSI_COM1), options.console_waits
+        )
         self.serial.attach(self.pio, layout.COM1_PORT, self.io)
         self.i8042 = I8042(self._interrupt(layout.GSI_KEYBOARD))
         self.pio.attach_python(layout.I8042_PORT, layout.I8042_PORT_COUNT, self.i8042)
@@ -184,6 +189,7 @@ class Machine:
         """Stop every vCPU between two instructions, serve what the guest has submitted, and stand still. Idempotent."""
         self._check_alive()
         self._paused = True
+        self.serial.pause()
         for vcpu in self.vcpus:
             vcpu.request_pause()
         for vcpu in self.vcpus:
@@ -202,6 +208,7 @@ class Machine:
             # A running vCPU would keep its descriptor to itself until its next exit.
             return
         self._paused = False
+        self.serial.resume()
         for vcpu in self.vcpus:
             vcpu.kvmclock_ctrl()
         if self.mmds is not None:
@@ -250,6 +257,7 @@ class Machine:
         if self._stopped:
             return
         self._stopped = True
+        self.serial.pause()
         for vcpu in self.vcpus:
             vcpu.request_stop()
         for vcpu in self.vcpus:
@@ -261,6 +269,7 @@ class Machine:
         for transport in self.transports:
             transport.device.close()
             transport.close()
+        self.serial.close()
         while self._fds:
             os.close(self._fds.pop())
         self.parts.close()

@@ -94,6 +94,7 @@ class MicroVM:
         self._options = BuildOptions(
             console_in=console[0],
             console_out=console[1],
+            console_waits=True,
             logger=logger,
             profile=profile,
             devices=tuple(devices),
