@@ -51,7 +51,7 @@ class Machine:
         self._ended = ExitStatus("reset", "the guest asked for a reset", 0)
         os.eventfd_write(self.exit_fd, 1)
 
-    def update(self, kind: str, identifier: str, resource: Any) -> None:
+    def update(self, kind: str, identifier: str, resource: Any, _held: object = None) -> None:
         path = str(resource.path_on_host)
         if path.endswith("refused"):
             raise ConfigError("this file is refused")

@@ -34,6 +34,11 @@ OPTIONS: dict[str, tuple[str | None, str | None, str]] = {
     ),
     "module": ("prefix", None, "Log only what modules with this prefix say, as in crackle.vmm."),
     "no-api": (None, None, "Serve no API; needs --config-file."),
+    "no-drive-locks": (
+        None,
+        None,
+        "Let other microVMs write to this one's disks, unless a drive says otherwise.",
+    ),
     "no-seccomp": (None, None, "Install no seccomp filter. None is installed yet in any case."),
     "parent-cpu-time-us": ("us", None, "CPU time the parent spent, for the start-up metric."),
     "seccomp-filter": ("path", None, "Seccomp filter of your own. Accepted; no filter is installed yet."),

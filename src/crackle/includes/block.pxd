@@ -1,6 +1,6 @@
 """What virtio-block needs beside the common virtio declarations: its commands, and the host's calls on files.
 
-linux/virtio_blk.h (virtio 1.2, section 5.2), linux/falloc.h, linux/fs.h, readv(2), fdatasync(2).
+linux/virtio_blk.h (virtio 1.2, section 5.2), linux/falloc.h, linux/fs.h, readv(2), fdatasync(2), fcntl(2).
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -49,7 +49,17 @@ cdef extern from "<unistd.h>" nogil:
     int fdatasync(int fd)
 
 cdef extern from "<fcntl.h>" nogil:
+    enum:
+        F_OFD_SETLK
+        F_RDLCK
+        F_WRLCK
+        F_UNLCK
+
+    struct flock:
+        short l_type
+
     int fallocate(int fd, int mode, long offset, long length)
+    int fcntl(int fd, int command, flock *lock)
 
 cdef extern from "<linux/falloc.h>" nogil:
     enum:

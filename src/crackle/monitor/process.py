@@ -89,6 +89,7 @@ class VmmProcess:
             on_start=self._started,
             shell=ready,
             metadata_limit=limit if metadata_limit is None else metadata_limit,
+            lock_drives="no-drive-locks" not in options,
         )
         self._server = None if listener is None else ApiServer(self._loop, listener, self._controller, limit)
         self._watch_signals()

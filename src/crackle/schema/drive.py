@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from crackle.schema._base import Resource
 from crackle.schema.rate_limiter import RateLimiter
 
@@ -12,7 +14,8 @@ class Drive(Resource):
     """A virtio block device on the host file ``path_on_host``, or served by the vhost-user ``socket``.
 
     The root device is the guest's ``/dev/vda``, or its partition ``partuuid``. ``Writeback`` offers the
-    guest a flush command; with ``Unsafe`` there is none.
+    guest a flush command; with ``Unsafe`` there is none. The file is locked, so that no other microVM writes
+    to it, and none uses what this one writes to, unless ``lock`` is false.
     """
 
     drive_id: str
@@ -24,6 +27,7 @@ class Drive(Resource):
     rate_limiter: RateLimiter | None = None
     io_engine: Literal["Async", "Sync"] | None = None
     socket: str | None = None
+    lock: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class DriveUpdate(Resource):

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 
 from crackle.arch import LoadedKernel, build_cmdline, configure_system, enter_kernel, load_initrd, load_kernel
-from crackle.errors import ConfigError
+from crackle.errors import ConfigError, os_reason
 from crackle.memory import GuestMemory
 from crackle.vmm.devices import is_read_only, kind_of_drive
+from crackle.vmm.files import BootFile
 from crackle.vmm.machine import BuildOptions, Machine
 from crackle.vmm.shell import Shell
 
@@ -74,7 +75,7 @@ def _furnish(
         machine.add("vsock", "vsock", config.vsock)
     for index, custom in enumerate(options.devices):
         machine.add_custom(f"{type(custom).__name__.lower()}{index}", custom)
-    kernel, initrd = _load(machine.memory, config)
+    kernel, initrd = _load(machine.memory, config, held)
     cmdline = build_cmdline(
         config.boot_source.boot_args,
         root=root is not None,
@@ -105,33 +106,36 @@ def _console_output(machine: Machine, config: VmConfig, options: BuildOptions) -
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
         return machine.own_fd(os.open(path, flags, 0o600))
     except OSError as error:
-        raise ConfigError(f"cannot open the serial output {path}: {error.strerror}") from None
+        raise ConfigError(f"cannot open the serial output {path}: {os_reason(error)}") from None
+    except ValueError as error:
+        raise ConfigError(f"cannot open the serial output {path!r}: {error}") from None
 
 
-def _load(memory: GuestMemory, config: VmConfig) -> tuple[LoadedKernel, tuple[int, int] | None]:
+def _load(
+    memory: GuestMemory, config: VmConfig, held: Mapping[tuple[str, str], Held]
+) -> tuple[LoadedKernel, tuple[int, int] | None]:
     source = config.boot_source
-    with _File(source.kernel_image_path, "kernel") as fd:
+    with _BootFile(held, source.kernel_image_path, "kernel") as fd:
         kernel = load_kernel(memory, fd)
     if source.initrd_path is None:
         return kernel, None
-    with _File(source.initrd_path, "initrd") as fd:
+    with _BootFile(held, source.initrd_path, "initrd") as fd:
         return kernel, load_initrd(memory, fd, kernel)
 
 
-class _File:
-    """A file that is being loaded: open for as long, and named in what goes wrong."""
+class _BootFile:
+    """A file that is being loaded: the one that is held, or open for as long; named in what goes wrong."""
 
-    def __init__(self, path: str, what: str) -> None:
-        self._path = path
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise ConfigError(f"cannot open the {what} {path}: {error.strerror}") from None
+    def __init__(self, held: Mapping[tuple[str, str], Held], path: str, what: str) -> None:
+        kept: Any = held.get(("boot", what))
+        self._kept = kept is not None
+        self._file: BootFile = kept if self._kept else BootFile(path, f"The {what} file cannot be opened: ")
 
     def __enter__(self) -> int:
-        return self._fd
+        return self._file.fd
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        os.close(self._fd)
+        if not self._kept:
+            self._file.close()
         if isinstance(error, ConfigError):
-            error.args = (f"{error}: {self._path}",)
+            error.args = (f"{error}: {self._file.path}",)

@@ -1,21 +1,22 @@
 """What a configuration is checked for before it is accepted: one method a command, changing all or nothing.
 
-Files are opened here only to see that they can be; the builder opens them again. What only one can have is held.
+What is opened to see whether it can be had stays open for the builder, so that what was checked is what is used.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 
 import msgspec
 
-from crackle.errors import ConfigError, CrackleError, os_reason
+from crackle.errors import ConfigError, CrackleError
 from crackle.schema.machine import updated
-from crackle.vmm.devices import open_net, open_vhost_user_block
+from crackle.vmm.devices import kind_of_drive, open_net, open_vhost_user_block
+from crackle.vmm.files import BootFile, open_disk, settle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from crackle.schema import (
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
         Vsock,
     )
     from crackle.vmm.devices import Held
+
+_NO_INITRD = "The initrd file cannot be opened due to invalid path or invalid permissions. "
 
 DEFAULT_MMDS_ADDRESS = "169.254.169.254"
 
@@ -57,11 +60,20 @@ class context:  # noqa: N801 - reads as a statement
 
 
 class Configuration:
-    """Everything configured so far, `config`, and what stays open from then on, `held`, by kind and identifier."""
+    """Everything configured so far, `config`, and what stays open from then on, `held`, by kind and identifier.
 
-    def __init__(self, config: VmConfig) -> None:
+    lock_drives: whether the files of drives that do not say are locked.
+    """
+
+    def __init__(self, config: VmConfig, *, lock_drives: bool = True) -> None:
         self.config = config
         self.held: dict[tuple[str, str], Held] = {}
+        self._lock_drives = lock_drives
+
+    def started(self) -> None:
+        """Let go of what only the start needed."""
+        for identifier in ("kernel", "initrd"):
+            self._hold("boot", identifier, None)
 
     def close(self) -> None:
         """Let go of everything that is held. Idempotent."""
@@ -69,10 +81,13 @@ class Configuration:
             held.close()
         self.held.clear()
 
-    def _let_go(self, kind: str, identifier: str) -> None:
-        held = self.held.pop((kind, identifier), None)
+    def _hold(self, kind: str, identifier: str, held: Held | None) -> None:
+        """Keep `held` from now on, if there is something to keep, and let go of what it takes the place of."""
+        before = self.held.pop((kind, identifier), None)
+        if before is not None:
+            before.close()
         if held is not None:
-            held.close()
+            self.held[kind, identifier] = held
 
     def put_machine(self, update: MachineConfig | MachineConfigUpdate) -> None:
         assert self.config.machine_config is not None
@@ -83,11 +98,19 @@ class Configuration:
 
     def put_boot_source(self, source: BootSource) -> None:
         with context("Boot source error"):
-            _check_opens(source.kernel_image_path, "The kernel file cannot be opened")
-            if source.initrd_path is not None:
-                _check_opens(source.initrd_path, "The initrd file cannot be opened")
-            if source.boot_args is not None:
-                _check_boot_args(source.boot_args)
+            kernel, initrd = BootFile(source.kernel_image_path, "The kernel file cannot be opened: "), None
+            try:
+                if source.initrd_path is not None:
+                    initrd = BootFile(source.initrd_path, _NO_INITRD)
+                if source.boot_args is not None:
+                    _check_boot_args(source.boot_args)
+            except BaseException:
+                kernel.close()
+                if initrd is not None:
+                    initrd.close()
+                raise
+        self._hold("boot", "kernel", kernel)
+        self._hold("boot", "initrd", initrd)
         self.config.boot_source = source
 
     def put_drive(self, drive: Drive) -> None:
@@ -102,9 +125,12 @@ class Configuration:
             with context("Unable to create the virtio block device"):
                 if drive.socket is None:
                     complete = _complete_file_drive(drive)
-                    self._let_go("vhost_user_block", drive.drive_id)
+                    self._hold("block", drive.drive_id, self._open_disk(complete, complete.path_on_host))
+                    self._hold("vhost_user_block", drive.drive_id, None)
                 else:
                     complete = self._connect_drive(drive)
+                    self._hold("block", drive.drive_id, None)
+                settle(self._disks())
         if at is not None:
             del drives[at]
         # The root device comes first: the guest's /dev/vda is the first device.
@@ -135,9 +161,7 @@ class Configuration:
                             f"it is in use by the interface {other.iface_id!r} of this microVM."
                         )
                 if at is None or interfaces[at].host_dev_name != interface.host_dev_name:
-                    tap = open_net(interface)
-                    self._let_go("net", interface.iface_id)
-                    self.held["net", interface.iface_id] = tap
+                    self._hold("net", interface.iface_id, open_net(interface))
         complete: NetworkInterface = msgspec.structs.replace(
             interface,
             guest_mac=mac,
@@ -185,16 +209,27 @@ class Configuration:
         )
 
     def _connect_drive(self, drive: Drive) -> Drive:
-        for name in ("path_on_host", "is_read_only", "rate_limiter", "io_engine"):
-            if getattr(drive, name) is not None:
+        for name in ("path_on_host", "is_read_only", "rate_limiter", "io_engine", "lock"):
+            if getattr(drive, name) not in (None, msgspec.UNSET):
                 raise ConfigError(
                     f"Invalid block config. A drive with a socket has no {name}: the back end decides."
                 )
         # A back end that serves one at a time would keep the new connection waiting.
-        self._let_go("vhost_user_block", drive.drive_id)
+        self._hold("vhost_user_block", drive.drive_id, None)
         with context("Vhost user backend error"):
-            self.held["vhost_user_block", drive.drive_id] = open_vhost_user_block(drive)
+            self._hold("vhost_user_block", drive.drive_id, open_vhost_user_block(drive))
         return drive
+
+    def _disks(self) -> list[Any]:
+        """What is open for drives with a file."""
+        return [held for (kind, _), held in self.held.items() if kind == "block"]
+
+    def _open_disk(self, drive: Drive, path: str | None) -> Any:
+        """The file of a drive, or the one that is to take its place."""
+        assert path is not None, "a drive with a file has a path"
+        leaving: Any = self.held.get(("block", drive.drive_id))
+        locking = self._lock_drives if drive.lock is msgspec.UNSET else drive.lock
+        return open_disk(path, bool(drive.is_read_only), bool(locking), self._disks(), leaving)
 
     # -- changes to what runs ----------------------------------------------------------------------------------
 
@@ -210,10 +245,25 @@ class Configuration:
                 f"Running method expected different backend: {what}. Please verify the request arguments."
             )
         check_limiter(update.rate_limiter)
+        return drive
+
+    def update_drive(self, drive: Drive, update: DriveUpdate, change: Callable[..., None]) -> None:
+        """Have `change` done with the file that `update` names, if it does; note it when that is well."""
+        backing = None
         if update.path_on_host is not None:
             with context("Block"):
-                _check_backing_file(update.path_on_host, bool(drive.is_read_only))
-        return drive
+                backing = self._open_disk(drive, update.path_on_host)
+        try:
+            change(kind_of_drive(drive), drive.drive_id, update, backing)
+            if backing is not None:
+                self._hold("block", drive.drive_id, backing)
+        except BaseException:
+            if backing is not None:
+                backing.close()
+            raise
+        finally:
+            settle(self._disks())
+        merge(drive, update)
 
     def interface_to_change(self, update: NetworkInterfaceUpdate) -> NetworkInterface:
         """The interface that `update` is about; ConfigError when it cannot be changed so."""
@@ -274,15 +324,16 @@ def limits(limiter: RateLimiter | None) -> RateLimiter | None:
 def _complete_file_drive(drive: Drive) -> Drive:
     if drive.path_on_host is None:
         raise ConfigError("Invalid block config. path_on_host is missing.")
-    read_only = bool(drive.is_read_only)
-    _check_backing_file(drive.path_on_host, read_only)
     engine = drive.io_engine or "Sync"
     if engine == "Async":
         from crackle.virtio.block.uring import check_host
 
         check_host()
     complete: Drive = msgspec.structs.replace(
-        drive, is_read_only=read_only, io_engine=engine, rate_limiter=limits(drive.rate_limiter)
+        drive,
+        is_read_only=bool(drive.is_read_only),
+        io_engine=engine,
+        rate_limiter=limits(drive.rate_limiter),
     )
     return complete
 
@@ -291,33 +342,6 @@ def _is_link_local(address: str) -> bool:
     """Whether it is one that RFC 3927, 2.1 lets be used."""
     first, second, third, _ = address.split(".")
     return (first, second) == ("169", "254") and third not in ("0", "255")
-
-
-def _check_opens(path: str, problem: str) -> None:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{problem}: {_reason(error)}: {path}") from None
-    os.close(fd)
-
-
-def _check_backing_file(path: str, read_only: bool) -> None:
-    flags = os.O_RDONLY if read_only else os.O_RDWR
-    try:
-        os.close(os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK))
-        if os.path.isdir(path):
-            raise IsADirectoryError(21, "Is a directory")
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"Virtio backend error: Error manipulating the backing file: {_reason(error)} {path}"
-        ) from None
-    from crackle.virtio.block.backing import open_backing
-
-    os.close(open_backing(path, read_only).fd)
-
-
-def _reason(error: OSError | ValueError) -> str:
-    return os_reason(error) if isinstance(error, OSError) else str(error)
 
 
 def _check_boot_args(text: str) -> None:

@@ -20,7 +20,6 @@ from crackle.telemetry.metrics import Metrics
 from crackle.version import VERSION
 from crackle.vmm.commands import NOT_STARTED, PAUSED, RUNNING, STOPPED, Command, check_state, check_supported
 from crackle.vmm.configuration import Configuration, context, merge
-from crackle.vmm.devices import kind_of_drive
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ if TYPE_CHECKING:
         def resume(self) -> None: ...
         def send_ctrl_alt_del(self) -> None: ...
         def serve_metadata(self, config: MmdsConfig, store: Store) -> None: ...
-        def update(self, kind: str, identifier: str, resource: Any) -> None: ...
+        def update(self, kind: str, identifier: str, resource: Any, held: Held | None = None) -> None: ...
         def metrics(self) -> Mapping[str, Mapping[str, Any]]: ...
         def stop(self) -> None: ...
 
@@ -88,7 +87,7 @@ class Controller:
     ``prepare``, if given, makes ahead of time what needs only the machine configuration; it is called with the first
     configuration command and again when the machine configuration changes, or whether guest memory is shared. What it
     returns goes to ``build``, or is abandoned when it no longer fits. ``shell`` is what was made for the default
-    machine already. ``metadata_limit`` is in bytes.
+    machine already. ``metadata_limit`` is in bytes. ``lock_drives``: lock the files of drives that do not say.
     """
 
     def __init__(
@@ -102,6 +101,7 @@ class Controller:
         on_start: Callable[[Machine], None] | None = None,
         shell: Shell | None = None,
         metadata_limit: int = DEFAULT_METADATA_LIMIT,
+        lock_drives: bool = True,
     ) -> None:
         self.instance_id = instance_id
         self.logger = Logger(instance_id) if logger is None else logger
@@ -111,7 +111,8 @@ class Controller:
                 drives=[],
                 boot_source=BootSource(kernel_image_path=""),
                 machine_config=default_machine_config(),
-            )
+            ),
+            lock_drives=lock_drives,
         )
         self.state = NOT_STARTED
         self.machine: Machine | None = None
@@ -221,6 +222,7 @@ class Controller:
                 raise
         self.machine = machine
         self.state = RUNNING
+        self._configuration.started()
         self.metrics.sources.append(machine.metrics)
         if self.on_start is not None:
             self.on_start(machine)
@@ -246,8 +248,7 @@ class Controller:
     def _patch_drive(self, update: DriveUpdate) -> None:
         with context("Drive config error: Unable to patch the block device"):
             drive = self._configuration.drive_to_change(update)
-            self._running_machine().update(kind_of_drive(drive), update.drive_id, update)
-        merge(drive, update)
+            self._configuration.update_drive(drive, update, self._running_machine().update)
 
     def _patch_network(self, update: NetworkInterfaceUpdate) -> None:
         with context("Network config error: Unable to update the net device"):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from crackle.memory import GuestMemory
     from crackle.schema import Drive, DriveUpdate, NetworkInterface, NetworkInterfaceUpdate
     from crackle.schema import Vsock as VsockResource
+    from crackle.virtio.block.backing import Backing
     from crackle.virtio.block.device import Block
     from crackle.virtio.device import VirtioDevice
     from crackle.virtio.net.device import Net
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
     from crackle.virtio.vhost_user.block import VhostUserBlock
     from crackle.virtio.vhost_user.protocol import VhostUser
     from crackle.virtio.vsock.device import Vsock
+    from crackle.vmm.files import BootFile
 
     # What is open before there is a device; `close` may be called again.
-    Held = Tap | VhostUser
+    Held = Tap | VhostUser | Backing | BootFile
 
 
-def make_block(memory: GuestMemory, drive: Drive) -> Block:
-    """ConfigError when the drive's file cannot be used."""
+def make_block(memory: GuestMemory, drive: Drive, backing: Backing | None = None) -> Block:
+    """ConfigError when the drive's file, which is opened unless it is open already, cannot be used."""
     from crackle.virtio.block.device import Block
 
     assert drive.path_on_host is not None
@@ -41,13 +43,14 @@ def make_block(memory: GuestMemory, drive: Drive) -> Block:
         writeback=drive.cache_type == "Writeback",
         engine=drive.io_engine or "Sync",
         limiter=drive.rate_limiter,
+        backing=backing,
     )
 
 
-def update_block(block: Block, update: DriveUpdate) -> None:
+def update_block(block: Block, update: DriveUpdate, backing: Backing | None = None) -> None:
     """Put another file behind it, limit it otherwise; ConfigError changes nothing."""
     if update.path_on_host is not None:
-        block.update(update.path_on_host)
+        block.update(update.path_on_host, backing)
     if update.rate_limiter is not None:
         block.update_limiter(0, update.rate_limiter)
 
@@ -130,6 +133,7 @@ class Kind(msgspec.Struct, frozen=True):
 
     make(memory, resource) -> device. update(device, resource), None for what cannot be changed. open(resource), where
     there is something to hold from the configuration on, so that nobody else gets it: make has it as a third argument.
+    Where the configuration holds something else for it, make and update may have that as a third argument.
     """
 
     make: Callable[..., VirtioDevice]
@@ -148,6 +152,6 @@ KINDS = {
 def make(memory: GuestMemory, kind: str, resource: Any, held: Held | None = None) -> VirtioDevice:
     """The device for `resource`, on what has been held for it, if that is so. ConfigError when it cannot be had."""
     how = KINDS[kind]
-    if how.open is None:
-        return how.make(memory, resource)
-    return how.make(memory, resource, held or how.open(resource))
+    if held is None and how.open is not None:
+        held = how.open(resource)
+    return how.make(memory, resource) if held is None else how.make(memory, resource, held)

@@ -228,14 +228,17 @@ class Machine:
         self._check_alive()
         os.eventfd_write(self._power_fd, 1)
 
-    def update(self, kind: str, identifier: str, resource: Any) -> None:
-        """Change a device while the guest runs, as the registry says. ConfigError changes nothing."""
+    def update(self, kind: str, identifier: str, resource: Any, held: Held | None = None) -> None:
+        """Change a device while the guest runs, as the registry says; held: what is open for it already.
+
+        ConfigError changes nothing.
+        """
         self._check_alive()
         update = KINDS[kind].update
         device = self.devices.get((kind, identifier))
         if device is None or update is None:
             raise ConfigError(f"there is no {kind} device {identifier!r} that can be changed")
-        update(device, resource)
+        update(device, resource, *(() if held is None else (held,)))
 
     def _check_alive(self) -> None:
         if self._stopped:

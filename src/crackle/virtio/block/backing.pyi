@@ -1,11 +1,18 @@
+SECTOR: int
+
 class Backing:
-    __slots__ = ("discards", "fd", "granularity", "identity", "size")
-    fd: int
-    size: int
-    identity: bytes
     discards: bool
+    fd: int
+    file: tuple[int, int]
     granularity: int
+    identity: bytes
+    locking: bool
+    path: str
+    read_only: bool
+    size: int
+    def duplicate(self) -> Backing: ...
+    def lock(self) -> bool: ...
+    def unlock(self) -> None: ...
+    def close(self) -> None: ...
 
 def open_backing(path: str, read_only: bool) -> Backing: ...
-
-SECTOR: int

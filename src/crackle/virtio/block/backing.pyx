@@ -1,7 +1,8 @@
-"""What stands behind a drive: opening it, its size, its identity, and whether it can give blocks back."""
+"""What stands behind a drive: opening it, its size, its identity, its lock, and whether it can give blocks back."""
 
-from libc.errno cimport EOPNOTSUPP, errno
+from libc.errno cimport EACCES, EAGAIN, EOPNOTSUPP, errno
 from libc.stdint cimport uint64_t
+from libc.string cimport memset
 
 from crackle.includes.block cimport *
 
@@ -12,41 +13,88 @@ from crackle.errors import ConfigError, os_reason
 
 SECTOR = 512
 
+_PROBLEM = "Virtio backend error: Error manipulating the backing file"
+
 
 class Backing:
-    """An open file or block device, the caller's to close.
+    """An open file or block device, which it owns until `close`.
 
     fd, size (bytes); identity: what GET_ID answers (5.2.6); discards: whether parts of it can be given back and zeroed
-    without writing; granularity: bytes of its smallest part for which that helps.
+    without writing; granularity: bytes of its smallest part for which that helps. file: (device, inode), the same for
+    all that are open on one file. locking: whether it takes part in what `vmm.disks` locks.
     """
 
-    __slots__ = ("discards", "fd", "granularity", "identity", "size")
+    __slots__ = ("discards", "fd", "file", "granularity", "identity", "locking", "path", "read_only", "size")
+
+    def duplicate(self):
+        """Another on the same open file description, and so with the same lock, which goes with the last of them."""
+        twin = Backing()
+        for name in self.__slots__:
+            setattr(twin, name, getattr(self, name))
+        twin.fd = duplicate_fd(self.fd, self.path)
+        return twin
+
+    def lock(self):
+        """Keep other open file descriptions from writing to it, and from reading if it is for writing itself.
+
+        False when that is so the other way round. Advisory: between monitors, and with programs that ask (fcntl(2),
+        "Open file description locks"). Where the file system has no locks it is True too.
+        """
+        return set_lock(self.fd, F_RDLCK if self.read_only else F_WRLCK)
+
+    def unlock(self):
+        """The reverse. Idempotent."""
+        set_lock(self.fd, F_UNLCK)
+
+    def close(self):
+        """Idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+cdef bint set_lock(int fd, short kind):
+    cdef flock whole
+    # From the first byte (SEEK_SET, 0) to the last (a length of 0); l_pid must be 0.
+    memset(&whole, 0, sizeof(whole))
+    whole.l_type = kind
+    return fcntl(fd, F_OFD_SETLK, &whole) == 0 or errno not in (EAGAIN, EACCES)
+
+
+cdef int duplicate_fd(int fd, str path) except -1:
+    try:
+        return os.dup(fd)
+    except OSError as error:
+        raise ConfigError(f"{_PROBLEM}: {os_reason(error)} {path}") from None
 
 
 def open_backing(str path, bint read_only):
-    """ConfigError when it cannot be a drive."""
+    """The Backing, without a lock. ConfigError when it cannot be a drive."""
     backing = Backing()
     try:
         # Without waiting, or a named pipe would be waited for.
         fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise ConfigError(f"cannot open the drive's file {path}: {os_reason(error)}") from None
+        raise ConfigError(f"{_PROBLEM}: {os_reason(error)} {path}") from None
     except ValueError as error:
-        raise ConfigError(f"cannot open the drive's file {path!r}: {error}") from None
+        raise ConfigError(f"{_PROBLEM}: {error}: {path!r}") from None
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
-            raise ConfigError(f"cannot use {path} as a drive: it is neither a regular file nor a block device")
+            raise ConfigError(f"{_PROBLEM}: cannot use {path}: it is neither a regular file nor a block device")
         # io_uring takes the flag for a wish to fail rather than to wait.
         os.set_blocking(fd, True)
         backing.fd, backing.size = fd, os.lseek(fd, 0, os.SEEK_END)
         if backing.size < SECTOR:
-            raise ConfigError(
-                f"cannot use {path} as a drive: it has {backing.size} bytes, less than a sector of {SECTOR}"
-            )
+            raise ConfigError(f"{_PROBLEM}: cannot use {path}: it has {backing.size} bytes, less than a sector of {SECTOR}")
+        backing.path, backing.read_only, backing.locking = path, read_only, False
+        backing.file = status.st_dev, status.st_ino
         backing.identity = f"{status.st_dev}{status.st_rdev}{status.st_ino}".encode()[:VIRTIO_BLK_ID_BYTES]
         backing.granularity = status.st_blksize
         backing.discards = not read_only and can_discard(fd, stat.S_ISBLK(status.st_mode), backing.size)
+    except OSError as error:
+        os.close(fd)
+        raise ConfigError(f"{_PROBLEM}: {os_reason(error)} {path}") from None
     except BaseException:
         os.close(fd)
         raise

@@ -1,5 +1,6 @@
 from crackle.memory.guest import GuestMemory
 from crackle.schema.rate_limiter import RateLimiter as Limits
+from crackle.virtio.block.backing import Backing
 from crackle.virtio.block.queue import BlockQueue
 
 class Block(BlockQueue):
@@ -16,5 +17,6 @@ class Block(BlockQueue):
         writeback: bool = False,
         engine: str = "Sync",
         limiter: Limits | None = None,
+        backing: Backing | None = None,
     ) -> None: ...
-    def update(self, path: str) -> None: ...
+    def update(self, path: str, backing: Backing | None = None) -> None: ...

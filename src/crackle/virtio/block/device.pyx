@@ -34,6 +34,7 @@ cdef class Block(BlockQueue):
     """A disk.
 
     path: backing file or block device; its size in whole 512-byte sectors is the disk's, a remainder is out of reach.
+    backing: it, where it is open already; duplicated, so that a start that fails leaves it open.
     read_only: the guest cannot write, and the file is opened for reading only.
     writeback: offer FLUSH and honour it with fdatasync; without it the guest is told that writes are stable when they
     are answered, and they are only as stable as the host's page cache (Firecracker's "Unsafe").
@@ -48,7 +49,15 @@ cdef class Block(BlockQueue):
         self.fd = -1
 
     def __init__(
-        self, GuestMemory memory, str path, *, bint read_only=False, bint writeback=False, str engine="Sync", limiter=None
+        self,
+        GuestMemory memory,
+        str path,
+        *,
+        bint read_only=False,
+        bint writeback=False,
+        str engine="Sync",
+        limiter=None,
+        backing=None,
     ):
         cdef uint64_t features = <uint64_t> 1 << VIRTIO_BLK_F_SEG_MAX
         self.read_only, self.writeback = read_only, writeback
@@ -61,7 +70,7 @@ cdef class Block(BlockQueue):
         self.add_limiter(self.limiter, 0)
         self.engine = new_engine(engine, memory)
         self.config_size = sizeof(virtio_blk_config)
-        if self.use(path).discards:
+        if self.use(path, backing).discards:
             self.device_features |= ALLOCATE_FEATURES
 
     def __dealloc__(self):
@@ -88,12 +97,12 @@ cdef class Block(BlockQueue):
 
     # -- the backing file ----------------------------------------------------------------------------------------
 
-    cdef use(self, str path):
-        """Put `path` behind the disk; once the disk is the guest's, tell it. The Backing."""
+    cdef use(self, str path, opened):
+        """Put `path` behind the disk; once the disk is the guest's, tell it. The Backing, whose descriptor is taken."""
         cdef int fd, old = self.fd
         cdef virtio_blk_config config
         cdef char identity[VIRTIO_BLK_ID_BYTES]
-        backing = open_backing(path, self.read_only)
+        backing = open_backing(path, self.read_only) if opened is None else opened.duplicate()
         fd = backing.fd
         memset(identity, 0, VIRTIO_BLK_ID_BYTES)
         memcpy(identity, <const char *> backing.identity, len(backing.identity))
@@ -119,13 +128,13 @@ cdef class Block(BlockQueue):
             close(old)
         return backing
 
-    def update(self, str path):
+    def update(self, str path, backing=None):
         """Put another file behind the disk while the guest runs, and tell the guest. ConfigError leaves the old one.
 
         What is in flight goes to the old file, and is waited for.
         """
         try:
-            self.use(path)
+            self.use(path, backing)
         except ConfigError:
             self.update_fails += 1
             raise

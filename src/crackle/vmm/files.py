@@ -1,0 +1,94 @@
+"""What a configuration has open on the host from the request that names it: kernel and initrd, and the files of drives.
+
+What was checked is what is used: a path that is replaced or removed afterwards does not matter. A drive's file is
+locked too, against other microVMs: many may read it, or one may write to it. The drives of one microVM may share a
+file, whose lock is then theirs together.
+"""
+
+from __future__ import annotations
+
+import os
+
+from crackle.errors import ConfigError, os_reason
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from crackle.virtio.block.backing import Backing
+
+_IN_USE = (
+    "Virtio backend error: Error manipulating the backing file: Resource temporarily unavailable (os error 11) {path}: "
+    "another microVM {does}. Stop that one, let both have it read-only, or switch the lock off for a file that several "
+    'may write: "lock": false in the drive, or --no-drive-locks.'
+)
+
+
+class BootFile:
+    """An open kernel or initrd, which it owns until `close`. ConfigError, which begins with `problem`, without one."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        self.path = path
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise ConfigError(f"{problem}{os_reason(error)}: {path}") from None
+        except ValueError as error:
+            raise ConfigError(f"{problem}{error}: {path!r}") from None
+
+    def close(self) -> None:
+        """Idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def open_disk(
+    path: str, read_only: bool, locking: bool, mine: Iterable[Backing], leaving: Backing | None = None
+) -> Backing:
+    """A drive's file, open and, if `locking`, locked. `mine` is what this microVM's other drives have open.
+
+    leaving: what the new one is to take the place of; it is the caller's to close, and then to `settle` the others.
+    ConfigError when the file cannot be a drive, or another microVM has it; nothing has changed then.
+    """
+    from crackle.virtio.block.backing import open_backing
+
+    backing = open_backing(path, read_only)
+    backing.locking = locking
+    others = [
+        other for other in mine if other.locking and other.file == backing.file and other is not leaving
+    ]
+    before = others
+    if leaving is not None and leaving.locking and leaving.file == backing.file:
+        before = [*others, leaving]
+    if not locking:
+        return backing
+    for other in before:
+        if other.read_only is read_only:
+            # One open file description: its lock is never let go in between.
+            backing.close()
+            return other.duplicate()
+    for other in before:
+        other.unlock()
+    if settle([*others, backing]):
+        return backing
+    settle(before)
+    backing.close()
+    does = "uses it" if not read_only else "writes to it"
+    raise ConfigError(_IN_USE.format(path=path, does=does))
+
+
+def settle(mine: Iterable[Backing]) -> bool:
+    """Lock what the drives of one microVM have open as each file needs it: a writer keeps all other microVMs out.
+
+    False when another microVM was faster.
+    """
+    files: dict[tuple[int, int], Backing] = {}
+    for backing in mine:
+        if backing.locking:
+            holder = files.get(backing.file)
+            if holder is None or (holder.read_only and not backing.read_only):
+                files[backing.file] = backing
+    # One of them holds the lock for all.
+    locked = [backing.lock() for backing in files.values()]
+    return all(locked)
