@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +94,52 @@ def test_the_console_outlives_the_guest(make: Make) -> None:
         vm.console.expect("more")
     with pytest.raises(StateError, match="stopped"):
         vm.console.write("more")
+
+
+def test_expecting_ends_at_once_when_the_guest_fails(make: Make) -> None:
+    with make("faults", "f=triple") as vm:
+        with pytest.raises(GuestError, match=r"did not show 'login': .*triple fault.*rip=0x"):
+            vm.console.expect("login", timeout=3600)
+        with pytest.raises(StateError, match=r"nobody reads the guest's console: .*triple fault"):
+            vm.console.write("root\n")
+    with pytest.raises(GuestError, match=r"triple fault.*rip=0x"):
+        vm.console.expect("login", timeout=3600)
+
+
+def test_expecting_ends_at_once_when_the_guest_resets(make: Make) -> None:
+    with (
+        make("hello") as vm,
+        pytest.raises(CrackleError, match="the guest ended: the guest asked for a reset"),
+    ):
+        vm.console.expect("login", timeout=3600)
+
+
+def test_expecting_and_typing_end_when_the_machine_is_stopped(make: Make) -> None:
+    vm = make("idle")
+    vm.start()
+    ends: list[object] = []
+
+    def attempt(call: Callable[[], object]) -> None:
+        with pytest.raises(StateError, match="stopped") as caught:
+            call()
+        ends.append(caught.value)
+
+    calls = (lambda: vm.console.expect("login", timeout=3600), lambda: vm.console.write(bytes(1 << 20)))
+    threads = [threading.Thread(target=attempt, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    vm.stop()
+    for thread in threads:
+        thread.join(20)
+    assert len(ends) == 2
+
+
+def test_console_output_is_kept_within_its_bound(make: Make) -> None:
+    with make("idle", "tick=1000 beats=20", console_limit=100) as vm:
+        match = vm.console.expect(r"beat 50\n", timeout=60)
+        assert match[0] == b"beat 50\n"
+        assert len(vm.console.output) <= 100
+        assert vm.console.dropped > 0
 
 
 def test_two_machines_at_once_keep_apart(make: Make) -> None:

@@ -20,7 +20,7 @@ from crackle.schema.vsock import Vsock
 from crackle.telemetry.logger import OFF, Logger
 from crackle.vmm.builder import build
 from crackle.vmm.commands import Command
-from crackle.vmm.console import Console
+from crackle.vmm.console import DEFAULT_LIMIT, Console
 from crackle.vmm.controller import DEFAULT_METADATA_LIMIT, Controller
 from crackle.vmm.machine import BuildOptions, Machine
 from crackle.vmm.shell import Shell, prepare
@@ -55,7 +55,8 @@ class MicroVM:
     boot_args: the kernel command line; the default puts the console on the serial port.
     cpus: 1 to 32, two to a core with `smt`. memory: in MiB, backed as `huge_pages` says: "None", "Transparent", or "2M"
     out of those the host has reserved. track_dirty_pages: note which pages are written, for differential snapshots.
-    console: (input, output) descriptors of the guest's serial port, -1 for none; by default `self.console` holds it.
+    console: (input, output) descriptors of the guest's serial port, -1 for none; by default `self.console` holds it,
+    and keeps the last `console_limit` bytes of output.
     logger: what the controller logs to; by default nothing is logged.
 
     As a context manager it starts the guest on entry and stops it on exit. Raises ConfigError when what is asked for
@@ -84,10 +85,11 @@ class MicroVM:
         track_dirty_pages: bool = False,
         instance_id: str = "anonymous-instance",
         console: tuple[int, int] | None = None,
+        console_limit: int = DEFAULT_LIMIT,
         logger: Logger | None = None,
         profile: bool = False,
     ) -> None:
-        self._console = Console() if console is None else None
+        self._console = Console(console_limit) if console is None else None
         if console is None:
             assert self._console is not None
             console = (self._console.guest_in, self._console.guest_out)
@@ -140,6 +142,9 @@ class MicroVM:
     def start(self) -> None:
         """Boot the guest."""
         self._controller.execute(Command("start"))
+        if self._console is not None:
+            machine = self._machine()
+            self._console.watch(machine.exit_fd, lambda: _end_of(machine))
 
     def pause(self) -> None:
         """Stop all vCPUs and devices where they are."""
@@ -205,6 +210,8 @@ class MicroVM:
 
     def stop(self) -> None:
         """End the guest, however it is, and give everything back. Idempotent."""
+        if self._console is not None:
+            self._console.settle()
         self._controller.stop()
         if self._console is not None:
             self._console.close()
@@ -268,6 +275,16 @@ class MicroVM:
             raise StateError("the microVM is not running")
         assert isinstance(self._controller.machine, Machine)
         return self._controller.machine
+
+
+def _end_of(machine: Machine) -> CrackleError | None:
+    """Why the guest ended, as the error for who still expects something of it."""
+    status = machine.exit_status()
+    if status is None:
+        return None
+    return (
+        GuestError(status.message) if status.exit_code else CrackleError(f"the guest ended: {status.message}")
+    )
 
 
 def _drives(
