@@ -44,6 +44,20 @@ def test_a_signal_ends_the_guest_and_its_network(
     assert namespace.state() == before
 
 
+def test_what_is_opened_for_a_run_is_shown_and_ends_with_it(guests: Path, namespace: Namespace) -> None:
+    before = namespace.state()
+    process = start(namespace, guests, "--allow-host", "--allow-lan", "--allow", "203.0.113.0/24")
+    listed = namespace.run(*COMMAND, "net", "ls").stdout
+    assert f"crackle-2, may reach the host, may reach the LAN, process {process.pid}\n" in listed
+    assert (
+        "203.0.113.0/24"
+        in namespace.run("nft", "list", "set", "ip", "crackle-crackle", "wide-10.213.0.2").stdout
+    )
+    process.send_signal(signal.SIGTERM)
+    process.wait(30)
+    assert namespace.state() == before
+
+
 def test_the_networks_end_comes_with_the_guests(guests: Path, namespace: Namespace) -> None:
     before = namespace.state()
     command = [*COMMAND, "run", "--kernel", guests / "hello.elf", "--memory", "32", "--net"]
@@ -76,6 +90,8 @@ def test_what_cannot_be_is_said_in_one_sentence_and_makes_nothing(
         ("cannot be called 'No Name'", [*run, "--net", "--name", "No Name"]),
         ("cannot be called 'x-y'", [*run, "--net", "--network", "x-y"]),
         ("give --net as well", [*run, "--name", "web"]),
+        ("give --net as well", [*run, "--allow", "10.0.0.0/8"]),
+        ("'10.0.0.1/8' is not an IPv4 address or range", [*run, "--net", "--allow", "10.0.0.1/8"]),
         ("No such file", missing),
     ):
         done = namespace.run(*COMMAND, *arguments, check=False)

@@ -8,19 +8,24 @@ the test without. /sys/class/net keeps showing the machine's interfaces: ask net
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import itertools
 import json
 import os
+import select
 import signal
 import socket
+import struct
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import Any
 
+_TUNSETIFF, _IFF_TAP_NO_PI = 0x400454CA, 0x1002  # <linux/if_tun.h>
 CLONE_NEWNET = 0x40000000  # <linux/sched.h>
 _libc = ctypes.CDLL(None, use_errno=True)
 _number = itertools.count()
@@ -139,11 +144,19 @@ class Namespace:
 
     def _set_up(self, name: str, address: str, bridge: str, mtu: int, mac: str) -> None:
         # No IPv6: its announcements would be frames that no test asked for.
-        self.run("sysctl", "-q", "-w", f"net.ipv6.conf.{name}.disable_ipv6=1", check=False)
+        self.switch(f"net/ipv6/conf/{name}/disable_ipv6", 1)
         extra = (f" master {bridge}" if bridge else "") + (f" address {mac}" if mac else "")
         self.ip(f"link set {name} mtu {mtu}{extra} up")
         if address:
             self.ip(f"addr add {address} dev {name}")
+
+    def switch(self, path: str, value: int) -> None:
+        """Write a number to a file of the namespace's /proc/sys: `switch("net/ipv4/ip_forward", 1)`.
+
+        Nothing happens where the kernel has no such file (without IPv6, for instance).
+        """
+        with self.entered(), suppress(FileNotFoundError):
+            Path("/proc/sys", path).write_text(str(value))
 
     def state(self) -> tuple[str, ...]:
         """Everything that something could leave behind: interfaces, addresses, routes, packet filter, forwarding."""
@@ -193,6 +206,41 @@ class Namespace:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+@contextmanager
+def wired(host: Namespace, tap: str, guest: Namespace, mac: str, address: str) -> Iterator[str]:
+    """`guest` is behind the TAP device `tap` of `host`, as a microVM would be; the name of its interface.
+
+    address: the guest's own, like "10.0.0.2/24"; the first of its range is its router.
+    """
+    there = guest.tap(mac=mac)
+    ends = []
+    for namespace, name in ((host, tap), (guest, there)):
+        with namespace.entered():
+            ends.append(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC))
+            fcntl.ioctl(ends[-1], _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TAP_NO_PI))
+    stop, stopper = os.pipe()
+
+    def relay() -> None:
+        other = dict(zip(ends, reversed(ends), strict=True))
+        while stop not in (ready := select.select([stop, *ends], [], [])[0]):
+            for end in ready:
+                with suppress(OSError):
+                    os.write(other[end], os.read(end, 65536))
+
+    thread = threading.Thread(target=relay)
+    thread.start()
+    try:
+        guest.ip(f"addr add {address} dev {there}")
+        guest.ip(f"route add default via {IPv4Interface(address).network[1]}")
+        yield there
+    finally:
+        os.close(stopper)
+        thread.join()
+        for end in (stop, *ends):
+            os.close(end)
+        guest.ip(f"link del {there}")
 
 
 def tshark(capture: Path, *arguments: str) -> list[str]:

@@ -17,14 +17,14 @@ import pytest
 
 from crackle.cli.net import attached
 from crackle.errors import ConfigError
-from crackle.hostnet import nat, networks, plan
+from crackle.hostnet import networks, nft, plan
 from support.network import Namespace
 
 ME = os.getpid()
 
 
 def set_forwarding(namespace: Namespace, value: int) -> None:
-    namespace.run("sysctl", "-w", f"net.ipv4.ip_forward={value}")
+    namespace.switch("net/ipv4/ip_forward", value)
 
 
 def open_tap(name: str) -> int:
@@ -45,7 +45,7 @@ def host(namespace: Namespace) -> Iterator[Namespace]:
 
 def test_a_network_is_a_bridge_an_address_and_nat_and_goes_without_a_trace(host: Namespace) -> None:
     before = host.state()
-    made = networks.up()
+    made, _ = networks.up()
     assert (made.name, str(made.mark.range)) == ("crackle", "10.213.0.0/24")
     link = next(link for link in host.show() if link["ifname"] == "crackle")
     assert link["linkinfo"]["info_kind"] == "bridge"
@@ -99,7 +99,7 @@ def test_a_network_made_for_a_microvm_goes_with_the_last_one(host: Namespace) ->
 def test_a_network_made_for_a_microvm_can_be_kept(host: Namespace) -> None:
     networks.attach("one", owner=ME)
     networks.up()
-    networks.detach("one")
+    networks.detach("one", owner=ME)
     assert [network.mark.automatic for network in networks.networks()] == [False]
 
 
@@ -145,7 +145,7 @@ def test_two_networks_share_forwarding_until_the_last_goes(host: Namespace) -> N
     networks.up("one")
     networks.up("two")
     networks.down("one")
-    assert nat.forwards()
+    assert nft.forwards()
     networks.down("two")
     assert host.state() == before
 
@@ -154,21 +154,21 @@ def test_forwarding_stays_on_where_it_was_on_or_somebody_else_has_begun_to_use_i
     set_forwarding(host, 1)
     networks.up()
     networks.down()
-    assert nat.forwards()
+    assert nft.forwards()
     set_forwarding(host, 0)
     networks.up()
     host.run("nft", "add table ip other; add chain ip other c { type filter hook forward priority 0; }")
     networks.down()
-    assert nat.forwards()
+    assert nft.forwards()
     assert "other" in host.run("nft", "list", "ruleset").stdout
 
 
 def test_a_range_in_use_is_not_taken(host: Namespace, namespaces: Callable[[], Namespace]) -> None:
     host.veth(namespaces(), address="10.213.0.77/25")
-    assert str(networks.up().mark.range) == "10.213.1.0/24"
+    assert str(networks.up()[0].mark.range) == "10.213.1.0/24"
     with pytest.raises(ConfigError, match=r"10\.213\.0\.0/20 is taken by 10\.213\.0\.0/25 \(veth\d+\)"):
         networks.up("big", plan.parse_range("10.213.0.0/20"))
-    assert str(networks.up("small", plan.parse_range("10.9.0.0/30")).mark.range) == "10.9.0.0/30"
+    assert str(networks.up("small", plan.parse_range("10.9.0.0/30"))[0].mark.range) == "10.9.0.0/30"
     assert networks.attach("one", "small").address == "10.9.0.2"
     with pytest.raises(ConfigError, match=r"All 1 guests' addresses of 10\.9\.0\.0/30 are taken"):
         networks.attach("two", "small")
@@ -184,7 +184,7 @@ def test_names_that_are_taken_or_impossible_are_refused_and_nothing_is_made(host
         ("interface foreign already, which is not Crackle's", lambda: networks.up("foreign")),
         ("interface foreign already, which is not Crackle's", lambda: networks.attach("a", "foreign")),
         ("interface other-2 already, which is not Crackle's", lambda: networks.attach("a", "other")),
-        ("network mine exists already, with 10.213.0.0/24", lambda: networks.up("mine")),
+        ("network mine exists already, with 10.213.0.0/24", lambda: networks.up("mine", use_nat=False)),
         ("microVM called web on the network mine already", lambda: networks.attach("web", "mine")),
         ("cannot be called 'No_good'", lambda: networks.attach("No_good", "mine")),
         ("cannot be called 'a;b'", lambda: networks.up("a;b")),
@@ -208,7 +208,7 @@ def test_a_bad_range_is_refused(text: str) -> None:
 def test_a_failure_half_way_leaves_nothing(host: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
     before = host.state()
     with monkeypatch.context() as patch:
-        patch.setattr("crackle.hostnet.nat.shutil.which", lambda *_, **__: None)
+        patch.setattr("crackle.hostnet.nft.shutil.which", lambda *_, **__: None)
         with pytest.raises(ConfigError, match="install the package nftables"):
             networks.attach("web")
     assert host.state() == before
@@ -245,19 +245,17 @@ def test_processes_at_the_same_time_get_different_addresses(host: Namespace) -> 
 def test_guests_reach_the_world_behind_the_host_and_the_world_does_not_reach_them(
     host: Namespace, namespaces: Callable[[], Namespace], tmp_path: Path
 ) -> None:
-    world, guest, other = namespaces(), namespaces(), namespaces()
+    world, guest = namespaces(), namespaces()
     _, there = host.veth(world, address="192.0.2.1/24", peer="192.0.2.2/24", mtu=1400)
     host.ip("route add default via 192.0.2.2")
     world.ip("route add 10.213.0.0/24 via 192.0.2.1")
     networks.up()
     assert networks.attach("web").mtu == 1400
-    for number, each in ((100, guest), (101, other)):
-        host.veth(each, peer=f"10.213.0.{number}/24", bridge="crackle")
-        each.ip("route add default via 10.213.0.1")
+    host.veth(guest, peer="10.213.0.100/24", bridge="crackle")
+    guest.ip("route add default via 10.213.0.1")
     world.ip(f"addr add 198.51.100.1/24 dev {there}")
     with world.capture(there, tmp_path / "world") as capture:
         guest.run("ping", "-c", "1", "-W", "5", "198.51.100.1")
-    guest.run("ping", "-c", "1", "-W", "5", "10.213.0.101")
     assert world.run("ping", "-c", "1", "-W", "1", "10.213.0.100", check=False).returncode == 1
     seen = subprocess.run(
         ["tshark", "-n", "-r", capture, "-Y", "icmp", "-T", "fields", "-e", "ip.src"],
@@ -293,6 +291,70 @@ def test_the_command_makes_lists_and_removes(host: Namespace) -> None:
         "crackle: There is a microVM called web on the network lab already.\n",
     )
     assert crackle(host, "net", "down", "lab").returncode == 0
+    assert host.state() == before
+
+
+def test_making_a_network_twice_is_fine_and_other_settings_are_refused(host: Namespace) -> None:
+    assert crackle(host, "net", "up", "lab").stdout == "lab: 10.213.0.0/24, gateway 10.213.0.1\n"
+    before = host.state()
+    again = crackle(host, "net", "up", "lab")
+    assert (again.returncode, again.stdout) == (
+        0,
+        "lab: 10.213.0.0/24, gateway 10.213.0.1, there already\n",
+    )
+    for other in (["--no-nat"], ["--allow-lan"], ["--allow", "10.9.9.9"], ["--range", "10.214.0.0/24"]):
+        done = crackle(host, "net", "up", "lab", *other)
+        assert done.returncode == 1
+        assert "The network lab exists already, with 10.213.0.0/24 and other settings" in done.stdout
+    assert host.state() == before
+    opened = ["--allow-host", "--allow", "203.0.113.0/24", "--allow", "10.9.9.9", "--allow", "10.9.9.8"]
+    assert crackle(host, "net", "up", "open", *opened).returncode == 0
+    assert "there already" in crackle(host, "net", "up", "open", *opened[:1], *reversed_pairs(opened)).stdout
+    assert (
+        "# open: 10.213.1.0/24, gateway 10.213.1.1, NAT, may reach the host\n"
+        in crackle(host, "net", "ls").stdout
+    )
+
+
+def reversed_pairs(options: list[str]) -> list[str]:
+    pairs = [options[n : n + 2] for n in range(1, len(options), 2)]
+    return [word for pair in reversed(pairs) for word in pair]
+
+
+def test_a_running_guests_tap_is_removed_by_force_only(host: Namespace) -> None:
+    networks.up()
+    tap = open_tap(networks.attach("web").tap)
+    before = host.state()
+    refused = crackle(host, "net", "remove", "web")
+    assert refused.returncode == 1
+    assert refused.stdout == (
+        "crackle: The microVM web on the network crackle is running: end it first, or remove it with --force.\n"
+    )
+    assert host.state() == before
+    assert crackle(host, "net", "remove", "web", "--force").returncode == 0
+    assert "crackle-2" not in host.ip("link")
+    os.close(tap)
+
+
+@pytest.mark.parametrize(
+    ("hide", "words"),
+    [
+        ("mount -t tmpfs none /dev/net", "There is no /dev/net/tun"),
+        (
+            "mount -t tmpfs none /dev/net; mknod -m 600 /dev/net/tun c 10 200; mount -o remount,nodev /dev/net",
+            "Cannot open /dev/net/tun: Permission denied; give this user, or this container, the right",
+        ),
+        ("mount -t tmpfs none /proc", "Networks need /proc: cannot open /proc/thread-self/ns/net"),
+    ],
+)
+def test_what_was_refused_is_named_and_nothing_is_made(host: Namespace, hide: str, words: str) -> None:
+    before = host.state()
+    command = f"mount --make-rprivate /; {hide}; exec {sys.executable} -m crackle.cli.main net add web"
+    done = host.run("unshare", "--mount", "sh", "-c", command, check=False)
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"crackle: {words}")
+    assert done.stdout.count("\n") == 1
+    assert "CAP_NET_ADMIN" not in done.stdout
     assert host.state() == before
 
 

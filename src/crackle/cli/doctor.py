@@ -16,7 +16,8 @@ import msgspec
 
 from crackle.cli.probe import probe
 from crackle.errors import CrackleError
-from crackle.hostnet.nat import find_nft
+from crackle.hostnet.host import may_change_networks
+from crackle.hostnet.nft import find_nft
 from crackle.kvm import CAPABILITIES, Kvm
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ State = Literal["ok", "missing", "problem", "info"]
 # <asm-generic/unistd.h> and asm/unistd_64.h: number of the system call on each machine.
 SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
 SYS_IO_URING_SETUP = {"x86_64": 425, "aarch64": 425}
-CAP_NET_ADMIN = 12  # <linux/capability.h>
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -64,14 +64,6 @@ def _system_call(numbers: dict[str, int], *arguments: int) -> int:
         return ctypes.get_errno()
     os.close(result)
     return 0
-
-
-def _has_capability(number: int) -> bool:
-    """Whether this process has the capability in effect (proc(5), CapEff)."""
-    for line in (_read("/proc/self/status") or "").splitlines():
-        if line.startswith("CapEff:"):
-            return bool(int(line.split()[1], 16) >> number & 1)
-    return False
 
 
 def _host() -> Iterator[Row]:
@@ -153,12 +145,12 @@ def _devices() -> Iterator[Row]:
     except OSError as error:
         advice = "load the tun module" if error.errno in (errno.ENOENT, errno.ENODEV) else "needs permission"
         yield Row("network", "/dev/net/tun", os.strerror(error.errno or 0), "missing", advice)
-    if not _has_capability(CAP_NET_ADMIN):
+    if not may_change_networks():
         yield Row("network", "crackle run --net", "no CAP_NET_ADMIN", "missing", "run it as root")
     elif find_nft() is None:
         yield Row("network", "crackle run --net", "no program nft", "missing", "install the package nftables")
     else:
-        yield Row("network", "crackle run --net", "may make bridges, TAP devices and NAT", "ok")
+        yield Row("network", "crackle run --net", "may make bridges, TAP devices and rules", "ok")
     vsock = os.path.exists("/dev/vhost-vsock")
     yield Row(
         "network", "/dev/vhost-vsock", "exists (not needed)" if vsock else "not there (not needed)", "info"

@@ -47,6 +47,9 @@ def run(
     network: Annotated[str, typer.Option(help="The network that --net joins, or makes for this run.")] = (
         DEFAULT_NETWORK
     ),
+    allow_host: network_commands.AllowHost = False,
+    allow_lan: network_commands.AllowLan = False,
+    allow: network_commands.Allow = None,
 ) -> None:
     """Boot a microVM with its console on this terminal. Ctrl-] ends it.
 
@@ -76,10 +79,11 @@ def run(
             vm.wait()
 
     if not net:
-        if name is not None or network != DEFAULT_NETWORK:
-            raise ConfigError("--name and --network say what --net is to do: give --net as well.")
+        if name is not None or network != DEFAULT_NETWORK or allow_host or allow_lan or allow:
+            raise ConfigError("--name, --network and --allow... say what --net is to do: give --net as well.")
         raise typer.Exit(run_microvm(boot))
-    with network_commands.attached(name, network) as place:
+    allowed = network_commands.openings(allow_host, allow_lan, allow)
+    with network_commands.attached(name, network, allowed) as place:
         arguments = f"{arguments} {place.boot_argument()}"
         interfaces = [network_commands.interface(place)]
         status = run_microvm(boot)

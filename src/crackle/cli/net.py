@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +16,7 @@ from crackle.hostnet import DEFAULT_NETWORK
 
 if TYPE_CHECKING:
     from crackle.hostnet.networks import Attachment
+    from crackle.hostnet.plan import Bridge, Openings, Tap
     from crackle.schema.net import NetworkInterface
 
 # What is imported only when a network is touched: pyroute2 takes a quarter of a second.
@@ -23,10 +24,22 @@ if TYPE_CHECKING:
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 app = typer.Typer(
-    no_args_is_help=True, help="Networks for microVMs: a bridge with NAT, a TAP device for each guest."
+    no_args_is_help=True,
+    help="Networks for microVMs: a bridge, a TAP device for each guest, and what it may reach.",
 )
 
 NetworkName = Annotated[str, typer.Argument(help="Name of the network, which is its bridge's too.")]
+AllowHost = Annotated[
+    bool, typer.Option("--allow-host", help="Let guests use the services of this host, on all its addresses.")
+]
+AllowLan = Annotated[
+    bool,
+    typer.Option("--allow-lan", help="Let guests reach private addresses and the networks this host is on."),
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option("--allow", metavar="CIDR", help="Let guests reach this range or address; may be repeated."),
+]
 OnNetwork = Annotated[str, typer.Option("--network", help="Name of the network.")]
 
 
@@ -37,16 +50,22 @@ def up(
         str | None, typer.Option("--range", help="Address range, like 10.1.2.0/24; by default a free one.")
     ] = None,
     nat: Annotated[bool, typer.Option(help="Let guests reach the world through this host.")] = True,
+    allow_host: AllowHost = False,
+    allow_lan: AllowLan = False,
+    allow: Allow = None,
 ) -> None:
-    """Make a network that stays until it is taken down.
+    """Make a network that stays until it is taken down; leave it as it is if it is there.
 
-    `crackle run --net` makes one for itself where there is none.
+    Guests reach the world; this host, its LAN, metadata services and each other only where that is allowed.
+    `crackle run --net` makes a network for itself where there is none.
     """
     from crackle.hostnet import networks
     from crackle.hostnet.plan import parse_range
 
-    made = networks.up(network, None if addresses is None else parse_range(addresses), use_nat=nat)
-    print(f"{made.name}: {made.mark.range}, gateway {made.mark.gateway}")
+    range_ = None if addresses is None else parse_range(addresses)
+    found, made = networks.up(network, range_, use_nat=nat, openings=openings(allow_host, allow_lan, allow))
+    there = "" if made else ", there already"
+    print(f"{found.name}: {found.mark.range}, gateway {found.mark.gateway}{there}")
 
 
 @app.command("ls")
@@ -56,11 +75,13 @@ def list_() -> None:
 
     for network in networks.networks():
         notes = [f"gateway {network.mark.gateway}", "NAT" if network.mark.nat else "no NAT"]
+        notes += _allowed(network.mark)
         if network.mark.automatic:
             notes.append("goes with its last microVM")
         print(f"# {network.name}: {network.mark.range}, {', '.join(notes)}")
         for member in network.members:
             notes = [member.tap] + ([] if member.running else ["not running"])
+            notes += _allowed(member.mark)
             if member.mark.owner is not None:
                 notes.append(f"process {member.mark.owner[0]}")
             print(f"{member.mark.address}\t{member.mark.name}\t# {', '.join(notes)}")
@@ -71,6 +92,9 @@ def add(
     name: Annotated[str, typer.Argument(help="Name of the microVM.")],
     network: OnNetwork = DEFAULT_NETWORK,
     user: Annotated[int | None, typer.Option(help="User id that may open the TAP device.")] = None,
+    allow_host: AllowHost = False,
+    allow_lan: AllowLan = False,
+    allow: Allow = None,
 ) -> None:
     """Make a TAP device for a microVM that crackle-vmm will run.
 
@@ -80,7 +104,8 @@ def add(
 
     from crackle.hostnet import networks
 
-    place = networks.attach(name, network, user=user)
+    allowed = openings(allow_host, allow_lan, allow)
+    place = networks.attach(name, network, user=user, openings=allowed)
     given = {
         name: value for name, value in msgspec.to_builtins(interface(place)).items() if value is not None
     }
@@ -90,12 +115,14 @@ def add(
 
 @app.command()
 def remove(
-    name: Annotated[str, typer.Argument(help="Name of the microVM.")], network: OnNetwork = DEFAULT_NETWORK
+    name: Annotated[str, typer.Argument(help="Name of the microVM.")],
+    network: OnNetwork = DEFAULT_NETWORK,
+    force: Annotated[bool, typer.Option("--force", help="Even if the microVM is running.")] = False,
 ) -> None:
     """Remove a microVM's TAP device."""
     from crackle.hostnet import networks
 
-    networks.detach(name, network)
+    networks.detach(name, network, force=force)
 
 
 @app.command()
@@ -103,10 +130,21 @@ def down(
     network: NetworkName = DEFAULT_NETWORK,
     force: Annotated[bool, typer.Option("--force", help="Even if microVMs are running on it.")] = False,
 ) -> None:
-    """Take a network down: bridge, TAP devices, NAT, and packet forwarding if it was turned on for it."""
+    """Take a network down: bridge, TAP devices, rules, and packet forwarding if it was turned on for it."""
     from crackle.hostnet import networks
 
     networks.down(network, force=force)
+
+
+def openings(host: bool, lan: bool, ranges: Sequence[str] | None) -> Openings:
+    """What the options say that guests may reach."""
+    from crackle.hostnet.plan import Openings, parse_opening
+
+    return Openings(host, lan, tuple(map(parse_opening, ranges or ())))
+
+
+def _allowed(mark: Bridge | Tap) -> list[str]:
+    return [f"may reach the {what}" for what, open_ in (("host", mark.host), ("LAN", mark.lan)) if open_]
 
 
 def interface(place: Attachment) -> NetworkInterface:
@@ -117,15 +155,16 @@ def interface(place: Attachment) -> NetworkInterface:
 
 
 @contextmanager
-def attached(name: str | None, network: str) -> Iterator[Attachment]:
+def attached(name: str | None, network: str, allowed: Openings | None = None) -> Iterator[Attachment]:
     """A place on a network for the microVM in this block. However the block ends, it is given back.
 
     A signal that asks the process to end ends the block first; then the process exits with 128 and its number.
     """
     from crackle.hostnet import networks
+    from crackle.hostnet.plan import Openings
 
     with contextlib.closing(_Ending()) as ending:
-        place = networks.attach(name, network, owner=os.getpid())
+        place = networks.attach(name, network, owner=os.getpid(), openings=allowed or Openings())
         try:
             with ending:
                 yield place

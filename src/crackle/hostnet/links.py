@@ -20,6 +20,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from crackle.errors import ConfigError
 from crackle.hostnet import plan
+from crackle.hostnet.host import check_tun, refusal
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -27,7 +28,13 @@ if TYPE_CHECKING:
     from crackle.hostnet.plan import Bridge, Tap
 
 _PATIENCE = 30.0  # seconds; a change takes some hundredths
-_MAIN_TABLE = 254  # RT_TABLE_MAIN of <linux/rtnetlink.h>
+_NAMESPACE = "/proc/thread-self/ns/net"
+# <linux/rtnetlink.h>
+_MAIN_TABLE = 254  # RT_TABLE_MAIN
+_UNICAST = 1  # RTN_UNICAST
+_NOARP = 0x40  # NUD_NOARP of <linux/neighbour.h>: an entry that stays
+
+_WIDEST = 8  # bits; what claims to be on the link with fewer is the world through a tunnel
 
 
 class Link(NamedTuple):
@@ -44,7 +51,11 @@ class Links:
     """The interfaces, while nobody else changes them. A context manager."""
 
     def __enter__(self) -> Links:
-        self._lock = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._lock = os.open(_NAMESPACE, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise ConfigError(f"Networks need /proc: cannot open {_NAMESPACE}: {reason}.") from None
         try:
             self._take_lock()
             self._route = IPRoute()
@@ -77,23 +88,37 @@ class Links:
         return [
             Link(
                 link["index"],
-                link.get("ifname"),
+                _text(link.get("ifname")),
                 link.get("mtu"),
                 bool(link.get("carrier")),
-                plan.decode(link.get("ifalias")),
+                plan.decode(_text(link.get("ifalias"))),
             )
             for link in self._route.get_links()
         ]
 
-    def routes(self) -> list[tuple[IPv4Network, str]]:
-        """IPv4 ranges that are reached some way other than by default, and the interface for each."""
+    def taken(self) -> list[tuple[IPv4Network, str]]:
+        """IPv4 ranges that mean something already, and what has each: routes but the default ones, in every table; with
+        them the host's own addresses; and the routers, which need not be in any range."""
         names = {link.number: link.name for link in self.all()}
         found = []
         for route in self._route.get_routes(family=socket.AF_INET):
-            if route["dst_len"] and route.get("table") == _MAIN_TABLE:
-                via = names.get(route.get("oif"), "a route")
+            via = names.get(route.get("oif"), "a route")
+            if route["dst_len"]:
                 found.append((IPv4Network((route.get("dst"), route["dst_len"])), via))
+            hops = [route, *(route.get("multipath") or [])]
+            routers = [hop.get("gateway") for hop in hops if isinstance(hop.get("gateway"), str)]
+            found += [(IPv4Network(router), "a router") for router in routers]
         return found
+
+    def connected(self) -> list[IPv4Network]:
+        """The networks that this host is on: ranges that are reached without a router."""
+        return [
+            IPv4Network((route.get("dst"), route["dst_len"]))
+            for route in self._route.get_routes(family=socket.AF_INET)
+            if route["type"] == _UNICAST
+            and route["dst_len"] >= _WIDEST
+            and not (route.get("gateway") or route.get("multipath") or route.get("via"))
+        ]
 
     def uplink(self) -> Link | None:
         """The interface of the default route."""
@@ -128,10 +153,18 @@ class Links:
             raise
 
     def add_tap(self, name: str, mark: Tap, bridge: str, mtu: int, user: int) -> None:
-        """A persistent TAP device that `user` may open, on `bridge`, up."""
+        """A persistent TAP device that `user` may open, on `bridge`, up.
+
+        It gets frames for its guest's address only, and sends none to another TAP device.
+        """
+        check_tun()
         self._add(name, mark, kind="tuntap", mode="tap", uid=user)
         try:
-            self._route.link("set", index=self._index(name), mtu=mtu, master=self._index(bridge), state="up")
+            index = self._index(name)
+            self._route.link("set", index=index, mtu=mtu, master=self._index(bridge))
+            self._route.brport("set", index=index, isolated=1, learning=0, unicast_flood=0)
+            self._route.fdb("add", ifindex=index, lladdr=plan.mac(mark.address), state=_NOARP)
+            self._route.link("set", index=index, state="up")
         except BaseException:
             self.remove(name)
             raise
@@ -174,11 +207,12 @@ class Links:
         return found[0]
 
 
+def _text(name: str | bytes | None) -> str:
+    """A name that somebody gave: pyroute2 gives bytes where they are not UTF-8."""
+    return name.decode(errors="replace") if isinstance(name, bytes) else name or ""
+
+
 def friendly(error: NetlinkError | OSError) -> ConfigError:
     """The same in one sentence."""
     code = error.code if isinstance(error, NetlinkError) else error.errno
-    if code in (errno.EPERM, errno.EACCES):
-        return ConfigError(plan.NOT_ALLOWED)
-    if code in (errno.ENOENT, errno.ENODEV) and isinstance(error, OSError):
-        return ConfigError("There is no /dev/net/tun: load the tun module.")
-    return ConfigError(f"The kernel refused to change the network: {os.strerror(code or 0)}.")
+    return refusal("The kernel refused to change the network", code)

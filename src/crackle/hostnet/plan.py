@@ -16,11 +16,6 @@ if TYPE_CHECKING:
 RANGES = [IPv4Network((0x0AD50000 + (number << 8), 24)) for number in range(64)]
 """Where a network gets its addresses from if nobody says: the first that is free of 10.213.0.0/24 to 10.213.63.0/24."""
 
-NOT_ALLOWED = (
-    "Changing the network needs CAP_NET_ADMIN: run as root, or in a network namespace of your own "
-    "(unshare --user --map-root-user --net)."
-)
-
 # An interface's name has at most 15 characters (IFNAMSIZ of <linux/if.h>): nine here leave room for "-65533".
 _NETWORK = re.compile(r"[a-z][a-z0-9]{0,8}")
 # A host name as in RFC 1123, section 2.1, in lower case.
@@ -28,11 +23,11 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _MARK = "crackle "
 
 
-class Bridge(msgspec.Struct, frozen=True, tag="bridge"):
+class Bridge(msgspec.Struct, frozen=True, omit_defaults=True, tag="bridge"):
     """What is written on a network's bridge.
 
     automatic: it goes when the last microVM does. nat: guests reach the world through the host. forwarding: turning on
-    net.ipv4.ip_forward was our doing.
+    net.ipv4.ip_forward was our doing. host, lan: whether these are open for all guests on it.
     """
 
     gateway: str
@@ -40,6 +35,8 @@ class Bridge(msgspec.Struct, frozen=True, tag="bridge"):
     automatic: bool = False
     nat: bool = True
     forwarding: bool = False
+    host: bool = False
+    lan: bool = False
 
     @property
     def range(self) -> IPv4Network:
@@ -47,15 +44,27 @@ class Bridge(msgspec.Struct, frozen=True, tag="bridge"):
         return IPv4Network((self.gateway, self.prefix), strict=False)
 
 
-class Tap(msgspec.Struct, frozen=True, tag="tap"):
+class Tap(msgspec.Struct, frozen=True, omit_defaults=True, tag="tap"):
     """What is written on a microVM's TAP device.
 
     owner: process id and start time of the `crackle run` it belongs to; None when only `crackle net` removes it.
+    resolvers: the name servers that the guest was told of. host, lan: whether these are open for this guest.
     """
 
     name: str
     address: str
     owner: tuple[int, int] | None = None
+    resolvers: tuple[str, ...] = ()
+    host: bool = False
+    lan: bool = False
+
+
+class Openings(msgspec.Struct, frozen=True):
+    """What guests may reach beside the world: services of the host, its LAN, ranges of addresses."""
+
+    host: bool = False
+    lan: bool = False
+    ranges: tuple[IPv4Network, ...] = ()
 
 
 def encode(mark: Bridge | Tap) -> str:
@@ -63,9 +72,9 @@ def encode(mark: Bridge | Tap) -> str:
     return _MARK + msgspec.json.encode(mark).decode()
 
 
-def decode(alias: str | None) -> Bridge | Tap | None:
+def decode(alias: str) -> Bridge | Tap | None:
     """What an interface's alias says; None when it is not ours."""
-    if alias is None or not alias.startswith(_MARK):
+    if not alias.startswith(_MARK):
         return None
     try:
         return msgspec.json.decode(alias[len(_MARK) :], type=Bridge | Tap)
@@ -100,6 +109,14 @@ def parse_range(text: str) -> IPv4Network:
     if not 16 <= network.prefixlen <= 30:
         raise ConfigError(f"The address range {text} must have a prefix of /16 to /30, to hold guests.")
     return network
+
+
+def parse_opening(text: str) -> IPv4Network:
+    """A range that is to be open as a user writes it: 203.0.113.0/24, or one address."""
+    try:
+        return IPv4Network(text)
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is not an IPv4 address or range like 203.0.113.0/24: {error}.") from None
 
 
 def choose_range(wanted: IPv4Network | None, taken: Iterable[tuple[IPv4Network, str]]) -> IPv4Network:
