@@ -252,6 +252,24 @@ def test_a_saved_device_goes_on_where_it_was(upper: tuple[Upper, Bench]) -> None
         assert second.registers[STATUS] & DRIVER_OK
 
 
+def test_a_feature_without_one_that_it_needs_is_refused_before_the_driver_uses_it() -> None:
+    device = Upper()
+    device.features = 0b1111
+    device.feature_needs = {3: (0, 1), 2: (3,)}
+    with bench(device) as host:
+        for accepted, kept in (
+            (0b1000, False),
+            (0b1001, True),
+            (0b1010, True),
+            (0b0110, False),
+            (0b1110, True),
+        ):
+            assert host.registers.negotiate(F_VERSION_1 | accepted) is kept, bin(accepted)
+            host.registers.drive()
+            assert bool(host.registers[STATUS] & DRIVER_OK) is kept
+            assert not host.registers[STATUS] & NEEDS_RESET
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -261,6 +279,9 @@ def test_a_saved_device_goes_on_where_it_was(upper: tuple[Upper, Bench]) -> None
         ("config", bytes(257), "257 bytes of configuration space"),
         ("writable_config", 17, "17 of them writable"),
         ("features", -1, "cannot be a device"),
+        ("feature_needs", {64: (1,)}, "cannot be a device"),
+        ("feature_needs", {1: (-1,)}, "cannot be a device"),
+        ("feature_needs", dict.fromkeys(range(17), (0,)), "17 features need others, at most 16"),
     ],
 )
 def test_a_class_that_describes_no_device_is_refused(field: str, value: object, message: str) -> None:

@@ -402,11 +402,18 @@ def test_the_configuration_space_cannot_be_written(link: Link) -> None:
     assert link.device.counters()["cfg_fails"] == 1
 
 
-def test_segments_without_checksums_are_refused(link: Link) -> None:
-    # 5.1.3.1: GUEST_TSO4 needs GUEST_CSUM; the kernel says so too.
-    link.begin_both(PLAIN | F_GUEST_TSO4)
-    assert link.registers[STATUS] & NEEDS_RESET
-    assert link.device.counters()["activate_fails"] == 1
+def test_segments_without_checksums_are_refused_before_the_driver_uses_them(link: Link) -> None:
+    # 5.1.3.1, and 3.1.1: the driver reads FEATURES_OK back.
+    offered = link.registers.offered()
+    for need, features in (
+        (F_GUEST_CSUM, (F_GUEST_TSO4, F_GUEST_TSO6, F_GUEST_UFO, F_GUEST_USO4, F_GUEST_USO6)),
+        (F_CSUM, (F_HOST_TSO4, F_HOST_TSO6, F_HOST_UFO, F_HOST_USO)),
+    ):
+        for feature in features:
+            if feature & offered:
+                assert not link.registers.negotiate(PLAIN | feature | (F_CSUM | F_GUEST_CSUM) ^ need)
+                assert link.registers.negotiate(PLAIN | feature | need)
+    assert link.device.counters()["activate_fails"] == 0
     link.begin_both(MERGE)
     link.send(bytes(HEADER) + frame(60))
     assert link.host.frames(1) == [frame(60)]

@@ -9,6 +9,7 @@ from crackle.virtio.queue cimport Virtqueue
 cdef enum:
     MAX_QUEUES = 8
     MAX_LIMITERS = 2
+    MAX_NEEDS = 16
     CONFIG_SPACE = 256
     # A device's turn: a driver that never stops submitting must not keep the I/O thread from other devices, and from
     # who wants to stop it. What is left is served in the next turn (`notify_again`).
@@ -18,6 +19,11 @@ cdef struct queue_source:
     void *device
     int index
     int fd
+
+# Feature bits that a driver may accept only with (one of) these others.
+cdef struct feature_need:
+    uint64_t feature
+    uint64_t needed
 
 # A limiter that holds a queue back, and the queue to serve when it lets go.
 cdef struct limiter_source:
@@ -46,6 +52,8 @@ cdef class VirtioDevice:
     cdef readonly GuestMemory memory
     cdef readonly uint64_t device_features
     cdef readonly uint64_t driver_features
+    cdef feature_need needs[MAX_NEEDS]
+    cdef int need_count
     cdef uint32_t status
     cdef readonly uint32_t config_generation
     cdef driver_link driver
@@ -60,7 +68,8 @@ cdef class VirtioDevice:
     cdef uint32_t config_size
     cdef readonly uint64_t queue_events, broken_queues, activate_fails, cfg_fails, irq_fails
 
-    cdef set_up(self, uint32_t device_id, uint64_t features, queue_sizes)
+    cdef set_up(self, uint32_t device_id, uint64_t features, queue_sizes, needs=*)
+    cdef bint acceptable(self, uint64_t features) noexcept nogil
     cdef add_limiter(self, RateLimiter limiter, int queue)
     cdef connect(self, const driver_link *link)
     cdef void disconnect(self) noexcept

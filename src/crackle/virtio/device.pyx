@@ -45,12 +45,22 @@ cdef class VirtioDevice:
         self.made = True
         self.queues = self.notify_fds = self.limiters = ()
 
-    cdef set_up(self, uint32_t device_id, uint64_t features, queue_sizes):
-        """Called by the subclass once. VERSION_1, EVENT_IDX and INDIRECT are offered by every device."""
+    cdef set_up(self, uint32_t device_id, uint64_t features, queue_sizes, needs=()):
+        """Called by the subclass once. VERSION_1, EVENT_IDX and INDIRECT are offered by every device.
+
+        needs: of the features that make sense only with others, pairs of a bit's number and those of which it needs one.
+        """
         if self.device_features:
             raise ValueError("this device is set up already")
         if len(queue_sizes) > MAX_QUEUES:
             raise ValueError(f"{len(queue_sizes)} queues, at most {MAX_QUEUES}")
+        if len(needs) > MAX_NEEDS:
+            raise ValueError(f"{len(needs)} features need others, at most {MAX_NEEDS}")
+        for feature, others in needs:
+            self.needs[self.need_count].feature = 1 << feature
+            for other in others:
+                self.needs[self.need_count].needed |= 1 << other
+            self.need_count += 1
         self.device_id = device_id
         self.device_features = features | VERSION_1 | EVENT_IDX | INDIRECT
         for index, size in enumerate(queue_sizes):
@@ -105,6 +115,14 @@ cdef class VirtioDevice:
     cdef bint running(self) noexcept nogil:
         return self.status & (VIRTIO_CONFIG_S_DRIVER_OK | VIRTIO_CONFIG_S_NEEDS_RESET) == VIRTIO_CONFIG_S_DRIVER_OK
 
+    cdef bint acceptable(self, uint64_t features) noexcept nogil:
+        """Whether a driver may have these: all offered, not a legacy driver's, and what each needs among them (2.2.2)."""
+        cdef int i
+        for i in range(self.need_count):
+            if features & self.needs[i].feature and not features & self.needs[i].needed:
+                return False
+        return not features & ~self.device_features and features & VERSION_1 != 0
+
     cdef void set_status(self, uint32_t value) noexcept nogil:
         cdef uint32_t added = value & ~self.status
         if value == 0:
@@ -115,9 +133,7 @@ cdef class VirtioDevice:
             self.cfg_fails += 1
             return
         added &= ~VIRTIO_CONFIG_S_NEEDS_RESET
-        if added & VIRTIO_CONFIG_S_FEATURES_OK and (
-            self.driver_features & ~self.device_features or not self.driver_features & VERSION_1
-        ):
+        if added & VIRTIO_CONFIG_S_FEATURES_OK and not self.acceptable(self.driver_features):
             # The driver reads the bit back, finds it missing and gives up (3.1.1, step 6).
             added &= ~VIRTIO_CONFIG_S_FEATURES_OK
             self.cfg_fails += 1
@@ -289,8 +305,11 @@ cdef class VirtioDevice:
         What was submitted and not served yet is served as soon as the I/O thread runs.
         """
         self.accept_features(state.driver_features)
-        if state.driver_features & ~self.device_features:
-            raise ValueError(f"saved features {state.driver_features:#x} go beyond {self.device_features:#x}")
+        # Until FEATURES_OK they are what the driver has written so far, whatever that is.
+        if state.status & VIRTIO_CONFIG_S_FEATURES_OK and not self.acceptable(state.driver_features):
+            raise ValueError(
+                f"saved features {state.driver_features:#x} are none that this device offers ({self.device_features:#x})"
+            )
         if len(state.queues) != len(self.queues):
             raise ValueError(f"{len(state.queues)} saved queues, this device has {len(self.queues)}")
         for queue, saved in zip(self.queues, state.queues):

@@ -18,13 +18,15 @@ class VirtioDevice:
 
     device_id: what it is (section 5): 4 is an entropy source, 3 a console. queue_sizes: entries of each queue, a power
     of two up to 256. features: the device's own feature bits, 0 to 23 and from 50 on; VERSION_1, EVENT_IDX and
-    INDIRECT_DESC are always offered. config: its configuration space, at most 256 bytes. writable_config: how many of
-    them, from the start, the driver may write.
+    INDIRECT_DESC are always offered. feature_needs: for the number of a bit that makes sense only with others, those of
+    which it needs one; a driver that accepts it without any is refused at FEATURES_OK. config: its configuration space,
+    at most 256 bytes. writable_config: how many of them, from the start, the driver may write.
     """
 
     device_id: int = 0
     queue_sizes: tuple[int, ...] = (256,)
     features: int = 0
+    feature_needs: dict[int, tuple[int, ...]] = {}  # noqa: RUF012 - never changed
     config: bytes = b""
     writable_config: int = 0
 

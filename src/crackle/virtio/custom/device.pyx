@@ -61,8 +61,8 @@ cdef class PythonDevice(VirtioDevice):
                 f"writable; {CONFIG_SPACE} is the most"
             )
         try:
-            self.set_up(device.device_id, device.features, device.queue_sizes)
-        except (OverflowError, TypeError, ValueError) as error:
+            self.set_up(device.device_id, device.features, device.queue_sizes, tuple(device.feature_needs.items()))
+        except (AttributeError, OverflowError, TypeError, ValueError) as error:
             raise ConfigError(f"{name} cannot be a device: {error}") from None
         self.write(0, device.config)
         self.config_size = len(device.config)

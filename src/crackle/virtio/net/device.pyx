@@ -56,6 +56,16 @@ cdef uint64_t OFFERED = (
 )
 cdef uint64_t OFFERED_USO = USO_IN | <uint64_t> 1 << VIRTIO_NET_F_HOST_USO
 MTU_RANGE = (68, 65535)
+# 5.1.3.1: segments are cut, or put together, only where checksums are left to the other side.
+NEEDS = (
+    *((feature, (VIRTIO_NET_F_GUEST_CSUM,)) for feature in (
+        VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4,
+        VIRTIO_NET_F_GUEST_USO6,
+    )),
+    *((feature, (VIRTIO_NET_F_CSUM,)) for feature in (
+        VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_HOST_USO,
+    )),
+)
 
 
 cdef unsigned int offload_flags(uint64_t features) noexcept nogil:
@@ -110,7 +120,7 @@ cdef class Net(Receiver):
         if ioctl(tap_fd, TUNSETOFFLOAD, <unsigned long> offload_flags(GSO_IN | OFFERED)) == 0:
             features |= OFFERED_USO
         self.rx_limiter, self.tx_limiter = RateLimiter(rx_limiter), RateLimiter(tx_limiter)
-        self.set_up(VIRTIO_ID_NET, features, (QUEUE_SIZE, QUEUE_SIZE))
+        self.set_up(VIRTIO_ID_NET, features, (QUEUE_SIZE, QUEUE_SIZE), NEEDS)
         self.add_limiter(self.rx_limiter, RX)
         self.add_limiter(self.tx_limiter, TX)
         self.config_size = sizeof(config)
