@@ -16,7 +16,7 @@
 
 #define VIRTIO_ID_VSOCK 19
 
-enum { RX = 0, TX = 1, EVENT = 2, ENTRIES = 256, HEADER = 44, SLOTS = 64, MOST = 65536, CONNECTIONS = 1024, HOST = 2 };
+enum { RX = 0, TX = 1, EVENT = 2, ENTRIES = 256, HEADER = 44, SLOTS = 64, MOST = 65536, CONNECTIONS = 1024, HOST = 2, ECHO_ROOM = 8192 };
 enum { REQUEST = 1, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST };
 enum { SHUT_RECEIVE = 1, SHUT_SEND = 2 };
 
@@ -273,10 +273,50 @@ static void run_send(u32 size, u32 port)
     c->used = 0;
 }
 
+/* What a connection is still to be sent back: as much as the host was given credit for, at most. */
+static struct {
+    u32 begin, size;
+    bool finished;
+    u8 data[ECHO_ROOM];
+} kept[CONNECTIONS];
+
+static void keep(struct connection *c, const u8 *data, u32 size)
+{
+    u32 at = (u32)(c - connections);
+    for (u32 i = 0; i < size; i++)
+        kept[at].data[(kept[at].begin + kept[at].size + i) % ECHO_ROOM] = data[i];
+    kept[at].size += size;
+}
+
+/* Send back what the host has room for, and the end when that was all. */
+static void send_kept(struct connection *c)
+{
+    u32 at = (u32)(c - connections);
+    while (kept[at].size) {
+        u32 flying = c->sent - c->peer_forwarded, room = c->peer_room > flying ? c->peer_room - flying : 0;
+        u32 size = ECHO_ROOM - kept[at].begin;
+        size = size < kept[at].size ? size : kept[at].size;
+        size = size < room ? size : room;
+        if (!size)
+            return;
+        u32 out = slot_for_packet();
+        memory_copy(tx_data + (u64)out * (HEADER + MOST) + HEADER, kept[at].data + kept[at].begin, size);
+        kept[at].begin = (kept[at].begin + size) % ECHO_ROOM;
+        kept[at].size -= size;
+        c->received += size;
+        put_packet(c, out, RW, size, 0);
+        queue_publish(&tx);
+    }
+    if (kept[at].finished)
+        control(c, SHUTDOWN, SHUT_RECEIVE | SHUT_SEND);
+    kept[at].finished = 0;
+}
+
 static void run_echo(u32 count)
 {
     u64 bytes = 0;
     u32 slot, ended = 0;
+    credit = ECHO_ROOM;
     print("vsock echo ready\n");
     while (ended < count) {
         struct header *h = next_packet(&slot);
@@ -287,19 +327,22 @@ static void run_echo(u32 count)
         }
         struct connection *c = find(h);
         if (c) {
-            note(c, h);
+            if (h->op == REQUEST)
+                kept[c - connections].size = kept[c - connections].finished = 0;
             if (h->op == RW) {
-                u32 out = slot_for_packet();
-                memory_copy(tx_data + (u64)out * (HEADER + MOST) + HEADER, h + 1, h->len);
-                put_packet(c, out, RW, h->len, 0);
-                queue_publish(&tx);
+                c->peer_room = h->buf_alloc;
+                c->peer_forwarded = h->fwd_cnt;
+                keep(c, (const u8 *)(h + 1), h->len);
                 bytes += h->len;
-            } else if (h->op == SHUTDOWN) {
-                control(c, SHUTDOWN, SHUT_RECEIVE | SHUT_SEND);
-            } else if (h->op == RST) {
+            } else
+                note(c, h);
+            if (h->op == SHUTDOWN)
+                kept[c - connections].finished = 1;
+            if (h->op == RST) {
                 c->used = 0;
                 ended++;
-            }
+            } else
+                send_kept(c);
         }
         provide(slot);
     }

@@ -136,7 +136,7 @@ class Guest(HostileGuest):
     def send(self, what: tuple[int, int, int], rest: tuple[Any, ...]) -> None:
         op, src, dst = what
         size, more, bits, room, count, (src_cid, dst_cid, kind) = rest
-        dst = self.vsock.mux.last_port if dst == -1 else dst
+        dst = self.vsock.host.last_port if dst == -1 else dst
         length = max(size + more, 0) & 0xFFFFFFFF
         packet = Packet(src_cid, dst_cid, src, dst, length, kind, op, bits, room, count, bytes(size))
         self.next_slot = (self.next_slot + 1) % 12

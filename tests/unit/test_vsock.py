@@ -630,7 +630,7 @@ def test_a_guest_that_does_not_agree_to_the_end_is_reset_after_two_seconds(guest
     assert guest.packet(RST)
     assert time.monotonic() - begin > 1.8
     assert guest.vsock.connections == 0
-    assert guest.vsock.mux.killed == 1
+    assert guest.vsock.streams.killed == 1
 
 
 def test_a_guests_reset_ends_the_host_programs_connection(guest: Guest) -> None:

@@ -53,6 +53,8 @@ cdef extern from "<sys/socket.h>" nogil:
         SHUT_RD
         SHUT_WR
         SHUT_RDWR
+        SOL_SOCKET
+        SO_SNDBUF
     struct sockaddr:
         pass
     struct msghdr:
@@ -64,9 +66,17 @@ cdef extern from "<sys/socket.h>" nogil:
     int accept4(int fd, sockaddr *address, unsigned int *length, int flags)
     int connect(int fd, const sockaddr *address, unsigned int length)
     int shutdown(int fd, int how)
+    int setsockopt(int fd, int level, int option, const void *value, unsigned int size)
     ssize_t recv(int fd, void *buffer, size_t size, int flags)
     ssize_t send(int fd, const void *buffer, size_t size, int flags)
     ssize_t sendmsg(int fd, const msghdr *message, int flags)
+
+cdef extern from "<sys/ioctl.h>" nogil:
+    int ioctl(int fd, unsigned long request, int *value)
+
+cdef extern from "<linux/sockios.h>" nogil:
+    enum:
+        SIOCOUTQ
 
 cdef extern from "<sys/un.h>" nogil:
     struct sockaddr_un:

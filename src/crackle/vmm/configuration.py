@@ -175,9 +175,9 @@ class Configuration:
 
     def put_vsock(self, vsock: Vsock) -> None:
         with context("Vsock config error: Cannot create backend for vsock device"):
-            from crackle.virtio.vsock.mux import Multiplexer
+            from crackle.virtio.vsock.device import check
 
-            Multiplexer(vsock.guest_cid, vsock.uds_path).close()
+            check(vsock.guest_cid, vsock.uds_path)
         # The device has one name only; clients of old versions still give it one.
         self.config.vsock = msgspec.structs.replace(vsock, vsock_id=msgspec.UNSET)
 

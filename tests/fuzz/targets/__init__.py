@@ -27,7 +27,10 @@ NAMES = {
     "net": Name("net:Interface", ("virtio.net.device", "virtio.net.receive")),
     "vsock": Name(
         "vsock:Streams",
-        ("virtio.vsock.device", "virtio.vsock.mux", "virtio.vsock.host", "virtio.vsock.table"),
+        tuple(
+            f"virtio.vsock.{part}"
+            for part in ("device", "receive", "mux", "streams", "host", "listener", "credit", "table")
+        ),
     ),
     "vhost": Name("vhost:BackEnd", ("virtio.vhost_user.protocol",), python=True),
     "python": Name("custom:Python", ("virtio.custom.device",)),

@@ -7,36 +7,37 @@ from and written to Unix sockets straight out of and into the guest's own buffer
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from crackle.runtime.iothread cimport IoThread
 from crackle.includes.events cimport EPOLLIN
-from crackle.includes.io cimport iovec, readv
+from crackle.includes.io cimport iovec
+from crackle.runtime.iothread cimport IoThread
 from crackle.runtime.threads cimport *
 from crackle.includes.virtio cimport *
 from crackle.includes.vsock cimport *
 from crackle.memory.guest cimport GuestMemory
 from crackle.virtio.device cimport TURN_NS, VirtioDevice
 from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers
+from crackle.virtio.vsock.host cimport HostSockets
+from crackle.virtio.vsock.listener cimport Listener
 from crackle.virtio.vsock.mux cimport DATA, NOTHING, Multiplexer
-from crackle.virtio.vsock.table cimport connection
+from crackle.virtio.vsock.receive cimport HEADER, RX_QUEUE_SIZE, ReceiveBuffers
+from crackle.virtio.vsock.streams cimport Streams
+from crackle.virtio.vsock.table cimport MAX_CONNECTIONS, connection
 
 import os
 
+from crackle.errors import ConfigError
+from crackle.runtime.descriptors import measure_descriptors
 from crackle.virtio.state import VsockState
 
 cdef extern from * nogil:
     void full_barrier "__sync_synchronize" ()
 
 cdef enum:
-    QUEUE_SIZE = 256
+    QUEUE_SIZE = RX_QUEUE_SIZE
     RX = 0
     TX = 1
     EVENT = 2
-    HEADER = sizeof(virtio_vsock_hdr)
-    MAX_PACKET = 64 << 10
-    # What one read from a socket fills: no connection keeps the others waiting for longer.
-    MAX_GATHER = 64
-    MAX_READ = 256 << 10
-    MAX_BUFFERS = 2 * QUEUE_SIZE
+    FIRST_GUEST_CID = 3             # 5.10.4: those below are the hypervisor's and the host's
     MAX_BATCH = 4 * QUEUE_SIZE
     # Times in a row that there was data for the guest and none from it.
     STREAM = 16
@@ -50,12 +51,16 @@ cdef enum:
     TO_SEND = 1
     SENT = 2        # nothing else is sent until the driver has taken it
 
-# A packet to the guest: a chain of the receive queue.
-cdef struct packet:
-    uint16_t head
-    int first           # of its buffers in the gathering
-    int count
-    uint32_t room       # for data
+
+cdef check_cid(cid):
+    if not FIRST_GUEST_CID <= cid < 0xffffffff:
+        raise ConfigError(f"a guest's CID is {FIRST_GUEST_CID} to {0xfffffffe}, not {cid}")
+
+
+def check(cid, str uds_path not None):
+    """Whether there could be a device with these; ConfigError if not. Leaves nothing behind."""
+    check_cid(cid)
+    Listener(uds_path).close()
 
 
 cdef class Vsock(VirtioDevice):
@@ -65,41 +70,54 @@ cdef class Vsock(VirtioDevice):
     cannot be made.
     """
 
+    cdef Listener listener
+    cdef readonly Streams streams
+    cdef readonly HostSockets host
     cdef readonly Multiplexer mux
+    cdef ReceiveBuffers buffers
     cdef chain request
-    cdef packet packets[MAX_GATHER]
-    cdef iovec buffers[MAX_BUFFERS]     # of the packets, headers and all
-    cdef uint64_t gpas[MAX_BUFFERS]
-    cdef iovec data[MAX_BUFFERS]        # of what is read into them
+    cdef int most
     cdef int reset_event
     cdef uint16_t event_avail
     cdef uint32_t one_way               # see STREAM
     cdef uint64_t seen_rx, seen_tx      # bytes
-    cdef readonly uint64_t rx_events, tx_events, rx_errors, tx_errors, event_fails
+    cdef readonly uint64_t rx_events, tx_events, tx_errors, event_fails
 
     def __init__(self, GuestMemory memory, cid, str uds_path not None, uint32_t last_port=0):
         cdef virtio_vsock_config config
-        self.mux = Multiplexer(cid, uds_path, last_port)
+        check_cid(cid)
         self.set_up(VIRTIO_ID_VSOCK, 0, (QUEUE_SIZE, QUEUE_SIZE, QUEUE_SIZE))
-        config.guest_cid = self.mux.cid
+        config.guest_cid = cid
         memcpy(self.config, &config, sizeof(config))
         self.config_size = sizeof(config)
+        self.buffers = ReceiveBuffers(memory)
+        self.streams = Streams()
+        self.listener = Listener(uds_path)
+        try:
+            self.host = HostSockets(self.streams, self.listener, last_port)
+        except BaseException:
+            self.listener.close()
+            raise
+        self.mux = Multiplexer(cid, self.streams, self.host)
+        self.most = min(<int> measure_descriptors(), <int> MAX_CONNECTIONS)
 
     def attach(self, IoThread io not None):
         """Serve the queues, and the host's sockets, on `io`."""
         VirtioDevice.attach(self, io)
-        io.add(self.mux.epoll_fd, EPOLLIN, host_ready, <void *> self, self)
+        io.add(self.host.epoll_fd, EPOLLIN, host_ready, <void *> self, self)
 
     def close(self):
         """End all connections, remove the socket's file, give the descriptors back; the I/O thread is stopped. Idempotent."""
         VirtioDevice.close(self)
         if self.mux is not None:
-            self.mux.close()
+            self.streams.release_all()
+            self.host.close()
+            self.listener.close()
 
     @property
     def uds_path(self):
         """Where host programs connect."""
-        return self.mux.path
+        return self.listener.path
 
     @property
     def cid(self):
@@ -109,12 +127,22 @@ cdef class Vsock(VirtioDevice):
     @property
     def connections(self):
         """How many there are now, those that are only beginning or ending among them."""
-        return self.mux.table.count
+        return self.streams.table.count
+
+    @property
+    def max_connections(self):
+        """How many there can be, by the descriptors that the process could have when the device was made."""
+        return self.most
+
+    @property
+    def rx_errors(self):
+        """Receive buffers that were of no use."""
+        return self.buffers.errors
 
     # -- on the I/O thread, with the lock held -------------------------------------------------------------------
 
     cdef bint on_activate(self) noexcept nogil:
-        return self.mux.start()
+        return self.host.start()
 
     cdef void on_reset(self) noexcept nogil:
         self.reset_event = NO_EVENT
@@ -135,7 +163,7 @@ cdef class Vsock(VirtioDevice):
 
     cdef void host_events(self) noexcept nogil:
         pthread_mutex_lock(&self.lock)
-        self.mux.host_events()
+        self.host.host_events()
         if self.running():
             self.serve(<Virtqueue> self.table[RX], <Virtqueue> self.table[TX])
         pthread_mutex_unlock(&self.lock)
@@ -156,19 +184,19 @@ cdef class Vsock(VirtioDevice):
                 if self.one_way >= STREAM:
                     # Its writer may want this CPU, and would be interrupted for each piece if this thread slept.
                     sched_yield()
-                self.mux.host_events()
+                self.host.host_events()
                 now = now_ns()
             elif self.at_rest(rx, tx):
                 break
-        self.mux.arm()
+        self.host.arm()
 
     cdef void note_direction(self) noexcept nogil:
         """Tell a stream to the guest from a conversation, in which the answer must find this thread there."""
-        if self.mux.tx_bytes != self.seen_tx:
+        if self.host.tx_bytes != self.seen_tx:
             self.one_way = 0
         elif self.mux.rx_bytes != self.seen_rx and self.one_way < STREAM:
             self.one_way += 1
-        self.seen_rx, self.seen_tx = self.mux.rx_bytes, self.mux.tx_bytes
+        self.seen_rx, self.seen_tx = self.mux.rx_bytes, self.host.tx_bytes
 
     cdef bint at_rest(self, Virtqueue rx, Virtqueue tx) noexcept nogil:
         """Ask to be notified of what is missing; whether it is still missing then."""
@@ -243,16 +271,14 @@ cdef class Vsock(VirtioDevice):
         cdef virtio_vsock_hdr header
         cdef int found
         while self.mux.pending():
-            found = self.gather(queue, 0)
+            found = self.buffers.gather(queue, 0)
             if found == QUEUE_BROKEN:
                 self.fail()
                 break
             if found == QUEUE_EMPTY:
                 break
-            if self.packets[0].count == 0:
-                # Not even a header fits.
-                self.rx_errors += 1
-                queue.push(self.packets[0].head, 0)
+            if not self.buffers.usable():
+                self.buffers.give_back(queue)
                 served += 1
             else:
                 found = self.mux.next_packet(&c, &header)
@@ -260,101 +286,15 @@ cdef class Vsock(VirtioDevice):
                     queue.next_avail -= 1
                     break
                 if found == DATA:
-                    served += self.read_into(queue, c)
+                    served += self.buffers.read_into(queue, self.mux, c)
                 else:
-                    self.put_packet(queue, &self.packets[0], &header)
+                    self.buffers.put(queue, &header)
+                    self.mux.rx_packets += 1
                     served += 1
             queue.publish()
             if served >= MAX_BATCH or now_ns() >= end:
                 break
         return served != 0
-
-    cdef int gather(self, Virtqueue queue, int number) noexcept nogil:
-        """The next receive buffer becomes packet `number`, with a count of 0 when it cannot be one; as Virtqueue.pop()."""
-        cdef chain *c = &self.request
-        cdef packet *p = &self.packets[number]
-        cdef int found = queue.pop(c), i
-        if found != QUEUE_CHAIN:
-            return found
-        p.head, p.count = c.head, 0
-        p.first = 0 if number == 0 else self.packets[number - 1].first + self.packets[number - 1].count
-        if c.readable or c.writable_bytes < HEADER:
-            return found
-        p.count, p.room = c.writable, <int> min(c.writable_bytes - HEADER, <uint64_t> MAX_PACKET)
-        for i in range(c.writable):
-            self.buffers[p.first + i], self.gpas[p.first + i] = c.iov[i], c.gpa[i]
-        return found
-
-    cdef int data_buffers(self, packet *p, iovec *data, size_t size) noexcept nogil:
-        """The first `size` bytes of a packet's room for data as `data`; how many entries that is."""
-        cdef iovec *iov = &self.buffers[p.first]
-        cdef size_t skip = HEADER, part
-        cdef int count = 0
-        while size:
-            if skip >= iov.iov_len:
-                skip -= iov.iov_len
-            else:
-                part = min(iov.iov_len - skip, size)
-                data[count].iov_base, data[count].iov_len = <char *> iov.iov_base + skip, part
-                size -= part
-                count += 1
-                skip = 0
-            iov += 1
-        return count
-
-    cdef uint32_t read_into(self, Virtqueue queue, connection *c) noexcept nogil:
-        """Read what a host program has written into as many packets as it fills; how many. The first is gathered."""
-        cdef size_t most = min(self.mux.credit(c), <uint32_t> MAX_READ), asked = 0, left, part
-        cdef int count = 0, entries = 0, filled = 0, i
-        cdef virtio_vsock_hdr header
-        cdef ssize_t n
-        if self.packets[0].room == 0:
-            self.rx_errors += 1
-            queue.push(self.packets[0].head, 0)
-            self.mux.ready(c)
-            return 1
-        while True:
-            part = min(<size_t> self.packets[count].room, most - asked)
-            entries += self.data_buffers(&self.packets[count], &self.data[entries], part)
-            asked += part
-            count += 1
-            if asked == most or count == MAX_GATHER:
-                break
-            # A chain has as many buffers as the queue has entries, at most.
-            if self.packets[count - 1].first + self.packets[count - 1].count > MAX_BUFFERS - QUEUE_SIZE:
-                break
-            if self.gather(queue, count) != QUEUE_CHAIN:
-                break
-            if self.packets[count].count == 0 or self.packets[count].room == 0:
-                queue.next_avail -= 1
-                break
-        n = readv(c.fd, self.data, entries)
-        left = max(n, 0)
-        for i in range(count):
-            if left == 0:
-                break
-            part = min(left, <size_t> self.packets[i].room)
-            self.mux.fill(c, &header, VIRTIO_VSOCK_OP_RW, 0)
-            header.len = <uint32_t> part
-            self.put_packet(queue, &self.packets[i], &header)
-            left -= part
-            filled += 1
-        # Those that have remained empty were never taken.
-        queue.next_avail -= <uint16_t> (count - filled)
-        self.mux.data_read(c, n, asked)
-        return filled
-
-    cdef void put_packet(self, Virtqueue queue, packet *p, virtio_vsock_hdr *header) noexcept nogil:
-        cdef uint64_t left = HEADER + header.len
-        cdef int i = p.first
-        copy_buffers(&self.buffers[p.first], p.count, 0, header, HEADER, True)
-        queue.push(p.head, <uint32_t> left)
-        self.mux.rx_packets += 1
-        if self.memory.tracking:
-            while left:
-                self.memory.mark_dirty(self.gpas[i], min(left, self.buffers[i].iov_len))
-                left -= min(left, self.buffers[i].iov_len)
-                i += 1
 
     # -- the reset event -----------------------------------------------------------------------------------------
 
@@ -392,31 +332,32 @@ cdef class Vsock(VirtioDevice):
     def counters(self):
         """As Firecracker's."""
         cdef Multiplexer mux = self.mux
+        cdef HostSockets host = self.host
         return {
             "activate_fails": self.activate_fails,
             "cfg_fails": self.cfg_fails,
-            "rx_queue_event_fails": self.rx_errors,
+            "rx_queue_event_fails": self.buffers.errors,
             "tx_queue_event_fails": self.tx_errors,
             "ev_queue_event_fails": self.event_fails,
-            "muxer_event_fails": mux.muxer_fails,
-            "conn_event_fails": mux.event_fails,
+            "muxer_event_fails": host.muxer_fails,
+            "conn_event_fails": host.event_fails,
             "rx_queue_event_count": self.rx_events,
             "tx_queue_event_count": self.tx_events,
             "rx_bytes_count": mux.rx_bytes,
-            "tx_bytes_count": mux.tx_bytes,
+            "tx_bytes_count": host.tx_bytes,
             "rx_packets_count": mux.rx_packets,
             "tx_packets_count": mux.tx_packets,
-            "conns_added": mux.added,
-            "conns_killed": mux.killed,
-            "conns_removed": mux.removed,
-            "tx_flush_fails": mux.flush_fails,
-            "tx_write_fails": mux.write_fails,
+            "conns_added": self.streams.added,
+            "conns_killed": self.streams.killed,
+            "conns_removed": self.streams.removed,
+            "tx_flush_fails": host.flush_fails,
+            "tx_write_fails": host.write_fails,
             "rx_read_fails": mux.read_fails,
         }
 
     def save_own(self):
         """VsockState. Connections are not saved: a restored guest is told that they are gone."""
-        return VsockState(cid=self.mux.cid, uds_path=self.mux.path, last_port=self.mux.last_port)
+        return VsockState(cid=self.mux.cid, uds_path=self.listener.path, last_port=self.host.last_port)
 
     def restore_own(self, state):
         """The reverse; the constructor was given the state's values, or another path."""
@@ -424,13 +365,13 @@ cdef class Vsock(VirtioDevice):
             raise ValueError(f"a saved {type(state).__name__} for a vsock device")
         if state.cid != self.mux.cid:
             raise ValueError(f"a saved vsock device of guest {state.cid}, this one is of {self.mux.cid}")
-        self.mux.last_port = state.last_port
+        self.host.last_port = state.last_port
         with nogil:
             pthread_mutex_lock(&self.lock)
             self.mux.reset()
             if self.running():
                 self.reset_event = TO_SEND
-                self.mux.start()
+                self.host.start()
             pthread_mutex_unlock(&self.lock)
 
 

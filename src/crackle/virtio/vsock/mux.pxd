@@ -3,7 +3,8 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from crackle.includes.io cimport iovec
 from crackle.includes.vsock cimport virtio_vsock_hdr
 from crackle.virtio.vsock.host cimport HostSockets
-from crackle.virtio.vsock.table cimport connection
+from crackle.virtio.vsock.streams cimport Streams
+from crackle.virtio.vsock.table cimport Table, connection
 
 cdef enum:
     MAX_RESETS = 256
@@ -20,8 +21,12 @@ cdef struct reset_reply:
     uint32_t host_port
     uint32_t guest_port
 
-cdef class Multiplexer(HostSockets):
+cdef class Multiplexer:
     cdef readonly uint64_t cid
+    cdef Streams streams
+    cdef Table table                # the streams'
+    cdef HostSockets host
+    cdef readonly uint64_t rx_bytes, rx_packets, tx_packets, read_fails
     cdef reset_reply resets[MAX_RESETS]
     cdef uint32_t reset_first
     cdef uint32_t reset_count

@@ -1,7 +1,8 @@
 """The protocol of virtio-vsock (virtio 1.2, section 5.10.6): packets of the guest's driver to connections, and back.
 
-The host's half of each connection, a Unix socket, is `crackle.virtio.vsock.host`'s. Flow control is the specification's:
-each side counts what it has sent and what the other has passed on, modulo 2^32.
+The host's half of each connection, a Unix socket, is `crackle.virtio.vsock.host`'s; what becomes of both is
+`crackle.virtio.vsock.streams`'s. Flow control is the specification's: each side counts what it has sent and what the other
+has passed on, modulo 2^32. Owns the resets that answer packets of no connection.
 """
 
 from libc.errno cimport EAGAIN, EINTR, errno
@@ -9,36 +10,27 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memset
 
 from crackle.includes.io cimport iovec
-from crackle.runtime.threads cimport now_ns
 from crackle.includes.vsock cimport *
-from crackle.virtio.vsock.host cimport FIRST_PORT, SHORT_NS
+from crackle.virtio.vsock.host cimport SHORT_NS, HostSockets
+from crackle.virtio.vsock.streams cimport Streams
 from crackle.virtio.vsock.table cimport *
-
-from crackle.errors import ConfigError
 
 cdef enum:
     BOTH = VIRTIO_VSOCK_SHUTDOWN_RCV | VIRTIO_VSOCK_SHUTDOWN_SEND
-    FIRST_GUEST_CID = 3             # 5.10.4: those below are the hypervisor's and the host's
 
 
-cdef class Multiplexer(HostSockets):
-    """The connections of the guest `cid`, 3 to 2^32 - 2, and the socket at `path`. ConfigError when it cannot be.
+cdef class Multiplexer:
+    """Packets of the guest `cid` for `streams`, and of theirs for the guest; `host` has the other ends."""
 
-    last_port: of those given to host programs so far, or 0.
-    """
-
-    def __init__(self, cid, str path not None, uint32_t last_port=0):
-        if not FIRST_GUEST_CID <= cid < 0xffffffff:
-            raise ConfigError(f"a guest's CID is {FIRST_GUEST_CID} to {0xfffffffe}, not {cid}")
-        if self.epoll_fd >= 0:
-            raise ValueError("this multiplexer is set up already")
-        self.cid = cid
-        self.last_port = last_port or FIRST_PORT - 1
-        self.listen_at(path)
+    def __init__(self, uint64_t cid, Streams streams not None, HostSockets host not None):
+        self.cid, self.streams, self.host = cid, streams, host
+        self.table = streams.table
 
     cdef void reset(self) noexcept nogil:
+        """The guest's driver has gone: so do all connections."""
         self.reset_count = 0
-        self.stop()
+        self.streams.release_all()
+        self.host.stop()
 
     cdef bint pending(self) noexcept nogil:
         """Whether there is something for the guest."""
@@ -64,10 +56,9 @@ cdef class Multiplexer(HostSockets):
         c = self.table.find(h.dst_port, h.src_port)
         if c != NULL and h.op == VIRTIO_VSOCK_OP_REQUEST and (c.state == DRAINING or c.state == DEAD):
             # It uses the port again: the old connection is between us and the host program now.
-            self.removed += 1
-            self.table.unmap(c)
+            self.streams.forget(c)
             if c.state == DEAD:
-                self.release(c)
+                self.streams.release(c)
             c = NULL
         if c != NULL:
             self.take_for(c, h, iov, count)
@@ -85,7 +76,7 @@ cdef class Multiplexer(HostSockets):
         if c == NULL:
             self.refuse(h)
         else:
-            self.kill(c)
+            self.streams.kill(c)
 
     cdef void refuse(self, const virtio_vsock_hdr *h) noexcept nogil:
         """Answer with a reset; never a reset with another (5.10.6.6)."""
@@ -97,7 +88,7 @@ cdef class Multiplexer(HostSockets):
         self.reset_count += 1
 
     cdef void begin(self, const virtio_vsock_hdr *h) noexcept nogil:
-        cdef connection *c = self.dial(h.dst_port, h.src_port)
+        cdef connection *c = self.host.dial(h.dst_port, h.src_port)
         if c == NULL:
             self.refuse(h)
             return
@@ -107,34 +98,33 @@ cdef class Multiplexer(HostSockets):
         if h.op == VIRTIO_VSOCK_OP_RST:
             if c.state == DRAINING:
                 # It had said before that this was the end. What it sent is still to be read.
-                self.removed += 1
-                self.table.unmap(c)
+                self.streams.forget(c)
             else:
-                self.release(c)
+                self.streams.release(c)
             return
         c.guest_room, c.guest_forwarded = h.buf_alloc, h.fwd_cnt
         if h.op == VIRTIO_VSOCK_OP_RW:
             if c.state == OPEN and h.len and not c.guest_shut & VIRTIO_VSOCK_SHUTDOWN_SEND:
-                self.write(c, iov, count, h.len)
+                self.host.write(c, iov, count, h.len)
         elif h.op == VIRTIO_VSOCK_OP_SHUTDOWN:
             self.guest_shuts(c, h.flags)
         elif h.op == VIRTIO_VSOCK_OP_RESPONSE:
             if c.state == ASKED and c.request_sent:
-                self.established(c)
+                self.host.established(c)
         elif h.op == VIRTIO_VSOCK_OP_CREDIT_REQUEST:
             if c.state == OPEN:
                 c.todo |= SEND_CREDIT
         elif h.op == VIRTIO_VSOCK_OP_REQUEST and c.state != DIALLING:
             # It has forgotten the connection.
-            self.kill(c)
+            self.streams.kill(c)
         if c.state == OPEN:
-            self.ready(c)
+            self.streams.ready(c)
 
     cdef void guest_shuts(self, connection *c, uint32_t flags) noexcept nogil:
         """It will receive no more, or send no more, or neither."""
         if c.state != OPEN:
             if c.state == ASKED or c.state == DIALLING or c.state == FINISHED and flags & BOTH == BOTH:
-                self.finish(c)
+                self.streams.finish(c)
             return
         c.guest_shut |= flags & BOTH
         if c.guest_shut == BOTH:
@@ -142,9 +132,9 @@ cdef class Multiplexer(HostSockets):
             self.table.stop_waiting(c)
             if c.held:
                 c.state = DRAINING
-                self.flush(c)
+                self.host.flush(c)
             else:
-                self.finish(c)
+                self.streams.finish(c)
         elif c.guest_shut & VIRTIO_VSOCK_SHUTDOWN_RCV:
             c.todo &= ~SEND_DATA
             shutdown(c.fd, SHUT_RD)
@@ -158,7 +148,7 @@ cdef class Multiplexer(HostSockets):
         h.src_cid, h.dst_cid, h.src_port, h.dst_port = VMADDR_CID_HOST, self.cid, c.host_port, c.guest_port
         h.type, h.op, h.flags = VIRTIO_VSOCK_TYPE_STREAM, op, flags
         h.buf_alloc, h.fwd_cnt = c.room, c.forwarded
-        c.told_forwarded = c.forwarded
+        c.told_forwarded, c.edge = c.forwarded, c.forwarded + c.room
         c.todo &= ~SEND_CREDIT
 
     cdef int next_packet(self, connection **which, virtio_vsock_hdr *h) noexcept nogil:
@@ -182,7 +172,7 @@ cdef class Multiplexer(HostSockets):
             found = self.next_of(c, h)
             which[0] = c
             if found == PACKET and h.op != VIRTIO_VSOCK_OP_RST:
-                self.ready(c)
+                self.streams.ready(c)
             if found != NOTHING:
                 return found
 
@@ -190,16 +180,16 @@ cdef class Multiplexer(HostSockets):
         cdef uint8_t todo = c.todo
         if todo & SEND_RST:
             self.fill(c, h, VIRTIO_VSOCK_OP_RST, 0)
-            self.release(c)
+            self.streams.release(c)
         elif todo & SEND_RESPONSE:
             c.todo &= ~SEND_RESPONSE
             self.fill(c, h, VIRTIO_VSOCK_OP_RESPONSE, 0)
         elif todo & SEND_REQUEST:
             c.todo &= ~SEND_REQUEST
             c.request_sent = True
-            self.table.set_timer(c, SHORT, now_ns() + SHORT_NS)
+            self.table.set_timer(c, SHORT, self.host.now() + SHORT_NS)
             self.fill(c, h, VIRTIO_VSOCK_OP_REQUEST, 0)
-        elif todo & SEND_DATA and c.state == OPEN and self.credit(c):
+        elif todo & SEND_DATA and c.state == OPEN and self.streams.credit(c):
             c.short_of_credit = False
             return DATA
         elif todo & SEND_DATA and c.state == OPEN and not c.short_of_credit:
@@ -209,7 +199,7 @@ cdef class Multiplexer(HostSockets):
         elif todo & SEND_SHUTDOWN:
             c.todo &= ~SEND_SHUTDOWN
             if c.state == FINISHED:
-                self.table.set_timer(c, SHORT, now_ns() + SHORT_NS)
+                self.table.set_timer(c, SHORT, self.host.now() + SHORT_NS)
             self.fill(c, h, VIRTIO_VSOCK_OP_SHUTDOWN, c.told)
         elif todo & SEND_CREDIT:
             self.fill(c, h, VIRTIO_VSOCK_OP_CREDIT_UPDATE, 0)
@@ -226,11 +216,11 @@ cdef class Multiplexer(HostSockets):
                 # Empty, and epoll tells when it is so no more.
                 c.todo &= ~SEND_DATA
         elif size == 0:
-            self.end_of_stream(c)
+            self.host.end_of_stream(c)
         elif errno == EAGAIN:
             c.todo &= ~SEND_DATA
         elif errno != EINTR:
             self.read_fails += 1
-            self.kill(c)
+            self.streams.kill(c)
             return
-        self.ready(c)
+        self.streams.ready(c)

@@ -1,7 +1,5 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from crackle.includes.io cimport iovec
-
 cdef enum:
     MAX_CONNECTIONS = 8192
 
@@ -27,10 +25,11 @@ cdef enum:
 # Deadlines: a list each, in the order in which they fall due.
 cdef enum:
     RETRY = 0
-    SHORT = 1
-    LONG = 2
-    TIMER_KINDS = 3
-    NO_TIMER = 3
+    GREET = 1
+    SHORT = 2
+    LONG = 3
+    TIMER_KINDS = 4
+    NO_TIMER = 4
 
 cdef struct link:
     connection *previous
@@ -59,14 +58,16 @@ cdef struct connection:
     uint32_t host_port
     uint32_t guest_port
     # Flow control (5.10.6.3); all counts wrap at 32 bits.
-    uint32_t room           # what the guest may send before it hears that we have passed something on
+    uint32_t room           # what the guest may send before it hears that we have passed something on: a power of two
     uint32_t forwarded      # what we have passed on ...
     uint32_t told_forwarded
+    uint32_t edge           # ... and up to where the guest may send: this never goes back
     uint32_t guest_room     # and the same of the guest
     uint32_t guest_forwarded
     uint32_t sent
-    # What the host program has not taken yet: `held` of `room` bytes from `begin` on.
+    # What the host program has not taken yet: `held` of `ring_size` bytes from `begin` on.
     uint8_t *ring
+    uint32_t ring_size
     uint32_t begin
     uint32_t held
     # Lists that it is in
@@ -87,7 +88,6 @@ cdef class Table:
     cdef readonly uint32_t count
     cdef chain_of waiting       # for a receive buffer of the guest's
     cdef chain_of timers[TIMER_KINDS]
-    cdef uint8_t *spare_ring
 
     cdef bint prepare(self) noexcept nogil
     cdef connection *add(self) noexcept nogil
@@ -100,7 +100,3 @@ cdef class Table:
     cdef void wait(self, connection *c) noexcept nogil
     cdef void stop_waiting(self, connection *c) noexcept nogil
     cdef void set_timer(self, connection *c, int kind, uint64_t deadline) noexcept nogil
-    cdef bint hold(self, connection *c, const iovec *iov, int count, size_t skip) noexcept nogil
-    cdef int held_parts(self, connection *c, iovec *parts) noexcept nogil
-    cdef void let_go(self, connection *c, uint32_t size) noexcept nogil
-    cdef void drop_ring(self, connection *c) noexcept nogil

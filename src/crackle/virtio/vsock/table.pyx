@@ -1,23 +1,17 @@
-"""The connections of a vsock device: who they are, what each waits for, and what is held for a host program that is slow.
+"""The connections of a vsock device: who they are, and what each waits for.
 
 A place in the table is given again with another generation, so that an event of the kernel's for a connection that has
-ended meanwhile finds nobody. Owns the memory of all that; the sockets are the multiplexer's (`crackle.virtio.vsock.mux`).
+ended meanwhile finds nobody. Owns the memory of all that. What becomes of a connection is `crackle.virtio.vsock.streams`'s.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from crackle.includes.io cimport iovec
 from crackle.runtime.threads cimport now_ns
-from crackle.virtio.queue cimport copy_buffers
 
 cdef enum:
     BUCKETS = 4096
-    # The first connections may have more on its way than the others, which bounds what all together can hold.
-    WIDE_CONNECTIONS = 256
-    WIDE_ROOM = 256 << 10
-    NARROW_ROOM = 64 << 10
 
 
 cdef class Table:
@@ -26,11 +20,9 @@ cdef class Table:
     def __dealloc__(self):
         cdef uint32_t i
         for i in range(self.made):
-            free(self.slots[i].ring)
             free(self.slots[i])
         free(self.slots)
         free(self.buckets)
-        free(self.spare_ring)
 
     cdef bint prepare(self) noexcept nogil:
         """Before the first connection; False when there is no memory. Idempotent."""
@@ -43,7 +35,7 @@ cdef class Table:
         return self.slots != NULL and self.buckets != NULL
 
     cdef connection *add(self) noexcept nogil:
-        """A new connection with nothing but a place and a credit, or NULL when there are too many."""
+        """A new connection with nothing but a place, or NULL when there are too many."""
         cdef connection *c = self.unused
         cdef uint32_t index, generation
         if c != NULL:
@@ -60,7 +52,6 @@ cdef class Table:
         index, generation = c.index, c.generation + 1
         memset(c, 0, sizeof(connection))
         c.index, c.generation, c.fd, c.timer = index, generation, -1, NO_TIMER
-        c.room = WIDE_ROOM if self.count < WIDE_CONNECTIONS else NARROW_ROOM
         self.count += 1
         return c
 
@@ -69,7 +60,6 @@ cdef class Table:
         self.unmap(c)
         self.stop_waiting(c)
         self.set_timer(c, NO_TIMER, 0)
-        self.drop_ring(c)
         c.state = 0
         c.same_hash = self.unused
         self.unused = c
@@ -159,53 +149,3 @@ cdef class Table:
             else:
                 timers.first = c
             timers.last = c
-
-    # -- what a slow host program has not taken ------------------------------------------------------------------
-
-    cdef bint hold(self, connection *c, const iovec *iov, int count, size_t skip) noexcept nogil:
-        """Keep what `iov` has beyond its first `skip` bytes. False, and nothing kept, when there is no room."""
-        cdef size_t size = 0, place, part
-        cdef int i
-        for i in range(count):
-            size += iov[i].iov_len
-        size -= skip
-        if size > c.room - c.held:
-            return False
-        if c.ring == NULL:
-            if c.room == WIDE_ROOM and self.spare_ring != NULL:
-                c.ring, self.spare_ring = self.spare_ring, NULL
-            else:
-                c.ring = <uint8_t *> malloc(c.room)
-            if c.ring == NULL:
-                return False
-        while size:
-            place = (c.begin + c.held) & (c.room - 1)
-            part = min(size, c.room - place)
-            copy_buffers(iov, count, skip, c.ring + place, part, False)
-            c.held += <uint32_t> part
-            skip += part
-            size -= part
-        return True
-
-    cdef int held_parts(self, connection *c, iovec *parts) noexcept nogil:
-        """What is held, in one or two parts; how many."""
-        cdef uint32_t first = min(c.held, c.room - c.begin)
-        parts[0].iov_base, parts[0].iov_len = c.ring + c.begin, first
-        parts[1].iov_base, parts[1].iov_len = c.ring, c.held - first
-        return 2 if c.held > first else 1
-
-    cdef void let_go(self, connection *c, uint32_t size) noexcept nogil:
-        """The first `size` bytes held have been taken."""
-        c.begin = (c.begin + size) & (c.room - 1)
-        c.held -= size
-        if c.held == 0:
-            self.drop_ring(c)
-
-    cdef void drop_ring(self, connection *c) noexcept nogil:
-        if c.ring != NULL and c.room == WIDE_ROOM and self.spare_ring == NULL:
-            # One is kept: a stream that is faster than its reader needs it again at once.
-            self.spare_ring = c.ring
-        else:
-            free(c.ring)
-        c.ring = NULL
-        c.begin = c.held = 0

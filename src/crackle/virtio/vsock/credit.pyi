@@ -1,0 +1,3 @@
+class CreditPool:
+    @property
+    def rooms(self) -> int: ...

@@ -1,0 +1,6 @@
+from crackle.memory.guest import GuestMemory
+
+class ReceiveBuffers:
+    @property
+    def errors(self) -> int: ...
+    def __init__(self, memory: GuestMemory) -> None: ...
