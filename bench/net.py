@@ -25,13 +25,17 @@ HEADER = 12
 
 
 class Test(NamedTuple):
-    """What is measured: its row, the guest's test, bytes of a frame, and its options; `group` frames a send."""
+    """What is measured: its row, the guest's test, bytes of a frame, and its options.
+
+    group: frames a call of the sender, which does what `sender` says (`bench/tap.c`).
+    """
 
     name: str
     operation: str
     size: int
     options: str = ""
     group: int = 0
+    sender: str = "send"
 
 
 TESTS = (
@@ -52,7 +56,8 @@ class Speed(NamedTuple):
 class Network:
     """A network namespace with one TAP, that of a process that does nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, queue: int = 4000) -> None:
+        """queue: frames that the TAP has room for, here enough for what the sender sends at once; 500 by default."""
         self.process = subprocess.Popen(
             ["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
         )
@@ -63,8 +68,7 @@ class Network:
             "ip link set lo up",
             f"ip tuntap add dev {TAP} mode tap vnet_hdr",
             f"sysctl -q -w net.ipv6.conf.{TAP}.disable_ipv6=1",
-            # Room for what the sender sends at once.
-            f"ip link set {TAP} txqueuelen 4000 up",
+            f"ip link set {TAP} txqueuelen {queue} up",
         ):
             subprocess.run(self.command(*command.split()), check=True)
 
@@ -86,7 +90,7 @@ def sender(network: Network, tool: Path, test: Test) -> Iterator[None]:
     if not test.group:
         yield
         return
-    command = network.command(str(tool), "send", TAP, str(test.size), str(test.group))
+    command = network.command(str(tool), test.sender, TAP, str(test.size), str(test.group))
     process = subprocess.Popen(command)
     try:
         yield
@@ -143,11 +147,17 @@ def idle_wakeups(network: Network, bench: Bench) -> float:
         return idle_switches(monitor.pid)
 
 
-def rows(bench: Bench) -> Iterator[Row]:
-    """Frames a second."""
+def build_tool() -> Path:
+    """`bench/tap.c`, compiled."""
     tool = BUILD / "bench" / "tap"
     tool.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run(["gcc", "-O2", "-o", str(tool), str(ROOT / "bench" / "tap.c")], check=True)
+    return tool
+
+
+def rows(bench: Bench) -> Iterator[Row]:
+    """Frames a second."""
+    tool = build_tool()
     found: dict[tuple[str, str], list[Speed]] = defaultdict(list)
     with Network() as network:
         for turn, (name, command) in enumerate(alternate(bench.contestants, bench.times(15))):

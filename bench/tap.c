@@ -3,6 +3,8 @@
  *   tap read NAME SIZE MS LARGE     reads frames, as many as come, into buffers of SIZE bytes
  *   tap write NAME SIZE MS          writes frames of SIZE bytes; above 1,514 each is one TCP segment to be cut
  *   tap send NAME SIZE GROUP        sends frames of SIZE bytes to whoever reads the TAP, GROUP of them at a time, until killed
+ *   tap burst NAME SIZE GROUP       the same frame by frame, past the queueing discipline, GROUP of them in each call, and
+ *                                   with nobody's leave to go first: what a host that is busy with its own work does
  * The first two print frames=N bytes=B us=U cpu_us=C.
  */
 #define _GNU_SOURCE
@@ -132,7 +134,7 @@ static void run_write(int fd, unsigned size, unsigned long ms)
     report(frames, frames * size, start, cpu);
 }
 
-static void run_send(const char *name, unsigned size, unsigned group)
+static int packet_socket(const char *name)
 {
     int fd = socket(AF_PACKET, SOCK_RAW, 0), on = 1;
     struct ifreq request = {0};
@@ -142,6 +144,12 @@ static void run_send(const char *name, unsigned size, unsigned group)
     struct sockaddr_ll address = {.sll_family = AF_PACKET, .sll_ifindex = request.ifr_ifindex};
     if (bind(fd, (struct sockaddr *)&address, sizeof address))
         die("bind");
+    return fd;
+}
+
+static void run_send(const char *name, unsigned size, unsigned group)
+{
+    int fd = packet_socket(name);
     /* A packet socket's header has no num_buffers. */
     unsigned length = group > 1 ? 54 + group * (size - 54) : size;
     struct iovec iov[2] = {{message, sizeof(struct virtio_net_hdr)}, {message + HEADER, length}};
@@ -153,6 +161,22 @@ static void run_send(const char *name, unsigned size, unsigned group)
     for (;;)
         if (writev(fd, iov, 2) < 0 && errno != ENOBUFS && errno != ENETDOWN && errno != ENXIO)
             die("send");
+}
+
+static void run_burst(const char *name, unsigned size, unsigned group)
+{
+    int fd = packet_socket(name), on = 1;
+    if (setsockopt(fd, SOL_PACKET, PACKET_QDISC_BYPASS, &on, sizeof on))
+        die("PACKET_QDISC_BYPASS");
+    struct iovec iov[2] = {{message, sizeof(struct virtio_net_hdr)}, {message + HEADER, size}};
+    struct mmsghdr burst[64];
+    if (group > 64)
+        group = 64;
+    for (unsigned i = 0; i < group; i++)
+        burst[i] = (struct mmsghdr){.msg_hdr = {.msg_iov = iov, .msg_iovlen = 2}};
+    for (;;)
+        if (sendmmsg(fd, burst, group, 0) < 0 && errno != ENOBUFS && errno != ENETDOWN && errno != ENXIO)
+            die("sendmmsg");
 }
 
 int main(int count, char **given)
@@ -168,6 +192,9 @@ int main(int count, char **given)
     } else if (!strcmp(given[1], "send")) {
         make_frame(last > 1 ? 54 + last * (size - 54) : size, last > 1 ? size - 54 : size > 1514 ? 1448 : 0, 1, 2);
         run_send(given[2], size, last);
+    } else if (!strcmp(given[1], "burst")) {
+        make_frame(size, size > 1514 ? 1448 : 0, 1, 2);
+        run_burst(given[2], size, last);
     }
     return 0;
 }

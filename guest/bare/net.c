@@ -4,6 +4,8 @@
  *   ms=N            how long each timed test runs (default 300)
  *   nomerge noevent large     negotiate or do not: merged receive buffers (default), event index (default), segments of 64 KiB
  *   buffer=N        bytes of each receive buffer (default 2048)
+ *   split           transmits chains of two descriptors, the header in one of its own
+ *   group=N         frames that are made available at a time (default 16)
  *   to=N from=N     the last byte of the frames' addresses 06:00:00:00:00:N (defaults 2 and 1)
  *   t=OP,SIZE[,COUNT]   may be repeated; run in order. OP is
  *     tx        sends frames of SIZE bytes as fast as they are taken; above 1,514 each is a TCP segment to be cut by the host.
@@ -24,7 +26,7 @@
 #define F_NET_HOST_TSO4 FEATURE(11)
 #define F_NET_MERGE FEATURE(15)
 
-enum { RX = 0, TX = 1, ENTRIES = 256, HEADER = 12, MOST = 65562, PUBLISH = 16 };
+enum { RX = 0, TX = 1, ENTRIES = 256, HEADER = 12, MOST = 65562 };
 
 struct net_header { /* 5.1.6 */
     u8 flags, gso_type;
@@ -33,9 +35,10 @@ struct net_header { /* 5.1.6 */
 
 static struct virtio device;
 static struct queue rx, tx;
-static u64 milliseconds, buffer_size;
+static u64 milliseconds, buffer_size, group;
+static bool split;
 static u8 *rx_data, *tx_data;
-static u32 tx_free[ENTRIES], tx_free_count;
+static u32 tx_free[ENTRIES], tx_free_count, tx_slots;
 
 static void put16(u8 *place, u32 value)
 {
@@ -97,8 +100,9 @@ static void open_device(void)
     queue_set_up(&tx, &device, TX, ENTRIES);
     rx_data = memory_take(rx.size * buffer_size, 4096);
     tx_data = memory_take(2 * MOST, 4096);
-    for (u32 slot = 0; slot < tx.size; slot++)
+    for (u32 slot = 0; slot < tx.size; slot += split ? 2 : 1)
         tx_free[tx_free_count++] = slot;
+    tx_slots = tx_free_count;
     virtio_ready(&device);
     queue_want_interrupts(&rx, 0);
     queue_want_interrupts(&tx, 0);
@@ -116,7 +120,12 @@ static void silence(struct queue *queue)
 static void submit(const u8 *data, u32 size)
 {
     u32 slot = tx_free[--tx_free_count];
-    tx.descriptors[slot] = (struct descriptor){(u64)data, HEADER + size, 0, 0};
+    if (split) {
+        tx.descriptors[slot] = (struct descriptor){(u64)data, HEADER, DESC_NEXT, (u16)(slot + 1)};
+        tx.descriptors[slot + 1] = (struct descriptor){(u64)data + HEADER, size, 0, 0};
+    } else {
+        tx.descriptors[slot] = (struct descriptor){(u64)data, HEADER + size, 0, 0};
+    }
     queue_put(&tx, (u16)slot);
 }
 
@@ -139,16 +148,16 @@ static void run_tx(u32 size)
     make_frame(size);
     u64 frames = 0, notified = tx.notifications, limit = milliseconds * tsc_khz(), start = rdtsc(), now = start;
     for (; now - start < limit; now = rdtsc()) {
-        for (u32 n = 0; tx_free_count && n < PUBLISH; n++)
+        for (u32 n = 0; tx_free_count && n < group; n++)
             submit(tx_data, size);
         queue_publish(&tx);
-        while (tx_free_count < PUBLISH && rdtsc() - start < limit) {
+        while (tx_free_count < group && rdtsc() - start < limit) {
             frames += reap();
             cpu_relax();
         }
     }
     u64 taken = rdtsc() - start;
-    while (tx_free_count < tx.size) {
+    while (tx_free_count < tx_slots) {
         frames += reap();
         if (rdtsc() - start > limit + 5000 * tsc_khz())
             fail("frames are not taken");
@@ -164,6 +173,8 @@ static u32 take(u16 *slots, u32 *count)
     barrier();
     struct used_element element = queue_take_used(&rx);
     u32 buffers = ((volatile struct net_header *)(rx_data + element.id * buffer_size))->buffers, size = element.length;
+    if (!(device.features & F_NET_MERGE))
+        buffers = 1;
     if (!buffers || buffers > rx.size)
         fail("a frame of no or too many buffers");
     slots[0] = (u16)element.id;
@@ -192,7 +203,7 @@ static void run_rx(u32 size)
             for (u32 i = 0; i < count; i++)
                 provide(slots[i]);
             waiting += count;
-            if (waiting < PUBLISH)
+            if (waiting < group)
                 continue;
         } else {
             cpu_relax();
@@ -213,7 +224,7 @@ static void run_one(u32 size, u32 count)
         put16(tx_data + HEADER + 14, n);
         submit(tx_data, size);
         queue_publish(&tx);
-        for (u64 start = rdtsc(); tx_free_count < tx.size; reap())
+        for (u64 start = rdtsc(); tx_free_count < tx_slots; reap())
             if (rdtsc() - start > 5000 * tsc_khz())
                 fail("a frame is not taken");
     }
@@ -255,7 +266,7 @@ static void run_expect(u32 size, u32 wanted, bool echo)
             memory_copy(frame + 6, address, 6);
             submit(tx_data + MOST, length);
             queue_publish(&tx);
-            for (u64 start = rdtsc(); tx_free_count < tx.size; reap())
+            for (u64 start = rdtsc(); tx_free_count < tx_slots; reap())
                 if (rdtsc() - start > 5000 * tsc_khz())
                     fail("a frame is not taken");
         }
@@ -293,6 +304,8 @@ int main(void)
 {
     milliseconds = option_number("ms", 300);
     buffer_size = option_number("buffer", 2048);
+    split = option("split") != 0;
+    group = option_number("group", 16);
     tsc_khz();
     open_device();
     print("net offered=0x%x features=0x%x khz=%u\n", device.offered, device.features, tsc_khz());

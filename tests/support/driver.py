@@ -19,6 +19,7 @@ from crackle.virtio.transport.mmio import MmioTransport
 
 NEXT, WRITE, INDIRECT = 1, 2, 4  # descriptor flags
 NO_INTERRUPT = 1  # avail.flags
+NO_NOTIFY = 1  # used.flags
 
 F_INDIRECT, F_EVENT_IDX, F_VERSION_1 = 1 << 28, 1 << 29, 1 << 32
 
@@ -138,6 +139,11 @@ class Ring:
     def set_used_event(self, value: int) -> None:
         """Ask to be interrupted when the chain with this used index is done (2.7.7.1)."""
         self.memory.write(self.avail + 4 + 2 * self.size, struct.pack("<H", value & 0xFFFF))
+
+    @property
+    def used_flags(self) -> int:
+        """The device's flags, of which NO_NOTIFY is one (2.7.10); meaningful without an event index."""
+        return int.from_bytes(self.memory.read(self.used, 2), "little")
 
     @property
     def avail_event(self) -> int:

@@ -26,7 +26,7 @@ from support.disk import (
     Disk,
     submit_reads,
 )
-from support.driver import Buffer, Ring
+from support.driver import NO_NOTIFY, Buffer, Ring
 
 HOUR_MS = 3_600_000
 
@@ -70,6 +70,21 @@ def test_requests_beyond_the_limit_stay_in_the_queue(tmp_path: Path) -> None:
         assert answered(disk) == 0
         assert disk.device.throttled_events == 2
         assert len(heads) - disk.device.read_count == 7
+
+
+def test_a_driver_without_an_event_index_is_told_when_notifications_are_no_use(tmp_path: Path) -> None:
+    with limited(tmp_path / "disk", ops=5) as disk:
+        assert disk.ring.used_flags == 0
+        submit_reads(disk, 5)
+        assert answered(disk) == 5
+        assert disk.ring.used_flags == 0, "whoever has nothing to do wants to be told"
+        submit_reads(disk, 3)
+        assert answered(disk) == 0
+        assert disk.ring.used_flags == NO_NOTIFY, "what waits for the limiter's timer need not be announced"
+        disk.device.update_limiter(0, RateLimiter(ops=TokenBucket(0, 0)))
+        disk.settle()
+        assert len(disk.ring.reap()) == 3
+        assert disk.ring.used_flags == 0
 
 
 def test_bytes_of_reads_and_writes_count_and_no_others(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ cdef class Virtqueue:
     cdef GuestMemory memory
     cdef bint event_idx
     cdef bint indirect
+    cdef bint hushed            # the driver has been told, by the flag, that no notification is wanted
     cdef uint16_t next_avail
     cdef uint16_t next_used
     cdef uint16_t signalled     # next_used when the driver was last interrupted

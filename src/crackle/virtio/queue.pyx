@@ -54,7 +54,7 @@ cdef class Virtqueue:
         self.desc_gpa = self.avail_gpa = self.used_gpa = 0
         self.next_avail = self.next_used = self.cached_avail = 0
         self.signalled_valid = False
-        self.event_idx = self.indirect = False
+        self.event_idx = self.indirect = self.hushed = False
         self.fault = NULL
 
     cdef bint enable(self) noexcept nogil:
@@ -109,6 +109,10 @@ cdef class Virtqueue:
                 return QUEUE_EMPTY
             if <uint16_t> (self.cached_avail - self.next_avail) > self.size:
                 return self.broken("available index ran ahead by more than the queue's size")
+            if not self.event_idx and not self.hushed:
+                # Until rearm() nobody need say that there is more (2.7.10): an event index does that by staying behind.
+                self.hushed = True
+                store_idx(&self.used[FLAGS], VRING_USED_F_NO_NOTIFY)
         index = load_idx(&self.avail[RING + (self.next_avail & (self.size - 1))])
         c.head = index
         c.readable = c.writable = 0
@@ -175,7 +179,11 @@ cdef class Virtqueue:
         """Ask to be notified of the next chain; False when one has come meanwhile, and pop() must be called again."""
         if self.event_idx:
             store_idx(&self.used[RING + 4 * self.size], self.next_avail)
-            full_barrier()
+        else:
+            # Whatever stands there: a driver that was restored may have been told otherwise.
+            self.hushed = False
+            store_idx(&self.used[FLAGS], 0)
+        full_barrier()
         return load_idx(&self.avail[IDX]) == self.next_avail
 
     # -- saved state, and the same operations for tests ----------------------------------------------------------
