@@ -266,9 +266,9 @@ class Guest:
     def sh(self, command: str, timeout: float = 120.0) -> str:
         """What a command run in the shell printed; it must succeed."""
         self.console.write(f'{command}\necho "<$?>"\n')
-        found = self.console.expect(rb"(?s)(.*?)<(\d+)>\r\n", timeout)
-        output = found.group(1).decode(errors="replace").replace("\r", "")
-        assert found.group(2) == b"0", f"{command!r} ended with status {found.group(2)!r}: {output}"
+        found = self.console.expect(rb"<(\d+)>\r\n", timeout)
+        output = found.before.decode(errors="replace").replace("\r", "")
+        assert found[1] == b"0", f"{command!r} ended with status {found[1]!r}: {output}"
         return output.strip()
 
 

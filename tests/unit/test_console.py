@@ -134,6 +134,18 @@ def test_a_match_across_what_came_in_pieces_is_found(guest: Guest) -> None:
     assert len(found[0]) == len("begin") + 100_000 + 250_000 + len("end")
 
 
+def test_a_match_begins_as_early_as_it_can(guest: Guest) -> None:
+    guest.says(b"first\n")
+    waiting = Later(lambda: guest.console.expect(r"(?s)(.*?)<(\d+)>", PATIENCE))
+    lines = [b"line %d\n" % number for number in range(400)]
+    for line in lines:
+        guest.says(line)
+    guest.says(b"<0>")
+    found = waiting.result()
+    assert isinstance(found, Match)
+    assert found[1] == b"first\n" + b"".join(lines)
+
+
 def test_searching_looks_at_what_is_new_and_not_at_all_again(guest: Guest, monkeypatch) -> None:
     searched = 0
     end = re.compile(b"end")
@@ -153,8 +165,8 @@ def test_searching_looks_at_what_is_new_and_not_at_all_again(guest: Guest, monke
     guest.says(b"end")
     monkeypatch.undo()
     assert isinstance(waiting.result(), Match)
-    # Each piece with the 4 KiB before it, and all of it as often as it has doubled.
-    assert searched < (lines + 2) * 4200 + 3 * lines * len(line)
+    # Each piece with the 1 KiB before it, and all of it as often as it has doubled.
+    assert searched < (lines + 2) * 1200 + 3 * lines * len(line)
 
 
 # -- how waiting ends ----------------------------------------------------------------------------------------

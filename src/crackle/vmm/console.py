@@ -26,7 +26,7 @@ _CHUNKS = 16  # read in one go, before others get the lock
 _TAIL = 2000  # bytes of output shown in a message
 
 # A match is looked for at once where it begins at most so many bytes before what is new.
-_WINDOW = 4096
+_WINDOW = 1024
 
 
 class Match:
@@ -183,8 +183,9 @@ class Console:
 
         Look-behind and `^` see what was kept of the output before that; `$` is the end of what has come so far, so a
         match may be longer when more has come. What is searched already is not searched again for each new byte: a
-        match that begins more than 4 KiB before what is new may be noticed later, at the latest when as much again has
-        come, the time is over, or the guest has ended.
+        match that begins more than 1 KiB before what is new may be noticed later, at the latest when as much again has
+        come, the time is over, or the guest has ended. (What an expression that begins with `(?s).*?` would collect is
+        in `before`, at no cost.)
 
         Raises, with the last lines of output: GuestError, with the registers, as soon as the guest has failed;
         StateError when the microVM is stopped; CrackleError when the guest has ended otherwise, or after `timeout`
@@ -202,9 +203,13 @@ class Console:
                 if end > looked or (last and end > whole):
                     start = max(self._position, self._dropped)
                     thorough = last or whole < 0 or end - start >= 2 * (whole - start)
-                    found = expression.search(
-                        self._kept, (start if thorough else self._near(start, looked)) - self._dropped
-                    )
+                    found = None
+                    if not thorough:
+                        near = self._near(start, looked) - self._dropped
+                        # What is found near the end may begin before that.
+                        thorough = expression.search(self._kept, near) is not None
+                    if thorough:
+                        found = expression.search(self._kept, start - self._dropped)
                     if found is not None:
                         before = bytes(self._kept[start - self._dropped : found.start()])
                         self._position = self._dropped + found.end()
