@@ -118,6 +118,22 @@ def test_the_configuration_shows_what_was_given_and_no_more(
     ]
 
 
+def test_dirty_pages_are_not_tracked_where_a_back_end_writes_too(
+    bench: Bench, impostor: Callable[..., Impostor]
+) -> None:
+    backend = impostor()
+    tracking = schema.MachineConfigUpdate(track_dirty_pages=True)
+    bench.do("patch_machine", tracking)
+    with pytest.raises(ConfigError, match="track_dirty_pages is of no use with a vhost-user drive"):
+        bench.put("data", backend.path)
+    assert bench.do("get_config").drives == []
+    bench.do("patch_machine", schema.MachineConfigUpdate(track_dirty_pages=False))
+    bench.put("data", backend.path)
+    with pytest.raises(ConfigError, match="Machine config error: track_dirty_pages is of no use"):
+        bench.do("patch_machine", tracking)
+    assert bench.do("get_machine").track_dirty_pages is False
+
+
 @pytest.mark.parametrize(
     "field",
     [

@@ -1,5 +1,6 @@
-"""Guest memory: regions around the MMIO gap, bounds-checked access, dirty tracking, and what backs it."""
+"""Guest memory: regions that come and go, bounds-checked access, dirty tracking, and what backs it."""
 
-from crackle.memory.guest import BACKINGS, GuestMemory, Region
+from crackle.memory.guest import GuestMemory
+from crackle.memory.region import BACKINGS, Region, huge_pages_missing
 
-__all__ = ["BACKINGS", "GuestMemory", "Region"]
+__all__ = ["BACKINGS", "GuestMemory", "Region", "huge_pages_missing"]

@@ -1,68 +1,49 @@
-"""Guest memory: host mappings that the guest sees as its RAM.
+"""Guest memory: what the guest sees as its RAM, as a table of regions that can come and go while the guest runs.
 
-Owns the mappings and, for a memfd, its descriptor; `close` gives both back. Everything that reads or writes guest memory
-goes through `span` (native code) or `read`, `write` and `load` (Python), which check the whole range against the region
-table before a byte is touched.
+Owns the regions and, for a memfd, its descriptor; `close` gives both back. Everything that reads or writes guest memory
+goes through `span` and `piece` (native code) or `read`, `write` and `load` (Python), which check the whole range against
+the table before a byte is touched.
+
+Threads look at the table without a lock. What changes it publishes a new one, and then calls the listeners: a listener's
+method returns when its threads no longer use what they found in the old one. Whoever uses guest memory from a thread
+without the GIL is a listener therefore, and answers once it has had its own lock. After that the old table, and the
+mapping of a region that was removed, can go.
 """
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.errno cimport EINTR, errno
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset, strerror
-from posix.mman cimport (
-    MAP_ANONYMOUS,
-    MAP_FAILED,
-    MAP_NORESERVE,
-    MAP_PRIVATE,
-    MAP_SHARED,
-    PROT_READ,
-    PROT_WRITE,
-    mmap,
-    munmap,
-)
-from posix.unistd cimport close, ftruncate
+from libc.string cimport memcpy
+from posix.unistd cimport close
 
-from crackle.includes.io cimport pread
+from crackle.memory.region cimport HUGE_PAGE_SIZE, PAGE_SIZE, Region, make_memfd, map_region, mark, region_t
 
 import os
+from _weakref import ref
 
 from crackle.errors import ConfigError, MemoryAccessError
+from crackle.memory.region import BACKINGS
 
 
 cdef extern from "<sys/mman.h>" nogil:
-    enum:
-        MAP_HUGETLB
-        MFD_CLOEXEC
-        MFD_HUGETLB
-    int memfd_create(const char *name, unsigned int flags)
     int madvise(void *addr, size_t length, int advice)
     enum:
-        MADV_DONTFORK
         MADV_DONTNEED
-        MADV_HUGEPAGE
-
-cdef extern from "<linux/mman.h>" nogil:
-    enum:
-        MAP_HUGE_2MB
-
-cdef extern from "<linux/memfd.h>" nogil:
-    enum:
-        MFD_HUGE_2MB
 
 cdef extern from "<malloc.h>" nogil:
     int malloc_trim(size_t pad)
 
 cdef extern from * nogil:
-    uint64_t atomic_or "__sync_fetch_and_or" (uint64_t *p, uint64_t bits)
-    uint64_t atomic_exchange_zero "__sync_fetch_and_and" (uint64_t *p, uint64_t zero)
+    """
+    #define publish(slot, value) __atomic_store_n(slot, value, __ATOMIC_RELEASE)
+    #define observe(slot) __atomic_load_n(slot, __ATOMIC_ACQUIRE)
+    """
+    void publish(region_table **slot, region_table *value)
+    region_table *observe(region_table **slot)
 
-cdef enum:
-    PAGE_SIZE = 1 << PAGE_SHIFT
-    HUGE_PAGE_SIZE = 2 << 20
-
-BACKINGS = ("anonymous", "transparent", "memfd", "file", "hugepages", "hugepages-memfd")
+# Of a physical address, at most (Intel SDM volume 3, 4.1.4).
+ADDRESS_BITS = 52
 
 
 def unmap_pages(uint64_t address, uint64_t size):
@@ -78,52 +59,14 @@ def trim_heap():
     malloc_trim(0)
 
 
-cdef class Region:
-    """One contiguous range of guest RAM and owner of the host mapping behind it; a writable buffer."""
-
-    cdef void unmap(self) noexcept:
-        if self.r.hva != NULL:
-            munmap(self.r.hva, self.r.size)
-            memset(&self.r, 0, sizeof(region_t))
-
-    def __dealloc__(self):
-        self.unmap()
-
-    @property
-    def gpa(self):
-        """First guest physical address."""
-        return self.r.gpa
-
-    @property
-    def size(self):
-        """Length in bytes."""
-        return self.r.size
-
-    @property
-    def hva(self):
-        """Host virtual address of the first byte."""
-        return <uint64_t> self.r.hva
-
-    def __getbuffer__(self, Py_buffer *view, int flags):
-        if self.r.hva == NULL:
-            raise ValueError("guest memory is closed")
-        PyBuffer_FillInfo(view, self, self.r.hva, self.r.size, 0, flags)
-        self.exports += 1
-
-    def __releasebuffer__(self, Py_buffer *view):
-        self.exports -= 1
-
-    def __repr__(self):
-        return f"Region(gpa={self.gpa:#x}, size={self.size:#x})"
-
-
 cdef class GuestMemory:
     """Guest RAM as a table of regions.
 
     layout: [(gpa, size)] in bytes, page aligned, ascending, without overlap.
     backing: "anonymous"; "transparent" (anonymous, in huge pages where the kernel finds some); "memfd" (shared, can be
-    handed to another process); "file" (a private, copy-on-write mapping of `fd`, regions one after the other from
-    `offset`); "hugepages" and "hugepages-memfd" (reserved 2 MiB pages).
+    handed to another process, which cannot change its size); "transparent-memfd" (both); "file" (a private,
+    copy-on-write mapping of `fd`, regions one after the other from `offset`); "hugepages" and "hugepages-memfd" (reserved
+    2 MiB pages).
     shared: with "file", map it shared instead.
     Raises ConfigError when the layout is wrong or the host cannot give the memory.
     """
@@ -131,45 +74,36 @@ cdef class GuestMemory:
     def __cinit__(self):
         self.memfd = -1
         self.regions = ()
+        self.listeners = []
+        self.given_up = []
+        self.table = <region_table *> calloc(1, sizeof(region_table))
+        if self.table == NULL:
+            raise MemoryError
 
     def __init__(self, layout, *, str backing="anonymous", int fd=-1, uint64_t offset=0, bint shared=False):
-        if self.count:
+        if self.regions:
             raise ConfigError("guest memory is already laid out")
         if backing not in BACKINGS:
             raise ConfigError(f"unknown memory backing {backing!r}: expected one of {', '.join(BACKINGS)}")
-        align = HUGE_PAGE_SIZE if backing.startswith("hugepages") else PAGE_SIZE
-        self._check_layout(layout, align)
-        try:
-            self._map(layout, backing, fd, offset, shared)
-        except BaseException:
-            self.close()
-            raise
-
-    def _check_layout(self, layout, uint64_t align):
         if not 0 < len(layout) <= MAX_REGIONS:
             raise ConfigError(f"guest memory needs 1 to {MAX_REGIONS} regions, not {len(layout)}")
         end = 0
         for gpa, size in layout:
-            if gpa % align or size % align or size <= 0:
-                raise ConfigError(f"memory region at {gpa:#x} of {size:#x} bytes is not a multiple of {align:#x}")
+            check_range(gpa, size, backing)
             if gpa < end:
                 raise ConfigError(f"memory region at {gpa:#x} overlaps the one before it, which ends at {end:#x}")
             end = gpa + size
-            if end > 1 << 52:
-                raise ConfigError(f"memory region at {gpa:#x} ends beyond 52 bits of physical address")
+        self.backing = backing
+        try:
+            self._map(layout, fd, offset, shared)
+        except BaseException:
+            self.close()
+            raise
 
-    def _map(self, layout, str backing, int fd, uint64_t offset, bint shared):
-        cdef int flags
-        cdef void *address
+    def _map(self, layout, int fd, uint64_t offset, bint shared):
         cdef Region region
         cdef uint64_t total = sum(size for _, size in layout)
-        if backing in ("anonymous", "transparent"):
-            flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
-            fd = -1
-        elif backing == "hugepages":
-            flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | MAP_HUGE_2MB
-            fd = -1
-        elif backing == "file":
+        if self.backing == "file":
             # A page beyond the file's end can be mapped, but not touched: that is a SIGBUS.
             try:
                 length = os.fstat(fd).st_size
@@ -177,104 +111,224 @@ cdef class GuestMemory:
                 raise ConfigError(f"cannot map the file of guest memory: {error.strerror}") from None
             if offset + total > length:
                 raise ConfigError(f"the file of guest memory has {length} bytes, {offset + total} are needed")
-            flags = MAP_SHARED if shared else MAP_PRIVATE | MAP_NORESERVE
+        elif self.backing.endswith("memfd"):
+            fd = self.memfd = make_memfd(total, self.backing)
+            offset, shared = 0, True
         else:
-            flags = MAP_SHARED
-            if backing == "hugepages-memfd":
-                self.memfd = memfd_create(b"guest-memory", MFD_CLOEXEC | MFD_HUGETLB | MFD_HUGE_2MB)
-            else:
-                flags |= MAP_NORESERVE
-                self.memfd = memfd_create(b"guest-memory", MFD_CLOEXEC)
-            if self.memfd < 0 or ftruncate(self.memfd, <long> total) < 0:
-                raise ConfigError(f"cannot make a memfd of {total >> 20} MiB: {strerror(errno).decode()}")
-            fd = self.memfd
+            fd, offset = -1, 0
         regions = []
         for gpa, size in layout:
-            address = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, fd, <long> offset if fd >= 0 else 0)
-            if address == MAP_FAILED:
-                reason = strerror(errno).decode()
-                if backing.startswith("hugepages"):
-                    reason += "; reserve enough 2 MiB pages with sysctl vm.nr_hugepages"
-                raise ConfigError(f"cannot map {size >> 20} MiB of guest memory ({backing}): {reason}")
-            region = Region.__new__(Region)
-            region.r.gpa, region.r.size, region.r.hva = gpa, size, <uint8_t *> address
-            region.fd, region.offset = fd, offset
-            # A forked helper process must neither keep guest memory alive nor see it.
-            madvise(address, size, MADV_DONTFORK)
-            if backing == "transparent":
-                madvise(address, size, MADV_HUGEPAGE)
-            self.table[self.count] = region.r
-            self.count += 1
-            self.size += size
+            region = map_region(gpa, size, self.backing, fd, offset, shared, False)
             regions.append(region)
-            self.regions = tuple(regions)
-            if fd >= 0:
-                offset += size
+            offset += size
+        self._publish(regions)
+        self._forget_older()
+
+    # -- regions that come and go --------------------------------------------------------------------------------
+
+    def add_listener(self, listener):
+        """Call `listener.region_added(region)` and `listener.region_removed(region)` when that has happened to the table.
+
+        `region_added` may raise ConfigError or KvmError, and the region goes again. `region_removed` makes whatever uses
+        the region stop: its mapping goes when it returns. Listeners are called in the order in which they came, and for
+        what is removed the other way round. One that is dropped listens no more.
+        """
+        self.listeners.append(ref(listener))
+
+    def remove_listener(self, listener):
+        """Call it no more. Idempotent."""
+        self.listeners[:] = [each for each in self.listeners if each() is not None and each() is not listener]
+
+    cdef list _live_listeners(self):
+        return [listener for listener in [each() for each in self.listeners] if listener is not None]
+
+    def add_region(self, gpa, size, *, backing=None):
+        """Add RAM while the guest runs, backed as the rest is unless `backing` says otherwise; returns the Region.
+
+        ConfigError, and nothing has changed, when it overlaps, is one too many, cannot be had, or a listener refuses.
+        One thread at a time adds and removes.
+        """
+        cdef Region region, other
+        cdef int fd = -1
+        if not self.regions:
+            raise ConfigError("guest memory is closed")
+        if backing is None:
+            backing = "anonymous" if self.backing == "file" else self.backing
+        if backing not in BACKINGS or backing == "file":
+            raise ConfigError(f"no memory can be added with the backing {backing!r}")
+        check_range(gpa, size, backing)
+        if gpa < 0:
+            raise ConfigError(f"memory region at {gpa:#x} begins below address 0")
+        if len(self.regions) == MAX_REGIONS:
+            raise ConfigError(f"guest memory has {MAX_REGIONS} regions already; remove one")
+        for other in self.regions:
+            if gpa < other.r.gpa + other.r.size and other.r.gpa < gpa + size:
+                raise ConfigError(f"memory region at {gpa:#x} of {size:#x} bytes overlaps the one at {other.gpa:#x}")
+        if backing.endswith("memfd"):
+            fd = make_memfd(size, backing)
+        try:
+            region = map_region(gpa, size, backing, fd, 0, fd >= 0, fd >= 0)
+            region.track(self.tracking)
+        except BaseException:
+            if fd >= 0 and region is None:
+                close(fd)
+            raise
+        self._publish(sorted((*self.regions, region), key=first_address))
+        told = []
+        try:
+            for listener in self._live_listeners():
+                listener.region_added(region)
+                told.append(listener)
+        except BaseException:
+            self._take_away(region, told)
+            raise
+        self._forget_older()
+        return region
+
+    def remove_region(self, Region region not None):
+        """Take RAM away while the guest runs: an access of the guest finds nothing there from now on.
+
+        A device whose rings lie in it waits for its driver to reset it. BufferError, and nothing has changed, while a
+        memoryview of it is alive. What a listener raises is raised when all have been told.
+        """
+        if region not in self.regions:
+            raise ConfigError(f"{region!r} is no region of this guest memory")
+        if len(self.regions) == 1:
+            raise ConfigError("the last region of guest memory cannot be removed; close it")
+        if region.exports:
+            raise BufferError("the memory region is in use by a memoryview")
+        error = self._take_away(region, self._live_listeners())
+        if error is not None:
+            raise error
+
+    cdef object _take_away(self, Region region, list told):
+        """What a listener raised, or None: then nobody uses the region, and it is unmapped."""
+        error = None
+        self._publish([each for each in self.regions if each is not region])
+        for listener in reversed(told):
+            try:
+                listener.region_removed(region)
+            except Exception as reason:
+                error = error or reason
+        if error is not None:
+            # Somebody may still use it. Address space is cheaper than that.
+            self.given_up.append(region)
+            return error
+        self._forget_older()
+        if not region.exports:
+            region.unmap()
+        return None
+
+    cdef object _publish(self, regions):
+        cdef region_table *table = <region_table *> calloc(1, sizeof(region_table))
+        cdef Region region
+        if table == NULL:
+            raise MemoryError
+        for region in regions:
+            table.regions[table.count] = region.r
+            table.count += 1
+        table.older = self.table
+        self.regions = tuple(regions)
+        self.size = sum(each.size for each in self.regions)
+        publish(&self.table, table)
+
+    cdef void _forget_older(self) noexcept:
+        """Nobody looks at the tables before this one any more."""
+        cdef region_table *older
+        while self.table.older != NULL:
+            older = self.table.older
+            self.table.older = older.older
+            free(older)
 
     # -- native access -------------------------------------------------------------------------------------------
 
-    cdef uint8_t *span(self, uint64_t gpa, uint64_t size) noexcept nogil:
+    cdef uint64_t piece(self, uint64_t gpa, uint64_t size, uint8_t **host) noexcept nogil:
+        cdef region_table *table = observe(&self.table)
         cdef int i
         cdef region_t *r
-        for i in range(self.count):
-            r = &self.table[i]
+        for i in range(table.count):
+            r = &table.regions[i]
             if gpa >= r.gpa and gpa - r.gpa < r.size:
-                return r.hva + (gpa - r.gpa) if size <= r.size - (gpa - r.gpa) else NULL
-        return NULL
+                host[0] = r.hva + (gpa - r.gpa)
+                return min(size, r.size - (gpa - r.gpa))
+        return 0
+
+    cdef uint8_t *span(self, uint64_t gpa, uint64_t size) noexcept nogil:
+        cdef uint8_t *host = NULL
+        return host if self.piece(gpa, size, &host) == size else NULL
 
     cdef void mark_dirty(self, uint64_t gpa, uint64_t size) noexcept nogil:
+        cdef region_table *table
         cdef int i
         cdef region_t *r
-        cdef uint64_t page, last
-        if size == 0 or not self.tracking:
-            return
-        for i in range(self.count):
-            r = &self.table[i]
-            if r.dirty != NULL and gpa >= r.gpa and gpa - r.gpa < r.size:
-                page = (gpa - r.gpa) >> PAGE_SHIFT
-                last = (min(gpa - r.gpa + size, r.size) - 1) >> PAGE_SHIFT
-                while page <= last:
-                    atomic_or(&r.dirty[page >> 6], <uint64_t> 1 << (page & 63))
-                    page += 1
-                return
-
-    cdef void mark_dirty_at(self, const uint8_t *hva, uint64_t size) noexcept nogil:
-        cdef int i
-        cdef region_t *r
+        cdef uint64_t part
         if not self.tracking:
             return
-        for i in range(self.count):
-            r = &self.table[i]
+        table = observe(&self.table)
+        for i in range(table.count):
+            r = &table.regions[i]
+            # Regions are in ascending order: what goes on in the next is found next.
+            if size and gpa >= r.gpa and gpa - r.gpa < r.size:
+                part = min(size, r.size - (gpa - r.gpa))
+                mark(r, gpa - r.gpa, part)
+                gpa += part
+                size -= part
+
+    cdef void mark_dirty_at(self, const uint8_t *hva, uint64_t size) noexcept nogil:
+        cdef region_table *table
+        cdef int i
+        cdef region_t *r
+        if not self.tracking or size == 0:
+            return
+        table = observe(&self.table)
+        for i in range(table.count):
+            r = &table.regions[i]
             if hva >= r.hva and <uint64_t> (hva - r.hva) < r.size:
-                self.mark_dirty(r.gpa + <uint64_t> (hva - r.hva), size)
+                mark(r, <uint64_t> (hva - r.hva), min(size, r.size - <uint64_t> (hva - r.hva)))
                 return
 
     # -- access from Python --------------------------------------------------------------------------------------
 
-    cdef uint8_t *_checked(self, gpa, size) except NULL:
-        if not self.count:
+    cdef list _cover(self, gpa, size):
+        """[(region, offset in it, bytes)] that make up the range, adjacent regions included; MemoryAccessError."""
+        cdef Region region
+        if not self.regions:
             raise MemoryAccessError("guest memory is closed")
-        cdef uint8_t *host = NULL
-        if 0 <= gpa < 1 << 64 and 0 <= size < 1 << 63:
-            host = self.span(gpa, size)
-        if host == NULL:
-            raise MemoryAccessError(f"guest physical range {gpa:#x} + {size:#x} is not inside guest memory")
-        return host
+        found = []
+        at, left = gpa, size
+        if gpa >= 0 and size >= 0:
+            for region in self.regions:
+                if region.r.gpa <= at < region.r.gpa + region.r.size:
+                    part = min(left, region.r.gpa + region.r.size - at)
+                    found.append((region, at - region.r.gpa, part))
+                    at += part
+                    left -= part
+                    if left == 0:
+                        return found
+        raise MemoryAccessError(f"guest physical range {gpa:#x} + {size:#x} is not inside guest memory")
 
     def read(self, gpa, size):
         """Copy of `size` bytes at guest physical address `gpa`. MemoryAccessError when any byte is outside RAM."""
-        cdef uint8_t *host = self._checked(gpa, size)
-        return PyBytes_FromStringAndSize(<char *> host, size)
+        cdef Region region
+        cdef uint64_t offset, part
+        parts = []
+        for region, offset, part in self._cover(gpa, size):
+            parts.append(PyBytes_FromStringAndSize(<char *> region.r.hva + offset, part))
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def write(self, gpa, data):
         """Copy `data`, any contiguous buffer, to `gpa`. MemoryAccessError, and nothing written, when it does not fit."""
         cdef Py_buffer view
-        cdef uint8_t *host
+        cdef Region region
+        cdef uint64_t offset, part
+        cdef uint8_t *source
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
-            host = self._checked(gpa, view.len)
-            memcpy(host, view.buf, view.len)
-            self.mark_dirty(gpa, view.len)
+            source = <uint8_t *> view.buf
+            for region, offset, part in self._cover(gpa, view.len):
+                memcpy(region.r.hva + offset, source, part)
+                source += part
+                mark(&region.r, offset, part)
         finally:
             PyBuffer_Release(&view)
 
@@ -283,80 +337,63 @@ cdef class GuestMemory:
 
         MemoryAccessError when the range is outside RAM; ConfigError when the file ends early or cannot be read.
         """
-        cdef uint8_t *host = self._checked(gpa, size)
-        cdef uint64_t done = 0, total = size
-        cdef ssize_t n
-        while done < total:
-            with nogil:
-                n = pread(fd, host + done, total - done, <long> (offset + done))
-            if n < 0 and errno == EINTR:
-                continue
-            if n < 0:
-                raise ConfigError(f"cannot read {size} bytes at offset {offset}: {strerror(errno).decode()}")
-            if n == 0:
-                raise ConfigError(f"file ends {total - done} bytes before offset {offset + total}")
-            done += n
-        self.mark_dirty(gpa, total)
+        cdef Region region
+        cdef uint64_t place, part
+        for region, place, part in self._cover(gpa, size):
+            # Not to be removed meanwhile.
+            region.exports += 1
+            try:
+                region.load(place, fd, offset, part)
+            finally:
+                region.exports -= 1
+            offset += part
 
     # -- dirty pages ---------------------------------------------------------------------------------------------
 
     def track_dirty(self, bint enable):
         """Start (all clean) or stop noting the pages that the VMM itself writes. No device runs meanwhile."""
-        cdef int i
+        cdef Region region
         self.tracking = False
-        for i in range(self.count):
-            free(self.table[i].dirty)
-            self.table[i].dirty = NULL
-            if enable:
-                self.table[i].dirty = <uint64_t *> calloc((self.table[i].size >> (PAGE_SHIFT + 6)) + 1, 8)
-                if self.table[i].dirty == NULL:
-                    raise MemoryError("no memory for the dirty bitmap")
+        for region in self.regions:
+            region.track(enable)
+        self._publish(self.regions)
+        self._forget_older()
         self.tracking = enable
 
     def take_dirty(self, int index):
-        """The bitmap of pages written by the VMM in region `index` since the last call, little-endian, bit 0 the first
+        """The bitmap of pages written by the VMM in `regions[index]` since the last call, little-endian, bit 0 the first
         page, in the layout of KVM_GET_DIRTY_LOG; it is cleared. Empty when writes are not tracked."""
-        if not 0 <= index < self.count:
+        if not 0 <= index < len(self.regions):
             raise IndexError(f"no memory region {index}")
-        cdef region_t *r = &self.table[index]
-        cdef uint64_t words = (r.size + (PAGE_SIZE << 6) - 1) >> (PAGE_SHIFT + 6)
-        cdef uint64_t i
-        if r.dirty == NULL:
-            return b""
-        bitmap = PyBytes_FromStringAndSize(NULL, words * 8)
-        cdef uint64_t *out = <uint64_t *> PyBytes_AS_STRING(bitmap)
-        for i in range(words):
-            out[i] = atomic_exchange_zero(&r.dirty[i], 0)
-        return bitmap
+        return (<Region> self.regions[index]).take_dirty()
 
     # -- life ----------------------------------------------------------------------------------------------------
 
     def close(self):
         """Unmap everything. BufferError while a memoryview of a region is alive. Idempotent.
 
-        No vCPU and no device may still run: the machine stops them first.
+        No vCPU and no device may still run: the machine stops them first. Listeners are not called.
         """
         cdef Region region
         for region in self.regions:
             if region.exports:
                 raise BufferError("guest memory is in use by a memoryview")
-        for region in self.regions:
-            region.unmap()
-        cdef int i
-        for i in range(self.count):
-            free(self.table[i].dirty)
-        self.count = 0
-        self.size = 0
-        self.regions = ()
+        regions = (*self.regions, *self.given_up)
+        self._publish(())
+        self._forget_older()
+        self.given_up.clear()
+        for region in regions:
+            if not region.exports:
+                region.unmap()
         if self.memfd >= 0:
             close(self.memfd)
             self.memfd = -1
 
     def __dealloc__(self):
         # Each mapping goes with its Region, which a memoryview may keep alive for longer than this table.
-        cdef int i
-        for i in range(self.count):
-            free(self.table[i].dirty)
+        if self.table != NULL:
+            self._forget_older()
+            free(self.table)
         if self.memfd >= 0:
             close(self.memfd)
 
@@ -365,3 +402,16 @@ cdef class GuestMemory:
 
     def __exit__(self, *exc):
         self.close()
+
+
+def first_address(Region region not None):
+    """Where it begins, to sort regions by."""
+    return region.r.gpa
+
+
+cdef object check_range(gpa, size, str backing):
+    align = HUGE_PAGE_SIZE if backing.startswith("hugepages") else PAGE_SIZE
+    if gpa % align or size % align or size <= 0:
+        raise ConfigError(f"memory region at {gpa:#x} of {size:#x} bytes is not a multiple of {align:#x}")
+    if gpa + size > 1 << ADDRESS_BITS:
+        raise ConfigError(f"memory region at {gpa:#x} ends beyond {ADDRESS_BITS} bits of physical address")

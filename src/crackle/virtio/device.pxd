@@ -46,6 +46,7 @@ cdef struct driver_link:
 cdef int new_eventfd() except -1
 
 cdef class VirtioDevice:
+    cdef object __weakref__
     cdef pthread_mutex_t lock
     cdef bint made                  # __cinit__ has run, and the descriptors below are ours
     cdef readonly uint32_t device_id
@@ -87,6 +88,7 @@ cdef class VirtioDevice:
     cdef void notified(self, int index) noexcept nogil
     cdef void limiter_fired(self, RateLimiter limiter, int queue) noexcept nogil
     cdef void config_changed(self) noexcept nogil
+    cdef void let_go(self, uint64_t gpa, uint64_t size) noexcept nogil
     # A device's own part; each runs with the lock held, without the GIL.
     cdef bint on_activate(self) noexcept nogil
     cdef void on_reset(self) noexcept nogil

@@ -17,6 +17,7 @@ from crackle.includes.events cimport EFD_CLOEXEC, EFD_NONBLOCK, EPOLLET, EPOLLIN
 from crackle.runtime.threads cimport *
 from crackle.includes.virtio cimport *
 from crackle.memory.guest cimport GuestMemory
+from crackle.memory.region cimport Region
 from crackle.ratelimit.limiter cimport RateLimiter, bucket, configure_bucket
 from crackle.virtio.queue cimport Virtqueue
 
@@ -61,6 +62,7 @@ cdef class VirtioDevice:
             for other in others:
                 self.needs[self.need_count].needed |= 1 << other
             self.need_count += 1
+        self.memory.add_listener(self)
         self.device_id = device_id
         self.device_features = features | VERSION_1 | EVENT_IDX | INDIRECT
         for index, size in enumerate(queue_sizes):
@@ -96,6 +98,7 @@ cdef class VirtioDevice:
 
     def close(self):
         """Give the descriptors back; the I/O thread is stopped. Idempotent."""
+        self.memory.remove_listener(self)
         self.close_fds()
         self.notify_fds = ()
         for limiter in self.limiters:
@@ -236,6 +239,37 @@ cdef class VirtioDevice:
         self.config_generation += 1
         if self.running():
             self.signal_config()
+
+    # -- guest memory that comes and goes (crackle.memory.guest), on the thread that adds and removes it -------------
+
+    def region_added(self, Region region not None):
+        """Whoever serves a queue holds the lock: none of them uses the table any more in which `region` was not."""
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+            pthread_mutex_unlock(&self.lock)
+
+    def region_removed(self, Region region not None):
+        """Finish what is in flight, some of which may lie in `region`; a queue whose rings do waits for a reset."""
+        cdef uint64_t gpa = region.r.gpa, size = region.r.size
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+            self.let_go(gpa, size)
+            pthread_mutex_unlock(&self.lock)
+
+    cdef void let_go(self, uint64_t gpa, uint64_t size) noexcept nogil:
+        cdef bint lost = False
+        cdef int i
+        self.on_drain()
+        for i in range(self.queue_count):
+            lost |= (<Virtqueue> self.table[i]).let_go(gpa, size)
+        if not self.running():
+            return
+        if lost:
+            self.need_reset()
+            return
+        # What was taken from the queues ahead is in them again.
+        for i in range(self.queue_count):
+            self.notify_again(i)
 
     # -- the device's own part -----------------------------------------------------------------------------------
 

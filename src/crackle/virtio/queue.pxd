@@ -2,10 +2,13 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t, uint8_t
 
 from crackle.includes.io cimport iovec
 from crackle.includes.virtio cimport vring_desc, vring_used_elem
-from crackle.memory.guest cimport GuestMemory
+from crackle.memory.guest cimport MAX_REGIONS, GuestMemory
 
 cdef enum:
     MAX_QUEUE_SIZE = 256
+    # Entries of a chain's iov. A buffer that lies in two regions of guest memory has two; of the buffers of a chain that
+    # names nothing twice, no more are cut than there are regions.
+    CHAIN_IOV = MAX_QUEUE_SIZE + MAX_REGIONS
 
 # What pop() found.
 cdef enum:
@@ -20,8 +23,8 @@ cdef struct chain:
     int writable            # ... and, after them, of those it writes
     uint64_t readable_bytes
     uint64_t writable_bytes
-    iovec iov[MAX_QUEUE_SIZE]
-    uint64_t gpa[MAX_QUEUE_SIZE]
+    iovec iov[CHAIN_IOV]
+    uint64_t gpa[CHAIN_IOV]
 
 cdef class Virtqueue:
     cdef readonly uint16_t max_size
@@ -46,6 +49,7 @@ cdef class Virtqueue:
 
     cdef void reset(self) noexcept nogil
     cdef bint enable(self) noexcept nogil
+    cdef bint let_go(self, uint64_t gpa, uint64_t size) noexcept nogil
     cdef int pop(self, chain *c) noexcept nogil
     cdef int add_buffer(self, chain *c, vring_desc *d) noexcept nogil
     cdef int broken(self, const char *why) noexcept nogil

@@ -3,6 +3,9 @@
 Everything in the rings is written by the guest and hostile: each descriptor is copied once, the copy is checked, and only
 the copy is used. A chain has at most as many buffers as the queue has entries, which bounds every walk, loops included
 (2.7.5.3.1). A fault breaks the queue: the device then asks for a reset and touches the rings no more.
+
+A buffer may begin in one region of guest memory and end in the next: the device then sees two. Each part of a ring, and
+an indirect table, lies in one.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -32,6 +35,10 @@ cdef enum:
     FLAGS = 0
     IDX = 1
     RING = 2
+
+
+cdef bint overlaps(uint64_t one, uint64_t one_size, uint64_t other, uint64_t other_size) noexcept nogil:
+    return one < other + other_size and other < one + one_size
 
 
 cdef class Virtqueue:
@@ -68,38 +75,57 @@ cdef class Virtqueue:
         self.avail = <uint16_t *> self.memory.span(self.avail_gpa, 6 + 2 * n)
         self.used = <uint16_t *> self.memory.span(self.used_gpa, 6 + 8 * n)
         self.ready = self.desc != NULL and self.avail != NULL and self.used != NULL
+        self.fault = NULL
         return self.ready
+
+    cdef bint let_go(self, uint64_t gpa, uint64_t size) noexcept nogil:
+        """Guest memory in [gpa, gpa + size) goes. Whether a part of this queue was there: then it is enabled no more."""
+        cdef uint64_t n = self.size
+        if not self.ready or not (
+            overlaps(self.desc_gpa, 16 * n, gpa, size)
+            or overlaps(self.avail_gpa, 6 + 2 * n, gpa, size)
+            or overlaps(self.used_gpa, 6 + 8 * n, gpa, size)
+        ):
+            return False
+        self.ready = False
+        self.fault = "the guest memory that the queue lies in was taken away"
+        return True
 
     cdef int broken(self, const char *why) noexcept nogil:
         self.fault = why
         return QUEUE_BROKEN
 
     cdef int add_buffer(self, chain *c, vring_desc *d) noexcept nogil:
+        cdef uint64_t gpa = d.addr, left = d.len, part
         cdef int n = c.readable + c.writable
         cdef uint8_t *host
-        if n >= self.size:
-            return self.broken("descriptor chain longer than the queue")
         if d.flags & VRING_DESC_F_WRITE:
-            c.writable_bytes += d.len
+            c.writable_bytes += left
         elif c.writable:
             return self.broken("device-readable descriptor after a device-writable one")
         else:
-            c.readable_bytes += d.len
-        host = self.memory.span(d.addr, d.len)
-        if host == NULL:
-            return self.broken("descriptor points outside guest memory")
-        c.iov[n].iov_base, c.iov[n].iov_len, c.gpa[n] = host, d.len, d.addr
+            c.readable_bytes += left
+        while left:
+            part = self.memory.piece(gpa, left, &host)
+            if part == 0:
+                return self.broken("descriptor points outside guest memory")
+            if n == CHAIN_IOV:
+                return self.broken("descriptor chain in too many pieces of guest memory")
+            c.iov[n].iov_base, c.iov[n].iov_len, c.gpa[n] = host, part, gpa
+            n += 1
+            gpa += part
+            left -= part
         if d.flags & VRING_DESC_F_WRITE:
-            c.writable += 1
+            c.writable = n - c.readable
         else:
-            c.readable += 1
+            c.readable = n
         return QUEUE_CHAIN
 
     cdef int pop(self, chain *c) noexcept nogil:
         """The next available chain into `c`: QUEUE_CHAIN, QUEUE_EMPTY, or QUEUE_BROKEN with `fault` set."""
         cdef vring_desc d
         cdef vring_desc *table = self.desc
-        cdef uint32_t length = self.size, index, steps = 0
+        cdef uint32_t length = self.size, index, steps = 0, buffers = 0
         cdef bint in_table = False
         if self.fault != NULL:
             return QUEUE_BROKEN
@@ -136,8 +162,12 @@ cdef class Virtqueue:
                     return self.broken("indirect table outside guest memory")
                 length, index, in_table = d.len // 16, 0, True
                 continue
-            if d.len and self.add_buffer(c, &d) == QUEUE_BROKEN:
-                return QUEUE_BROKEN
+            if d.len:
+                if buffers == self.size:
+                    return self.broken("descriptor chain longer than the queue")
+                buffers += 1
+                if self.add_buffer(c, &d) == QUEUE_BROKEN:
+                    return QUEUE_BROKEN
             if not d.flags & VRING_DESC_F_NEXT:
                 break
             index = d.next
@@ -217,7 +247,7 @@ cdef class Virtqueue:
         """pop() for tests: None when empty, else (head, [(gpa, length, device-writable)]). ValueError when broken."""
         cdef chain c
         cdef int i, found
-        if not self.ready or not self.memory.count:
+        if not self.ready or not self.memory.table.count:
             raise ValueError("the queue is not enabled")
         with nogil:
             found = self.pop(&c)
@@ -229,7 +259,7 @@ cdef class Virtqueue:
 
     def give(self, uint16_t head, uint32_t length):
         """push() and publish() for tests; whether the driver is to be interrupted."""
-        if not self.ready or not self.memory.count:
+        if not self.ready or not self.memory.table.count:
             raise ValueError("the queue is not enabled")
         self.push(head, length)
         self.publish()

@@ -10,7 +10,7 @@ import os
 
 from crackle.arch import LoadedKernel, build_cmdline, configure_system, enter_kernel, load_initrd, load_kernel
 from crackle.errors import ConfigError, os_reason
-from crackle.memory import GuestMemory
+from crackle.memory import GuestMemory, huge_pages_missing
 from crackle.vmm.devices import is_read_only, kind_of_drive
 from crackle.vmm.files import BootFile
 from crackle.vmm.machine import BuildOptions, Machine
@@ -60,6 +60,8 @@ def _furnish(
     machine: Machine, config: VmConfig, options: BuildOptions, held: Mapping[tuple[str, str], Held]
 ) -> None:
     """Add the devices and the kernel."""
+    if options.logger is not None and (why := huge_pages_missing(machine.memory.backing)):
+        options.logger.warning(f"Guest memory gets no transparent huge pages: {why}.")
     machine.add_legacy_devices(_console_output(machine, config, options))
     root: Drive | None = None
     read_only = False

@@ -12,15 +12,16 @@ import msgspec
 
 from crackle.arch import layout, memory_layout, prepare_vcpu
 from crackle.errors import ConfigError
-from crackle.kvm import MEM_LOG_DIRTY_PAGES, Kvm, Vcpu, Vm
+from crackle.kvm import Kvm, Vcpu, Vm
 from crackle.memory import GuestMemory
+from crackle.vmm.slots import MemorySlots
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from crackle.schema.machine import MachineConfig
 
 _BACKINGS = {"None": "anonymous", "Transparent": "transparent", "2M": "hugepages"}
-_SHARED_BACKINGS = {"None": "memfd", "Transparent": "memfd", "2M": "hugepages-memfd"}
+_SHARED_BACKINGS = {"None": "memfd", "Transparent": "transparent-memfd", "2M": "hugepages-memfd"}
 
 
 class Parts(msgspec.Struct):
@@ -29,6 +30,7 @@ class Parts(msgspec.Struct):
     memory: GuestMemory | None = None
     kvm: Kvm | None = None
     vm: Vm | None = None
+    slots: MemorySlots | None = None
     vcpus: list[Vcpu] = msgspec.field(default_factory=list)
 
     def close(self) -> None:
@@ -118,6 +120,4 @@ def _make(config: MachineConfig, shared: bool, parts: Parts) -> None:
             supported_msrs=msrs,
         )
     memory.track_dirty(config.track_dirty_pages)
-    flags = MEM_LOG_DIRTY_PAGES if config.track_dirty_pages else 0
-    for slot, region in enumerate(memory.regions):
-        vm.set_user_memory_region(slot, region.gpa, region.size, region.hva, flags)
+    parts.slots = MemorySlots(vm, memory, log_dirty_pages=config.track_dirty_pages)

@@ -17,7 +17,7 @@ from crackle.includes.uring cimport *
 from crackle.memory.guest cimport GuestMemory
 from crackle.virtio.block.engine cimport DO_FLUSH, DO_READ, DO_WRITE, Engine, request
 from crackle.virtio.device cimport new_eventfd
-from crackle.virtio.queue cimport MAX_QUEUE_SIZE
+from crackle.virtio.queue cimport CHAIN_IOV, MAX_QUEUE_SIZE
 
 from crackle.errors import ConfigError
 
@@ -102,7 +102,7 @@ cdef class AsyncEngine(Engine):
         io_uring_cq_eventfd_toggle(&self.ring, False)
         # Pages that are never touched cost nothing, and the request that was given back last is the next to be taken.
         self.requests = <request *> calloc(DEPTH, sizeof(request))
-        self.tables = <iovec *> calloc(DEPTH * MAX_QUEUE_SIZE, sizeof(iovec))
+        self.tables = <iovec *> calloc(DEPTH * CHAIN_IOV, sizeof(iovec))
         self.idle = <request **> calloc(DEPTH, sizeof(request *))
         if self.requests == NULL or self.tables == NULL or self.idle == NULL:
             raise MemoryError
@@ -149,7 +149,7 @@ cdef class AsyncEngine(Engine):
             r.one = r.iov[0]
             r.iov = &r.one
         elif r.count:
-            table = &self.tables[(r - self.requests) * MAX_QUEUE_SIZE]
+            table = &self.tables[(r - self.requests) * CHAIN_IOV]
             memcpy(table, r.iov, r.count * sizeof(iovec))
             r.iov = table
         self.in_flight += 1

@@ -5,7 +5,7 @@ from crackle.includes.io cimport iovec
 from crackle.ratelimit.limiter cimport RateLimiter
 from crackle.virtio.latency cimport latency
 from crackle.virtio.net.receive cimport QUEUE_SIZE, Receiver
-from crackle.virtio.queue cimport Virtqueue, chain
+from crackle.virtio.queue cimport CHAIN_IOV, Virtqueue, chain
 
 cdef enum:
     # Of a frame: what is looked at to decide where it goes, an ARP request being the longest (RFC 826).
@@ -23,7 +23,7 @@ cdef class Net(Receiver):
     cdef uint64_t offloads          # the driver's features that the TAP was last told of
     cdef chain outgoing
     cdef uint8_t head[HEAD]
-    cdef iovec gathered[QUEUE_SIZE + 1]
+    cdef iovec gathered[CHAIN_IOV + 1]
     cdef latency writes
     cdef uint64_t patience_ns, gave_up
     cdef readonly uint64_t rx_queue_events, tx_queue_events, tap_events

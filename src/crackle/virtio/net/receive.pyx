@@ -11,7 +11,7 @@ from libc.string cimport memcpy, memmove
 from crackle.includes.io cimport iovec, readv
 from crackle.runtime.threads cimport now_ns
 from crackle.virtio.device cimport TURN_NS, VirtioDevice
-from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, Virtqueue, chain, copy_buffers
+from crackle.virtio.queue cimport CHAIN_IOV, QUEUE_BROKEN, QUEUE_CHAIN, Virtqueue, chain, copy_buffers
 
 
 cdef enum:
@@ -42,7 +42,7 @@ cdef class Receiver(VirtioDevice):
         self.forget()
 
     cdef bint window_full(self) noexcept nogil:
-        return self.chain_count == QUEUE_SIZE or self.iov_count + QUEUE_SIZE > WINDOW
+        return self.chain_count == QUEUE_SIZE or self.iov_count + CHAIN_IOV > WINDOW
 
     cdef bint take_chain(self, Virtqueue queue) noexcept nogil:
         """Move one chain from the queue into the window; False when there is none, or no room for its buffers."""
@@ -55,7 +55,7 @@ cdef class Receiver(VirtioDevice):
         if self.chain_first + self.chain_count == QUEUE_SIZE:
             memmove(self.chains, &self.chains[self.chain_first], self.chain_count * sizeof(waiting))
             self.chain_first = 0
-        if self.iov_first + self.iov_count + QUEUE_SIZE > WINDOW:
+        if self.iov_first + self.iov_count + CHAIN_IOV > WINDOW:
             memmove(self.iov, &self.iov[self.iov_first], self.iov_count * sizeof(iovec))
             memmove(self.gpa, &self.gpa[self.iov_first], self.iov_count * sizeof(uint64_t))
             self.iov_first = 0

@@ -21,6 +21,7 @@ from crackle.includes.virtio cimport (
     VIRTIO_RING_F_INDIRECT_DESC,
 )
 from crackle.memory.guest cimport GuestMemory
+from crackle.memory.region cimport Region
 from crackle.virtio.device cimport VirtioDevice
 from crackle.virtio.queue cimport Virtqueue
 
@@ -255,6 +256,49 @@ cdef class VhostUserBlock(VirtioDevice):
             self.backend.stop(1)
         except BaseException as error:
             self.failure = str(error)
+
+    # -- guest memory that comes and goes ------------------------------------------------------------------------
+
+    def region_added(self, Region region not None):
+        """Let the back end have it too. ConfigError when it cannot."""
+        cdef bint told
+        self.backend.check_memory(self.memory.regions)
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+            told = self.share_memory()
+            pthread_mutex_unlock(&self.lock)
+        if not told:
+            raise ConfigError(self.failure)
+
+    cdef void let_go(self, uint64_t gpa, uint64_t size) noexcept nogil:
+        if self.started:
+            self.settle(<Virtqueue> self.table[0], RESET_PATIENCE_NS)
+        if not (<Virtqueue> self.table[0]).let_go(gpa, size):
+            self.share_memory()
+            return
+        if self.started:
+            with gil:
+                self.stop_backend()
+        if self.running():
+            self.need_reset()
+
+    cdef bint share_memory(self) noexcept nogil:
+        """Tell the back end, if it has the ring, what guest memory is now; whether it knows. Otherwise it is of no use."""
+        cdef bint told = True
+        if self.started:
+            with gil:
+                told = self.send_memory()
+            if not told and self.running():
+                self.need_reset()
+        return told
+
+    cdef bint send_memory(self) noexcept:
+        try:
+            self.backend.set_memory(self.memory.regions)
+        except BaseException as error:
+            self.failure = str(error)
+            return False
+        return True
 
     # -- on the I/O thread ---------------------------------------------------------------------------------------
 

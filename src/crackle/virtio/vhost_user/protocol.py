@@ -153,9 +153,23 @@ class VhostUser:
                 self._tell("SET_VRING_CALL", U64.pack(index), (ring.call,))
                 self._tell("SET_VRING_KICK", U64.pack(index), (ring.kick,))
                 self._tell("SET_VRING_ENABLE", VRING_STATE.pack(index, 1))
-            if not self._acknowledges:
-                # What was said has been heard when a later question is answered.
-                self._ask("GET_FEATURES", b"", (U64.size,))
+            self._await_heard()
+
+        self._operate(tell)
+
+    def check_memory(self, regions: Sequence[Region]) -> None:
+        """ConfigError when the back end cannot be given these regions; nothing is said to it."""
+        if len(regions) > MAX_REGIONS:
+            self._fail(f"takes {MAX_REGIONS} regions of guest memory at most, not {len(regions)}")
+        if any(region.fd < 0 for region in regions):
+            self._fail("cannot be given guest memory that is not shared")
+
+    def set_memory(self, regions: Sequence[Region]) -> None:
+        """Tell the back end, which is started, what guest memory is from now on, and wait until it knows."""
+
+        def tell() -> None:
+            self._set_memory(regions)
+            self._await_heard()
 
         self._operate(tell)
 
@@ -203,12 +217,14 @@ class VhostUser:
         return offered & wanted
 
     def _set_memory(self, regions: Sequence[Region]) -> None:
-        if len(regions) > MAX_REGIONS:
-            self._fail(f"takes {MAX_REGIONS} regions of guest memory at most, not {len(regions)}")
-        if any(region.fd < 0 for region in regions):
-            self._fail("cannot be given guest memory that is not shared")
+        self.check_memory(regions)
         table = b"".join(REGION.pack(r.gpa, r.size, r.hva, r.offset) for r in regions)
         self._tell("SET_MEM_TABLE", struct.pack("=II", len(regions), 0) + table, [r.fd for r in regions])
+
+    def _await_heard(self) -> None:
+        # Without acknowledgements, what was said has been heard when a later question is answered.
+        if not self._acknowledges:
+            self._ask("GET_FEATURES", b"", (U64.size,))
 
     # -- messages ------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from crackle.includes.io cimport iovec, readv
 from crackle.includes.vsock cimport VIRTIO_VSOCK_OP_RW, virtio_vsock_hdr
 from crackle.memory.guest cimport GuestMemory
-from crackle.virtio.queue cimport QUEUE_CHAIN, Virtqueue, chain, copy_buffers
+from crackle.virtio.queue cimport CHAIN_IOV, QUEUE_CHAIN, Virtqueue, chain, copy_buffers
 from crackle.virtio.vsock.mux cimport Multiplexer
 from crackle.virtio.vsock.table cimport connection
 
@@ -88,7 +88,7 @@ cdef class ReceiveBuffers:
             if asked == most or count == MAX_GATHER:
                 break
             # A chain has as many buffers as the queue has entries, at most.
-            if self.packets[count - 1].first + self.packets[count - 1].count > MAX_BUFFERS - RX_QUEUE_SIZE:
+            if self.packets[count - 1].first + self.packets[count - 1].count > MAX_BUFFERS - CHAIN_IOV:
                 break
             if self.gather(queue, count) != QUEUE_CHAIN:
                 break
