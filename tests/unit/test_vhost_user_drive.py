@@ -35,10 +35,10 @@ class Machine:
     def start(self) -> None:
         pass
 
-    def update(self, kind: str, identifier: str, resource: Any) -> None:
+    def update(self, kind: str, identifier: str, resource: Any, held: Any = None) -> None:
         update = KINDS[kind].update
         assert update is not None
-        update(self.devices[kind, identifier], resource)
+        update(self.devices[kind, identifier], resource, *(() if held is None else (held,)))
 
     def metrics(self) -> dict[str, dict[str, Any]]:
         return {f"{kind}_{name}": device.counters() for (kind, name), device in self.devices.items()}

@@ -92,7 +92,9 @@ class Configuration:
     def put_machine(self, update: MachineConfig | MachineConfigUpdate) -> None:
         assert self.config.machine_config is not None
         with context("Machine config error"):
-            self.config.machine_config = updated(self.config.machine_config, update)
+            wanted = updated(self.config.machine_config, update)
+            _check_tracking(wanted.track_dirty_pages, self.config.shares_memory)
+            self.config.machine_config = wanted
 
     patch_machine = put_machine
 
@@ -214,6 +216,8 @@ class Configuration:
                 raise ConfigError(
                     f"Invalid block config. A drive with a socket has no {name}: the back end decides."
                 )
+        assert self.config.machine_config is not None
+        _check_tracking(self.config.machine_config.track_dirty_pages, True)
         # A back end that serves one at a time would keep the new connection waiting.
         self._hold("vhost_user_block", drive.drive_id, None)
         with context("Vhost user backend error"):
@@ -300,6 +304,15 @@ def _bucket_after(before: Any, given: Any) -> Any:
 
 
 # -- what several check --------------------------------------------------------------------------------------------
+
+
+def _check_tracking(wanted: bool, shared: bool) -> None:
+    """ConfigError where pages are to be noted of which another process writes some."""
+    if wanted and shared:
+        raise ConfigError(
+            "track_dirty_pages is of no use with a vhost-user drive: nobody notes which pages its back end writes. "
+            "Leave one of them out."
+        )
 
 
 def check_limiter(limiter: RateLimiter | None) -> None:

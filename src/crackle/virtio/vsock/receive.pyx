@@ -87,7 +87,6 @@ cdef class ReceiveBuffers:
             count += 1
             if asked == most or count == MAX_GATHER:
                 break
-            # A chain has as many buffers as the queue has entries, at most.
             if self.packets[count - 1].first + self.packets[count - 1].count > MAX_BUFFERS - CHAIN_IOV:
                 break
             if self.gather(queue, count) != QUEUE_CHAIN:
