@@ -7,6 +7,7 @@ import struct
 import threading
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 from tests.support.driver import (
     CONFIG,
@@ -268,6 +269,71 @@ def test_a_feature_without_one_that_it_needs_is_refused_before_the_driver_uses_i
             host.registers.drive()
             assert bool(host.registers[STATUS] & DRIVER_OK) is kept
             assert not host.registers[STATUS] & NEEDS_RESET
+
+
+def test_requests_that_were_kept_come_again_in_their_order_after_a_restore(
+    keeper: tuple[Keeper, Bench],
+) -> None:
+    device, host = keeper
+    ring = host.begin(RING, 16)
+    heads = [send(host, ring, bytes([65 + n]), at=DATA + n) for n in range(6)]
+    for n in (4, 1):
+        device.kept[n].write(b"done")
+        device.kept[n].complete()
+    device.kept[2].write(b"half")
+    state = host.transport.save()
+    assert state.device.queues[0].in_flight == tuple(heads[n] for n in (0, 2, 3, 5))
+
+    other = Keeper()
+    with bench(other) as second:
+        second.memory.write(0, host.memory.read(0, 1 << 20))
+        ring.memory = second.memory
+        second.transport.restore(state)
+        # Saved again before the device has looked at them, they are still there.
+        assert second.transport.save().device == state.device
+        last = ring.add([Buffer(DATA + 6, 1)])
+        ring.offer(last)
+        second.settle()
+        assert [request.read() for request in other.kept] == [b"A", b"C", b"D", b"F", bytes(1)]
+        assert second.transport.save().device.queues[0].in_flight == (
+            *(heads[n] for n in (0, 2, 3, 5)),
+            last,
+        )
+        for request in other.kept[::-1]:
+            request.complete()
+        assert [head for head, _ in ring.reap()] == [
+            heads[4],
+            heads[1],
+            last,
+            *(heads[n] for n in (5, 3, 2, 0)),
+        ]
+        assert second.transport.save().device.queues[0].in_flight == ()
+
+
+def test_a_reset_ends_what_was_kept(keeper: tuple[Keeper, Bench]) -> None:
+    _, host = keeper
+    send(host, host.begin(RING, 16), b"old")
+    host.begin(RING, 16)
+    assert host.transport.save().device.queues[0].in_flight == ()
+
+
+@pytest.mark.parametrize("in_flight", [tuple(range(17)), (65535,)])
+def test_a_state_with_impossible_chains_in_flight_is_refused_or_breaks_the_queue(
+    keeper: tuple[Keeper, Bench], in_flight: tuple[int, ...]
+) -> None:
+    device, host = keeper
+    host.begin(RING, 16)
+    state = host.device.save()
+    queue = msgspec.structs.replace(state.queues[0], in_flight=in_flight)
+    changed = msgspec.structs.replace(state, queues=(queue, state.queues[1]))
+    if len(in_flight) > 16:
+        with pytest.raises(ValueError, match="17 saved chains in flight, the queue has 16 entries"):
+            host.device.restore(changed)
+        return
+    host.device.restore(changed)
+    host.settle()
+    assert host.registers[STATUS] & NEEDS_RESET
+    assert device.kept == []
 
 
 @pytest.mark.parametrize(

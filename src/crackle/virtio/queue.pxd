@@ -43,6 +43,10 @@ cdef class Virtqueue:
     cdef bint signalled_valid
     cdef const char *fault      # why the queue broke
     cdef vring_desc *desc
+    # Heads of chains that the device has taken and not returned, in order, where it may keep them (`pop_to_keep`): it has the
+    # first `in_hand` of them, and is to get the others again, as it was restored since.
+    cdef uint16_t kept[MAX_QUEUE_SIZE]
+    cdef int kept_count, in_hand
     cdef uint16_t *avail        # flags, idx, ring[size], used_event
     cdef uint16_t *used         # flags, idx, ring[size] of 8 bytes, avail_event
     cdef uint16_t cached_avail  # avail.idx when last looked at
@@ -51,6 +55,9 @@ cdef class Virtqueue:
     cdef bint enable(self) noexcept nogil
     cdef bint let_go(self, uint64_t gpa, uint64_t size) noexcept nogil
     cdef int pop(self, chain *c) noexcept nogil
+    cdef int walk(self, uint32_t head, chain *c) noexcept nogil
+    cdef int pop_to_keep(self, chain *c) noexcept nogil
+    cdef void push_kept(self, uint16_t head, uint32_t length) noexcept nogil
     cdef int add_buffer(self, chain *c, vring_desc *d) noexcept nogil
     cdef int broken(self, const char *why) noexcept nogil
     cdef void put_back(self, uint16_t count) noexcept nogil

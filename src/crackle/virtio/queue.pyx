@@ -9,7 +9,7 @@ an indirect table, lies in one.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memmove
 
 from crackle.includes.virtio cimport *
 from crackle.memory.guest cimport GuestMemory
@@ -60,6 +60,7 @@ cdef class Virtqueue:
         self.size = self.max_size
         self.desc_gpa = self.avail_gpa = self.used_gpa = 0
         self.next_avail = self.next_used = self.cached_avail = 0
+        self.kept_count = self.in_hand = 0
         self.signalled_valid = False
         self.event_idx = self.indirect = self.hushed = False
         self.fault = NULL
@@ -123,10 +124,6 @@ cdef class Virtqueue:
 
     cdef int pop(self, chain *c) noexcept nogil:
         """The next available chain into `c`: QUEUE_CHAIN, QUEUE_EMPTY, or QUEUE_BROKEN with `fault` set."""
-        cdef vring_desc d
-        cdef vring_desc *table = self.desc
-        cdef uint32_t length = self.size, index, steps = 0, buffers = 0
-        cdef bint in_table = False
         if self.fault != NULL:
             return QUEUE_BROKEN
         if self.next_avail == self.cached_avail:
@@ -139,7 +136,17 @@ cdef class Virtqueue:
                 # Until rearm() nobody need say that there is more (2.7.10): an event index does that by staying behind.
                 self.hushed = True
                 store_idx(&self.used[FLAGS], VRING_USED_F_NO_NOTIFY)
-        index = load_idx(&self.avail[RING + (self.next_avail & (self.size - 1))])
+        if self.walk(load_idx(&self.avail[RING + (self.next_avail & (self.size - 1))]), c) == QUEUE_BROKEN:
+            return QUEUE_BROKEN
+        self.next_avail += 1
+        return QUEUE_CHAIN
+
+    cdef int walk(self, uint32_t head, chain *c) noexcept nogil:
+        """The chain that begins with descriptor `head` into `c`: QUEUE_CHAIN, or QUEUE_BROKEN."""
+        cdef vring_desc d
+        cdef vring_desc *table = self.desc
+        cdef uint32_t length = self.size, index = head, steps = 0, buffers = 0
+        cdef bint in_table = False
         c.head = index
         c.readable = c.writable = 0
         c.readable_bytes = c.writable_bytes = 0
@@ -171,8 +178,36 @@ cdef class Virtqueue:
             if not d.flags & VRING_DESC_F_NEXT:
                 break
             index = d.next
-        self.next_avail += 1
         return QUEUE_CHAIN
+
+    cdef int pop_to_keep(self, chain *c) noexcept nogil:
+        """pop() for a device that may keep the chain over a snapshot, and returns it with `push_kept`.
+
+        After a restore the chains that were kept come again, in their order, before any other.
+        """
+        cdef int found
+        if self.in_hand < self.kept_count:
+            found = QUEUE_BROKEN if self.fault != NULL else self.walk(self.kept[self.in_hand], c)
+        else:
+            found = self.pop(c)
+            if found == QUEUE_CHAIN:
+                if self.kept_count == self.size:
+                    return self.broken("more chains available than the queue has entries")
+                self.kept[self.kept_count] = c.head
+                self.kept_count += 1
+        self.in_hand += found == QUEUE_CHAIN
+        return found
+
+    cdef void push_kept(self, uint16_t head, uint32_t length) noexcept nogil:
+        """push() of a chain that `pop_to_keep` gave."""
+        cdef int i = 0
+        while i < self.in_hand and self.kept[i] != head:
+            i += 1
+        if i < self.in_hand:
+            self.in_hand -= 1
+            self.kept_count -= 1
+            memmove(&self.kept[i], &self.kept[i + 1], (self.kept_count - i) * sizeof(uint16_t))
+        self.push(head, length)
 
     cdef void put_back(self, uint16_t count) noexcept nogil:
         """The last `count` chains that were popped are available again."""
@@ -220,6 +255,7 @@ cdef class Virtqueue:
 
     def save(self):
         """QueueState. The device is at rest."""
+        cdef int i
         return QueueState(
             size=self.size,
             ready=self.ready,
@@ -228,6 +264,7 @@ cdef class Virtqueue:
             used=self.used_gpa,
             next_avail=self.next_avail,
             next_used=self.next_used,
+            in_flight=tuple([self.kept[i] for i in range(self.kept_count)]),
         )
 
     def restore(self, state, *, bint event_idx, bint indirect):
@@ -240,6 +277,11 @@ cdef class Virtqueue:
         self.event_idx, self.indirect = event_idx, indirect
         if state.ready and not self.enable():
             raise ValueError("saved queue lies outside guest memory")
+        if len(state.in_flight) > (self.size if state.ready else 0):
+            raise ValueError(f"{len(state.in_flight)} saved chains in flight, the queue has {self.size} entries")
+        for head in state.in_flight:
+            self.kept[self.kept_count] = head
+            self.kept_count += 1
         self.next_avail = self.cached_avail = state.next_avail
         self.next_used = state.next_used
 

@@ -8,7 +8,10 @@ from crackle.ratelimit.state import LimiterState
 
 
 class QueueState(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a virtqueue lies in guest memory (guest physical addresses) and how far the device has come in it."""
+    """Where a virtqueue lies in guest memory (guest physical addresses) and how far the device has come in it.
+
+    in_flight: heads of the chains that the device has taken and not returned, which a restored one is to have again.
+    """
 
     size: int
     ready: bool
@@ -17,6 +20,7 @@ class QueueState(msgspec.Struct, frozen=True, kw_only=True):
     used: int
     next_avail: int
     next_used: int
+    in_flight: tuple[int, ...] = ()
 
 
 class BlockState(msgspec.Struct, frozen=True, kw_only=True, tag="block"):

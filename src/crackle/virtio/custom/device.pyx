@@ -44,7 +44,6 @@ cdef class PythonDevice(VirtioDevice):
     cdef int pending
     cdef uint64_t generation            # grows with every reset
     cdef uint32_t writable_config
-    cdef uint32_t outstanding[8]        # requests of each queue that were taken and not completed
     cdef readonly uint64_t failures     # exceptions that left the device's methods
 
     def __init__(self, GuestMemory memory, device):
@@ -133,10 +132,7 @@ cdef class PythonDevice(VirtioDevice):
         return True
 
     cdef void on_reset(self) noexcept nogil:
-        cdef int i
         self.generation += 1
-        for i in range(self.queue_count):
-            self.outstanding[i] = 0
         self.tell(RESET)
 
     cdef void on_config_write(self, uint32_t offset, const uint8_t *data, uint32_t size) noexcept nogil:
@@ -190,13 +186,9 @@ cdef class PythonDevice(VirtioDevice):
         generation[0] = self.generation
         if self.running() and queue.ready and self.sources[index].fd >= 0:
             while True:
-                found = queue.pop(c)
+                found = queue.pop_to_keep(c)
                 if found != 0 or queue.rearm():
                     break
-            if found == QUEUE_CHAIN:
-                self.outstanding[index] += 1
-                if self.outstanding[index] > queue.size:
-                    found = queue.broken("more chains available than the queue has entries")
             if found == QUEUE_BROKEN:
                 self.need_reset()
         pthread_mutex_unlock(&self.lock)
@@ -208,8 +200,7 @@ cdef class PythonDevice(VirtioDevice):
         pthread_mutex_lock(&self.lock)
         valid = generation == self.generation and self.running()
         if valid:
-            self.outstanding[index] -= 1
-            queue.push(head, length)
+            queue.push_kept(head, length)
             queue.publish()
             if queue.wants_interrupt():
                 self.signal_queue(index)
