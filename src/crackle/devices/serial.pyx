@@ -161,15 +161,16 @@ cdef class Serial:
     def close(self):
         """Write what the output takes without waiting, and give the descriptors back. Idempotent.
 
-        Nothing else uses the port any more: vCPUs and I/O thread have ended.
+        Nothing else uses the port any more: vCPUs and I/O thread have ended. In a forked child, the copies only.
         """
-        with nogil:
-            pthread_mutex_lock(&self.sync.mutex)
-            self.output = self.input = NULL
-            self.armed = False
-            self.send()
-            self.drop()
-            pthread_mutex_unlock(&self.sync.mutex)
+        if is_ours(&self.sync):
+            with nogil:
+                pthread_mutex_lock(&self.sync.mutex)
+                self.output = self.input = NULL
+                self.armed = False
+                self.send()
+                self.drop()
+                pthread_mutex_unlock(&self.sync.mutex)
         self.give_back()
 
     cdef void give_back(self) noexcept:

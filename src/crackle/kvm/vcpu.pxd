@@ -66,6 +66,8 @@ cdef class VcpuBase:
     cdef int loop(self) noexcept nogil
     cdef int handle(self) noexcept nogil
     cdef int handle_pio(self) noexcept nogil
+    cdef bint is_current(self) noexcept nogil
+    cdef int check_waiter(self) except -1
     cdef request(self, int what)
     cdef join(self)
     cdef bint wait_settled(self, uint64_t timeout_ns) noexcept nogil

@@ -18,6 +18,8 @@ from crackle.includes.kvm cimport *
 from crackle.runtime.threads cimport *
 from crackle.kvm.bus cimport BUS_CONTINUE, BUS_RESET, Bus
 
+from _thread import start_new_thread
+
 from crackle.errors import KvmError, StateError
 
 
@@ -82,8 +84,11 @@ cdef class VcpuBase:
         self.run = <kvm_run *> page
 
     def __del__(self):
-        # Before the collector takes anything away that the thread still uses.
-        self.stop()
+        # Before the collector takes anything away that the thread still uses; it may run on that very thread.
+        if self.is_current():
+            start_new_thread(self.stop, ())
+        else:
+            self.stop()
 
     def __dealloc__(self):
         if self.sync == NULL:
@@ -97,8 +102,12 @@ cdef class VcpuBase:
         free(self.sync)
 
     def close(self):
-        """Stop the thread and give the descriptor and the kvm_run page back. Idempotent."""
+        """Stop the thread and give the descriptor and the kvm_run page back. Idempotent.
+
+        In a forked child, whose they are not, the copies only; StateError on the vCPU's own thread.
+        """
         self.stop()
+        self.exit_fd = -1
         if self.run != NULL:
             munmap(self.run, self.run_size)
             self.run = NULL
@@ -233,6 +242,20 @@ cdef class VcpuBase:
 
     # -- from other threads --------------------------------------------------------------------------------------
 
+    cdef bint is_current(self) noexcept nogil:
+        return (self.state != IS_NEW and not self.joined and is_ours(<thread_sync *> self.sync)
+                and (<thread_sync *> self.sync).thread == pthread_self())
+
+    cdef int check_waiter(self) except -1:
+        if self.is_current():
+            raise StateError(f"the thread of vCPU {self.index} cannot wait for itself")
+        return 0
+
+    @property
+    def ident(self):
+        """The thread, as threading.get_ident() names it; 0 without one."""
+        return 0 if self.state == IS_NEW or self.joined else (<thread_sync *> self.sync).thread
+
     def start(self, Bus pio not None, Bus mmio not None, int exit_fd=-1, bint paused=False, bint profile=False):
         """Start the thread. Exits go to the two buses; `exit_fd`, an eventfd, is written when the guest ends itself.
 
@@ -264,6 +287,8 @@ cdef class VcpuBase:
 
     cdef request(self, int what):
         cdef thread_sync *sync = <thread_sync *> self.sync
+        if not is_ours(<thread_sync *> self.sync):
+            return
         with nogil:
             pthread_mutex_lock(&sync.mutex)
             store_ordered(&self.ask, what)
@@ -280,9 +305,10 @@ cdef class VcpuBase:
             self.request(ASK_PAUSE)
 
     def wait_paused(self, double timeout=10.0):
-        """Wait until the vCPU is paused or has ended. KvmError after `timeout` seconds."""
+        """Wait until the vCPU is paused or has ended. KvmError after `timeout` seconds, StateError on its own thread."""
         cdef bint done
         cdef uint64_t timeout_ns = <uint64_t> (timeout * 1e9)
+        self.check_waiter()
         with nogil:
             done = self.wait_settled(timeout_ns)
         if not done:
@@ -321,8 +347,9 @@ cdef class VcpuBase:
             self.request(ASK_STOP)
 
     def stop(self):
-        """End the thread, wherever it is, and wait for it. Idempotent."""
-        if self.state != IS_NEW:
+        """End the thread, wherever it is, and wait for it. Idempotent; StateError on that thread itself."""
+        self.check_waiter()
+        if self.state != IS_NEW and is_ours(<thread_sync *> self.sync):
             self.join()
 
     @property

@@ -15,7 +15,7 @@ import time
 
 # The C module itself: the socket module drags in selectors and enum.
 from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_SEQPACKET, socketpair
-from _thread import allocate_lock, start_new_thread
+from _thread import allocate_lock, get_ident, start_new_thread
 
 from crackle.mmds.http import Responder
 from crackle.mmds.packet import MAX_MESSAGE_SIZE, VNET_HEADER_SIZE
@@ -99,7 +99,8 @@ class Mmds:
     """The metadata service of one microVM.
 
     config: version, address and formats. store: the document, which whoever writes it keeps. `connect` once for each
-    interface, then `start` once; `stop` ends it and may be called again.
+    interface, then `start` once; `stop` ends it and may be called again. ident: its thread's, as threading.get_ident()
+    names it; 0 without one.
     """
 
     def __init__(self, config: MmdsConfig, store: Store) -> None:
@@ -110,6 +111,8 @@ class Mmds:
         self._wires: list[_Wire] = []
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stopping = False
+        self._pid = os.getpid()
+        self.ident = 0
         # When the microVM was paused, if it is, and the seconds of earlier pauses: one object, read at once.
         self._clock: tuple[float | None, float] = (None, 0.0)
         self._ended = allocate_lock()  # held while the thread runs
@@ -147,13 +150,15 @@ class Mmds:
             os.eventfd_write(self._wake_fd, 1)
 
     def stop(self) -> None:
-        """End the thread and close everything. Idempotent."""
+        """End the thread and close everything; in a forked child, the copies. Idempotent."""
         if self._stopping:
             return
         self._stopping = True
-        os.eventfd_write(self._wake_fd, 1)
-        with self._ended:
-            pass
+        if self._pid == os.getpid():
+            # Otherwise in a forked child, where there is no thread, and the wake-up is the parent's.
+            os.eventfd_write(self._wake_fd, 1)
+            with self._ended:
+                pass
         os.close(self._wake_fd)
         for wire in self._wires:
             os.close(wire.fd)
@@ -178,6 +183,7 @@ class Mmds:
         )
 
     def _run(self) -> None:
+        self.ident = get_ident()
         _settle_thread()
         poll = select.poll()
         poll.register(self._wake_fd, select.POLLIN)
@@ -205,6 +211,7 @@ class Mmds:
                     if wire.events != before:
                         poll.modify(fd, wire.events)
         finally:
+            self.ident = 0
             self._ended.release()
 
     def _now(self) -> float:

@@ -24,4 +24,6 @@ cdef class IoThread:
     cdef int modify(self, event_source *source, uint32_t events) noexcept nogil
     cdef int look(self, int timeout) noexcept nogil
     cdef void loop(self) noexcept nogil
+    cdef bint is_current(self) noexcept nogil
+    cdef int check_waiter(self) except -1
     cdef wake(self, int ask)

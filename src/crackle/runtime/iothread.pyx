@@ -13,6 +13,8 @@ from posix.unistd cimport close, read, write
 from crackle.includes.events cimport *
 from crackle.runtime.threads cimport *
 
+from _thread import start_new_thread
+
 from crackle.errors import ConfigError, KvmError, StateError
 
 
@@ -56,8 +58,11 @@ cdef class IoThread:
         self.name = name.encode()
 
     def __del__(self):
-        # Before the collector takes anything away that the thread still uses.
-        self.stop()
+        # Before the collector takes anything away that the thread still uses; it may run on that very thread.
+        if self.is_current():
+            start_new_thread(self.stop, ())
+        else:
+            self.stop()
 
     def __dealloc__(self):
         cdef int i
@@ -151,6 +156,20 @@ cdef class IoThread:
         pthread_cond_broadcast(&sync.changed)
         pthread_mutex_unlock(&sync.mutex)
 
+    cdef bint is_current(self) noexcept nogil:
+        return (self.state != IS_NEW and not self.joined and is_ours(<thread_sync *> self.sync)
+                and (<thread_sync *> self.sync).thread == pthread_self())
+
+    cdef int check_waiter(self) except -1:
+        if self.is_current():
+            raise StateError(f"the {self.name.decode()} thread cannot wait for itself")
+        return 0
+
+    @property
+    def ident(self):
+        """The thread, as threading.get_ident() names it; 0 without one."""
+        return 0 if self.state == IS_NEW or self.joined else (<thread_sync *> self.sync).thread
+
     cdef wake(self, int ask):
         cdef thread_sync *sync = <thread_sync *> self.sync
         cdef uint64_t one = 1
@@ -177,12 +196,16 @@ cdef class IoThread:
             raise KvmError(f"cannot start the I/O thread: {strerror(error).decode()}")
 
     def pause(self):
-        """Serve everything that is ready, then stand still. The vCPUs are paused first. Idempotent."""
+        """Serve everything that is ready, then stand still. The vCPUs are paused first. Idempotent.
+
+        StateError on the thread itself.
+        """
         cdef thread_sync *sync = <thread_sync *> self.sync
         cdef uint64_t end
         cdef bint done
-        if self.state == IS_NEW or self.joined:
+        if self.state == IS_NEW or self.joined or not is_ours(<thread_sync *> self.sync):
             return
+        self.check_waiter()
         self.wake(ASK_PAUSE)
         with nogil:
             end = now_ns() + PAUSE_TIMEOUT_NS
@@ -196,15 +219,16 @@ cdef class IoThread:
 
     def resume(self):
         """Go on after `pause`. Idempotent."""
-        if self.state != IS_NEW and not self.joined and self.ask == ASK_PAUSE:
+        if self.state != IS_NEW and not self.joined and self.ask == ASK_PAUSE and is_ours(<thread_sync *> self.sync):
             self.wake(ASK_RUN)
 
     def stop(self):
-        """End the thread and wait for it. Idempotent."""
+        """End the thread and wait for it. Idempotent; StateError on that thread itself."""
         cdef thread_sync *sync = <thread_sync *> self.sync
         cdef bint first = not self.joined
-        if self.state == IS_NEW:
+        if self.state == IS_NEW or not is_ours(<thread_sync *> self.sync):
             return
+        self.check_waiter()
         self.joined = True
         self.wake(ASK_STOP)
         with nogil:

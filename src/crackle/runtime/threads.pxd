@@ -11,6 +11,7 @@ cdef extern from * nogil:
     #include <sched.h>
     #include <signal.h>
     #include <time.h>
+    #include <unistd.h>
 
     /* The one signal this package uses: it does nothing but make a blocking system call return. */
     #define KICK_SIGNAL (SIGRTMIN + 1)
@@ -19,6 +20,7 @@ cdef extern from * nogil:
         pthread_mutex_t mutex;
         pthread_cond_t changed;
         pthread_t thread;
+        pid_t pid;  /* of the process that made it: a forked child has a copy, and none of the threads */
     };
 
     static void kick_handler(int signal) { (void) signal; }
@@ -31,6 +33,7 @@ cdef extern from * nogil:
 
     static void init_sync(struct thread_sync *sync) {
         pthread_condattr_t attributes;
+        sync->pid = getpid();
         pthread_mutex_init(&sync->mutex, NULL);
         pthread_condattr_init(&attributes);
         pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
@@ -38,7 +41,12 @@ cdef extern from * nogil:
         pthread_condattr_destroy(&attributes);
     }
 
+    static inline int is_ours(struct thread_sync *sync) { return sync->pid == getpid(); }
+
+    /* In a forked child it would wait for threads that are not there. */
     static void destroy_sync(struct thread_sync *sync) {
+        if (!is_ours(sync))
+            return;
         pthread_cond_destroy(&sync->changed);
         pthread_mutex_destroy(&sync->mutex);
     }
@@ -99,6 +107,7 @@ cdef extern from * nogil:
     void install_kick_handler()
     void init_sync(thread_sync *sync)
     void destroy_sync(thread_sync *sync)
+    bint is_ours(thread_sync *sync)
     int start_thread(thread_sync *sync, void *(*entry)(void *) noexcept nogil, void *argument, const char *name)
     int pthread_mutex_init(pthread_mutex_t *, void *)
     int pthread_mutex_lock(pthread_mutex_t *)
@@ -108,6 +117,7 @@ cdef extern from * nogil:
     int pthread_cond_broadcast(pthread_cond_t *)
     int pthread_kill(pthread_t, int)
     int pthread_join(pthread_t, void **)
+    pthread_t pthread_self()
     int sched_yield()
     uint64_t now_ns()
     int wait_changed(thread_sync *sync, uint64_t ns)

@@ -49,6 +49,7 @@ cdef class VirtioDevice:
     cdef object __weakref__
     cdef pthread_mutex_t lock
     cdef bint made                  # __cinit__ has run, and the descriptors below are ours
+    cdef int pid                    # of the process whose it is: a forked child has copies
     cdef readonly uint32_t device_id
     cdef readonly GuestMemory memory
     cdef readonly uint64_t device_features

@@ -10,7 +10,7 @@ transport (`crackle.virtio.transport`) turns the driver's accesses into calls on
 from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset, strerror
-from posix.unistd cimport close, write
+from posix.unistd cimport close, getpid, write
 
 from crackle.runtime.iothread cimport IoThread
 from crackle.includes.events cimport EFD_CLOEXEC, EFD_NONBLOCK, EPOLLET, EPOLLIN, eventfd
@@ -43,6 +43,7 @@ cdef class VirtioDevice:
     def __cinit__(self, GuestMemory memory not None, *args, **kwargs):
         pthread_mutex_init(&self.lock, NULL)
         self.memory = memory
+        self.pid = getpid()
         self.made = True
         self.queues = self.notify_fds = self.limiters = ()
 

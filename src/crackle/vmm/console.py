@@ -290,6 +290,12 @@ class Console:
             if not self._closing:
                 self._look_for_end()
 
+    def disown(self) -> None:
+        """In a forked child, where there is no thread and others may have had the lock: close the copies."""
+        self._changed = threading.Condition()
+        self._closing = self._closed = True
+        self._close_descriptors()
+
     def close(self) -> None:
         """Close the pipes, after the machine is stopped; the output stays. Idempotent."""
         with self._changed:
@@ -302,9 +308,12 @@ class Console:
         with self._changed:
             while self._writers:
                 self._changed.wait()
-            for events in (self._events, self._room):
-                events.close()
-            for fd in (self.guest_in, self.guest_out, self._input, self._output, self._gone, self._exit):
-                if fd >= 0:
-                    os.close(fd)
-            self.guest_in = self.guest_out = self._input = self._output = self._gone = self._exit = -1
+            self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
+        for events in (self._events, self._room):
+            events.close()
+        for fd in (self.guest_in, self.guest_out, self._input, self._output, self._gone, self._exit):
+            if fd >= 0:
+                os.close(fd)
+        self.guest_in = self.guest_out = self._input = self._output = self._gone = self._exit = -1

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         """The part of a machine that needs only the machine configuration, being made ahead of time."""
 
         def close(self) -> None: ...
+        def disown(self) -> None: ...
         def abandon(self) -> None: ...
 
     class ExitStatus(Protocol):
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
         def update(self, kind: str, identifier: str, resource: Any, held: Held | None = None) -> None: ...
         def metrics(self) -> Mapping[str, Mapping[str, Any]]: ...
         def stop(self) -> None: ...
+        def disown(self) -> None: ...
 
     Build = Callable[[VmConfig, "Shell | None", Mapping[tuple[str, str], Held]], "Machine"]
     Prepare = Callable[[MachineConfig, bool], "Shell | None"]
@@ -268,6 +270,14 @@ class Controller:
             last = machine.metrics()
             self.metrics.sources[:] = [lambda: last]
             machine.stop()
+        self._configuration.close()
+
+    def disown(self) -> None:
+        """In a forked child: close the copies of everything, which is the parent's and goes on there."""
+        if self._shell is not None:
+            self._shell.disown()
+        if self.machine is not None:
+            self.machine.disown()
         self._configuration.close()
 
     def _running_machine(self) -> Machine:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
+import time
+from _thread import RLock, get_ident
 
 import msgspec
 
@@ -15,6 +18,7 @@ from crackle.devices.serial import Serial
 from crackle.errors import ConfigError, StateError
 from crackle.kvm import Bus
 from crackle.runtime.iothread import IoThread
+from crackle.runtime.ownership import end_dropped, enrol
 from crackle.telemetry.names import PER_DEVICE
 from crackle.virtio.transport.mmio import SIZE as MMIO_SIZE
 from crackle.virtio.transport.mmio import MmioTransport
@@ -22,8 +26,10 @@ from crackle.vmm.devices import KINDS, make
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
+    from crackle.kvm import Vcpu
     from crackle.mmds.service import Mmds
     from crackle.mmds.store import Store
     from crackle.schema import MmdsConfig
@@ -60,7 +66,7 @@ class BuildOptions(msgspec.Struct, kw_only=True):
 
 
 class ExitStatus(msgspec.Struct, frozen=True):
-    """Why the guest ended: "reset", "shutdown", or the name of a failure, with a message that says more."""
+    """Why the guest ended: "reset", "shutdown", the name of a failure, or "stopped"; with a message that says more."""
 
     reason: str
     message: str
@@ -70,7 +76,8 @@ class ExitStatus(msgspec.Struct, frozen=True):
 class Machine:
     """Owns the parts it is made from, its devices and all their descriptors until `stop`.
 
-    `exit_fd` becomes readable when the guest ends by itself. Not thread-safe: one thread gives the orders.
+    `exit_fd` becomes readable when the guest ends. Not thread-safe: one thread gives the orders, but any may `wait`,
+    ask for the `exit_status`, and `stop`.
     """
 
     _stopped = True  # nothing to stop until there is something
@@ -98,8 +105,12 @@ class Machine:
         self._fds: list[int] = []
         self._power_fd = -1
         self._paused = False
+        self._ended: ExitStatus | None = None
+        self._stopping = RLock()
+        self._closing = RLock()  # whoever looks at what `stop` gives back has it
         self.exit_fd = self._eventfd()
         self._stopped = False
+        enrol(self)
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -128,7 +139,7 @@ class Machine:
         self.pio.attach_python(self.sleep_port, layout.SLEEP_PORT_COUNT, SleepControl(layout.S5_SLEEP_TYPE))
         self._power_fd = self._interrupt(layout.GSI_POWER)
         if self._options.boot_timer:
-            self.boot_timer = BootTimer(self._report_boot_time)
+            self.boot_timer = BootTimer(_boot_time_reporter(self._options.logger))
             self.mmio.attach_python(layout.BOOT_TIMER_ADDR, BOOT_TIMER_SIZE, self.boot_timer)
 
     def add(self, kind: str, identifier: str, resource: Any, held: Held | None = None) -> None:
@@ -244,27 +255,68 @@ class Machine:
         if self._stopped:
             raise StateError("the microVM has stopped")
 
+    def wait(self, timeout: float | None = None) -> ExitStatus | None:
+        """Why the guest ended, once it has, by itself or by `stop`; None if it has not within `timeout` seconds.
+
+        Any number of threads may wait, none of them the machine's own.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._closing:
+            if self._stopped and self._ended is not None:
+                return self._ended
+            # One's own descriptor: `stop` closes the other while this waits.
+            fd = os.dup(self.exit_fd)
+        try:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            while (status := self.exit_status()) is None:
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                if not poll.poll(None if left is None else left * 1000) and left is not None:
+                    return None
+            return status
+        finally:
+            os.close(fd)
+
     def exit_status(self) -> ExitStatus | None:
-        """Why the guest ended, or None while it has not. A failure outweighs a clean end on another vCPU."""
-        ended: ExitStatus | None = None
-        for vcpu in self.vcpus:
-            status = vcpu.status
-            if status in _CLEAN:
-                ended = ended or ExitStatus(status, _CLEAN[status], EXIT_OK)
-            elif vcpu.failure is not None:
-                return ExitStatus(status, str(vcpu.description), EXIT_ERROR)
-        return ended
+        """Why the guest ended, or None while it has not. A failure outweighs a clean end on another vCPU.
+
+        After `stop` too: what ended it before, or "stopped".
+        """
+        with self._closing:
+            ended = self._ended
+            if ended is not None:
+                return ended
+            for vcpu in self.vcpus:
+                status = vcpu.status
+                if status in _CLEAN:
+                    ended = ended or ExitStatus(status, _CLEAN[status], EXIT_OK)
+                elif vcpu.failure is not None:
+                    return ExitStatus(status, str(vcpu.description), EXIT_ERROR)
+            return ended
 
     def stop(self) -> None:
-        """End the vCPUs and the I/O thread and give everything back. Idempotent."""
-        if self._stopped:
-            return
-        self._stopped = True
-        self.serial.pause()
-        for vcpu in self.vcpus:
-            vcpu.request_stop()
-        for vcpu in self.vcpus:
-            vcpu.stop()
+        """End the vCPUs and the I/O thread and give everything back. Idempotent.
+
+        From any thread but the machine's own, which get StateError.
+        """
+        if self.runs(get_ident()):
+            raise StateError(
+                "a thread of the microVM cannot wait for its own end: stop it from another thread"
+            )
+        with self._stopping:
+            if self._stopped:
+                return
+            self._stopped = True
+            self.serial.pause()
+            for vcpu in self.vcpus:
+                vcpu.request_stop()
+            for vcpu in self.vcpus:
+                vcpu.stop()
+            self._ended = self.exit_status() or ExitStatus("stopped", "the microVM was stopped", EXIT_OK)
+            os.eventfd_write(self.exit_fd, 1)
+            self._give_back()
+
+    def _give_back(self) -> None:
         for io in self._io_threads():
             io.close()
         if self.mmds is not None:
@@ -273,22 +325,34 @@ class Machine:
             transport.device.close()
             transport.close()
         self.serial.close()
-        while self._fds:
-            os.close(self._fds.pop())
-        self.parts.close()
+        with self._closing:
+            while self._fds:
+                os.close(self._fds.pop())
+            self.parts.close()
+
+    end = stop
+
+    def disown(self) -> None:
+        """In a forked child: close the copies of the descriptors. The machine is the parent's, and goes on there."""
+        if not self._stopped:
+            self._stopped = True
+            # Another thread may have had it.
+            self._closing = RLock()
+            self._give_back()
+
+    def runs(self, thread: int) -> bool:
+        """Whether that is one of the machine's own threads, as threading.get_ident() names it."""
+        parts: list[Vcpu | IoThread | Mmds] = [*self.vcpus, *self._io_threads()]
+        if self.mmds is not None:
+            parts.append(self.mmds)
+        return any(part.ident == thread for part in parts)
 
     def __del__(self) -> None:
         # One that was dropped while it ran: memory must not go before the vCPUs that use it.
-        self.stop()
+        if not self._stopped:
+            end_dropped(self)
 
     # -- what it tells -------------------------------------------------------------------------------------------
-
-    def _report_boot_time(self, wall_us: int, cpu_us: int) -> None:
-        if self._options.logger is not None:
-            self._options.logger.info(
-                f"Guest-boot-time = {wall_us:>6} us {wall_us // 1000} ms, "
-                f"{cpu_us:>6} CPU us {cpu_us // 1000} CPU ms"
-            )
 
     def metrics(self) -> dict[str, dict[str, Any]]:
         """Counters since the start, under the names of Firecracker's metrics."""
@@ -320,6 +384,19 @@ _I8042 = (
     "reset_count",
     "write_count",
 )
+
+
+def _boot_time_reporter(logger: Logger | None) -> Callable[[int, int], None]:
+    """What the boot timer calls; not a method, so that machine and timer are no cycle."""
+
+    def report(wall_us: int, cpu_us: int) -> None:
+        if logger is not None:
+            logger.info(
+                f"Guest-boot-time = {wall_us:>6} us {wall_us // 1000} ms, "
+                f"{cpu_us:>6} CPU us {cpu_us // 1000} CPU ms"
+            )
+
+    return report
 
 
 def _counters(device: object, names: tuple[str, ...]) -> dict[str, int]:

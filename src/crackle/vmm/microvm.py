@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from crackle.errors import ConfigError, CrackleError, GuestError, StateError
+from crackle.runtime.ownership import end_dropped, enrol
 from crackle.schema.boot import BootSource
 from crackle.schema.drive import Drive
 from crackle.schema.machine import MachineConfigUpdate
@@ -102,12 +103,13 @@ class MicroVM:
             devices=tuple(devices),
         )
         self._controller = Controller(
-            self._build,
+            _Builder(self._options),
             prepare,
             instance_id=instance_id,
             logger=logger or Logger(instance_id, level=OFF),
             metadata_limit=metadata_limit,
         )
+        enrol(self)
         try:
             execute = self._controller.execute
             machine = MachineConfigUpdate(cpus, memory, smt, None, track_dirty_pages, huge_pages)
@@ -132,10 +134,6 @@ class MicroVM:
         except BaseException:
             self.stop()
             raise
-
-    def _build(self, config: VmConfig, shell: Any, held: Mapping[tuple[str, str], Held]) -> Machine:
-        assert shell is None or isinstance(shell, Shell)
-        return build(config, shell, self._options, held)
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -216,9 +214,22 @@ class MicroVM:
         if self._console is not None:
             self._console.close()
 
+    end = stop
+
+    def disown(self) -> None:
+        """In a forked child: close the copies of the descriptors. The microVM is the parent's, and goes on there."""
+        self._controller.disown()
+        if self._console is not None:
+            self._console.disown()
+
+    def runs(self, thread: int) -> bool:
+        """Whether that is one of the microVM's own threads, as threading.get_ident() names it."""
+        machine = self._controller.machine
+        return isinstance(machine, Machine) and machine.runs(thread)
+
     def __del__(self) -> None:
         if hasattr(self, "_controller"):
-            self.stop()
+            end_dropped(self)
 
     def __enter__(self) -> MicroVM:
         try:
@@ -277,11 +288,24 @@ class MicroVM:
         return self._controller.machine
 
 
+class _Builder:
+    """Makes the controller's machine; not a method of the microVM, so that the two are no cycle."""
+
+    def __init__(self, options: BuildOptions) -> None:
+        self._options = options
+
+    def __call__(self, config: VmConfig, shell: Any, held: Mapping[tuple[str, str], Held]) -> Machine:
+        assert shell is None or isinstance(shell, Shell)
+        return build(config, shell, self._options, held)
+
+
 def _end_of(machine: Machine) -> CrackleError | None:
     """Why the guest ended, as the error for who still expects something of it."""
     status = machine.exit_status()
     if status is None:
         return None
+    if status.reason == "stopped":
+        return StateError("the microVM has been stopped")
     return (
         GuestError(status.message) if status.exit_code else CrackleError(f"the guest ended: {status.message}")
     )

@@ -80,6 +80,11 @@ class Shell:
         """Give everything back. Idempotent."""
         self._release().close()
 
+    def disown(self) -> None:
+        """In a forked child, where there is no thread to wait for: close the copies."""
+        parts, self._parts = self._parts, Parts()
+        parts.close()
+
     def abandon(self) -> None:
         """Give everything back in the background: closing a VM takes as long as making one."""
         start_new_thread(self.close, ())

@@ -7,7 +7,7 @@ configuration, its backing file, whose descriptor it owns, and what it saves and
 
 from libc.stdint cimport uint64_t
 from libc.string cimport memcpy, memset
-from posix.unistd cimport close
+from posix.unistd cimport close, getpid
 
 from crackle.runtime.iothread cimport IoThread
 from crackle.includes.block cimport *
@@ -81,10 +81,14 @@ cdef class Block(BlockQueue):
         """Wait for what is in flight and give the descriptors back; the I/O thread is stopped. Idempotent."""
         VirtioDevice.close(self)
         if self.engine is not None:
-            with nogil:
-                pthread_mutex_lock(&self.lock)
+            if self.pid == getpid():
+                with nogil:
+                    pthread_mutex_lock(&self.lock)
+                    self.engine.shut_down()
+                    pthread_mutex_unlock(&self.lock)
+            else:
+                # In a forked child a thread that is not there may have the lock.
                 self.engine.shut_down()
-                pthread_mutex_unlock(&self.lock)
         if self.fd >= 0:
             close(self.fd)
             self.fd = -1

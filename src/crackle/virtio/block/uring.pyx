@@ -10,7 +10,7 @@ Owns the ring, its requests and the eventfd. Guest memory must outlive what is i
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset, strerror
-from posix.unistd cimport close
+from posix.unistd cimport close, getpid
 
 from crackle.includes.io cimport iovec
 from crackle.includes.uring cimport *
@@ -70,6 +70,7 @@ cdef class AsyncEngine(Engine):
 
     cdef io_uring ring
     cdef bint made              # there is a ring
+    cdef int pid                # of the process whose it is
     cdef request *requests      # DEPTH of them,
     cdef iovec *tables          # with room for as many buffers each,
     cdef request **idle         # and those that are not in flight, the one used last on top
@@ -85,6 +86,7 @@ cdef class AsyncEngine(Engine):
         cdef int nothing = -1, i
         if self.made:
             raise ValueError("this engine is set up already")
+        self.pid = getpid()
         memset(&params, 0, sizeof(params))
         # The I/O thread comes by anyway: no interrupt to have it run what completes (Linux 5.19).
         params.flags = IORING_SETUP_R_DISABLED | IORING_SETUP_COOP_TASKRUN
@@ -119,7 +121,8 @@ cdef class AsyncEngine(Engine):
     cdef void shut_down(self) noexcept nogil:
         if not self.made:
             return
-        while self.wait():
+        # A forked child shares the ring, and what is in flight there is not its own.
+        while self.pid == getpid() and self.wait():
             while self.completed() != NULL:
                 pass
         io_uring_queue_exit(&self.ring)

@@ -7,7 +7,7 @@ Threads); a thread that holds it may wait for the GIL, because nobody waits for 
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
-from posix.unistd cimport read
+from posix.unistd cimport getpid, read
 
 from crackle.runtime.threads cimport *
 from crackle.memory.guest cimport GuestMemory
@@ -73,10 +73,12 @@ cdef class PythonDevice(VirtioDevice):
     def close(self):
         """Give the descriptors back; the device can be attached again. Idempotent."""
         VirtioDevice.close(self)
-        with nogil:
-            pthread_mutex_lock(&self.lock)
-            self.generation += 1
-            pthread_mutex_unlock(&self.lock)
+        if self.pid == getpid():
+            # In a forked child a thread that is not there may have the lock.
+            with nogil:
+                pthread_mutex_lock(&self.lock)
+                self.generation += 1
+                pthread_mutex_unlock(&self.lock)
         if self.device is not None:
             self.device._native = None
 

@@ -6,6 +6,7 @@ from and written to Unix sockets straight out of and into the guest's own buffer
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
+from posix.unistd cimport getpid
 
 from crackle.includes.events cimport EPOLLIN
 from crackle.includes.io cimport iovec
@@ -110,7 +111,10 @@ cdef class Vsock(VirtioDevice):
         """End all connections, remove the socket's file, give the descriptors back; the I/O thread is stopped. Idempotent."""
         VirtioDevice.close(self)
         if self.mux is not None:
-            self.streams.release_all()
+            if self.pid == getpid():
+                self.streams.release_all()
+            else:
+                self.streams.disown()
             self.host.close()
             self.listener.close()
 

@@ -11,6 +11,7 @@ cdef enum:
 
 cdef class Listener:
     cdef int fd
+    cdef int pid                    # of the process whose it is: a forked child has copies
     cdef bint watched
     cdef uint64_t again
     cdef readonly str path

@@ -7,7 +7,7 @@ from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, errno
 from libc.stdint cimport UINT32_MAX, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.string cimport memcpy, memset, strerror
-from posix.unistd cimport close
+from posix.unistd cimport close, getpid
 
 from crackle.includes.events cimport *
 from crackle.includes.vsock cimport *
@@ -52,6 +52,7 @@ cdef class Listener:
 
     def __cinit__(self, *args):
         self.fd = -1
+        self.pid = getpid()
 
     def __init__(self, str path not None):
         if self.fd >= 0:
@@ -115,9 +116,9 @@ cdef class Listener:
         return fd
 
     def close(self):
-        """Stop listening and remove the socket's file, if it is still this socket's. Idempotent."""
+        """Stop listening and remove the socket's file, if it is still this socket's and this process's. Idempotent."""
         identity, self.identity = self.identity, None
-        if identity is not None:
+        if identity is not None and self.pid == getpid():
             try:
                 status = os.lstat(self.path)
                 if (status.st_dev, status.st_ino) == identity:

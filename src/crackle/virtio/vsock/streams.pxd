@@ -21,3 +21,4 @@ cdef class Streams:
     cdef void forget(self, connection *c) noexcept nogil
     cdef void release(self, connection *c) noexcept nogil
     cdef void release_all(self) noexcept nogil
+    cdef void disown(self) noexcept nogil

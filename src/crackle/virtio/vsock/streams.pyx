@@ -105,5 +105,13 @@ cdef class Streams:
             if self.table.slots[i].state:
                 self.release(self.table.slots[i])
 
+    cdef void disown(self) noexcept nogil:
+        """In a forked child: close the copies, and no more; the fork may have been in the middle of a change."""
+        cdef uint32_t i
+        for i in range(self.table.made):
+            if self.table.slots[i].state and self.table.slots[i].fd >= 0:
+                close(self.table.slots[i].fd)
+            self.table.slots[i].state = 0
+
     def __dealloc__(self):
         self.release_all()
