@@ -35,6 +35,18 @@ class MemoryAccessError(CrackleError):
     """A guest physical address range that is not wholly inside guest memory."""
 
 
+def reason_of(error: BaseException) -> str | None:
+    """What the host or a value can cause anywhere, in words; None for an error that is a mistake of ours.
+
+    No descriptors, threads or memory left; a path that cannot be one; a module that cannot be read.
+    """
+    if isinstance(error, OSError):
+        return os_reason(error) + (f": {error.filename}" if error.filename is not None else "")
+    if isinstance(error, (ValueError, OverflowError, MemoryError, RuntimeError, ImportError)):
+        return str(error) or "out of memory"
+    return None
+
+
 def os_reason(error: OSError) -> str:
     """What the operating system said, with its number: ``No such file or directory (os error 2)``."""
     return f"{error.strerror or error} (os error {error.errno})"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     Run = Callable[..., subprocess.CompletedProcess[str]]
 
+REAL = [sys.executable, "-m", "crackle.cli.vmm"]
 LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9} \[[^]]*\] ")
 
 
@@ -62,8 +65,12 @@ def test_metadata_that_is_no_json_is_told_of_in_a_sentence(run_to_end: Run, tmp_
             1,
             "Unable to read the configuration file: No such file or directory",
         ),
-        (["--api-sock", "/none/socket"], 1, "Failed to bind the API socket at /none/socket: No such file"),
-        (["--api-sock", "x" * 200], 1, "Failed to bind the API socket at xxx"),
+        (["--api-sock", "/none/socket"], 1, "Failed to bind and run the HTTP server: IO error: No such file"),
+        (
+            ["--api-sock", "x" * 200],
+            1,
+            "Failed to bind and run the HTTP server: IO error: AF_UNIX path too long: xxx",
+        ),
         (["--enable-pci"], 1, "Argument 'enable-pci': Crackle does not support PCI yet."),
         (["--metadata", "/none"], 1, "Unable to read the mmds content file: No such file or directory"),
         (["--snapshot-version"], 1, "Crackle does not support snapshots yet."),
@@ -265,3 +272,57 @@ def test_standard_streams_that_are_closed_become_the_null_device(tmp_path: Path)
     finally:
         process.kill()
         process.wait()
+
+
+def test_the_socket_appears_when_it_can_be_connected_to(tmp_path: Path) -> None:
+    path = tmp_path / "api.socket"
+    process = subprocess.Popen(
+        [*REAL, "--api-sock", str(path), "--level", "Off"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        while not path.exists():
+            assert process.poll() is None
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(str(path))
+        client.close()
+        assert os.listdir(tmp_path) == ["api.socket"]
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("length", [100, 107])
+def test_the_socket_may_have_the_longest_name_there_is(length: int) -> None:
+    directory = tempfile.mkdtemp(dir="/tmp")
+    path = f"{directory}/{'s' * (length - len(directory) - 1)}"
+    process = subprocess.Popen(
+        [*REAL, "--api-sock", path, "--level", "Off"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    try:
+        while not os.path.exists(path):
+            assert process.poll() is None
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(path)
+        client.close()
+        assert os.listdir(directory) == [os.path.basename(path)]
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(directory)
+
+
+def test_a_socket_that_cannot_be_had_leaves_nothing_behind(run_to_end: Run, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_bytes(b"")
+    for name, message in (
+        ("taken", "Failed to open the API socket at: taken. Check that it is not already used."),
+        (
+            "no/where",
+            "Failed to bind and run the HTTP server: IO error: No such file or directory (os error 2)",
+        ),
+        ("s" * 200, "Failed to bind and run the HTTP server: IO error: "),
+    ):
+        done = run_to_end("--api-sock", name)
+        assert (done.returncode, message in done.stderr) == (1, True), done.stderr
+    assert os.listdir(tmp_path) == ["taken"]

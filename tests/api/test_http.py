@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import signal
 import time
 from typing import TYPE_CHECKING
 
@@ -199,7 +200,6 @@ MALFORMED = [
     b"GET\r\n\r\n",
     b"get / HTTP/1.1\r\n\r\n",
     b"POST / HTTP/1.1\r\n\r\n",
-    b"HEAD / HTTP/1.1\r\n\r\n",
     b"OPTIONS * HTTP/1.1\r\n\r\n",
     b"CONNECT / HTTP/1.1\r\n\r\n",
     b"GET / HTTP/2.0\r\n\r\n",
@@ -214,7 +214,6 @@ MALFORMED = [
     b"PUT / HTTP/1.1\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
     b"PUT / HTTP/1.1\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
     b"PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-    b"GET / HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nGET / HTTP/1.1\r\n\r\n\x00",
     b"GET /" + b"a" * 20000 + b" HTTP/1.1\r\n\r\n",
     b"GET / HTTP/1.1\r\nX: " + b"a" * 200000 + b"\r\n",
 ]
@@ -264,3 +263,49 @@ def test_random_bytes_upset_nothing(vmm: Vmm) -> None:
             client.close()
     assert vmm.request("GET", "/").status == 200
     assert vmm.process.poll() is None
+
+
+def test_a_refused_head_request_is_answered_without_a_body(vmm: Vmm) -> None:
+    vmm.client.send(b"HEAD / HTTP/1.1\r\n\r\n")
+    answer = b""
+    while part := vmm.client.socket.recv(65536):
+        answer += part
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.endswith(b"\r\n\r\n")
+    assert answer.count(b"\r\n\r\n") == 1
+
+
+def test_a_client_that_sends_a_body_that_is_refused_can_send_it_and_reads_the_answer(vmm: Vmm) -> None:
+    body = b"x" * 1_000_000
+    # Blocking, as simple clients are: all of it is sent before anything is read.
+    vmm.client.send(vmm.client.encode("PUT", "/mmds", body))
+    answer = vmm.client.receive()
+    assert (answer.status, answer.headers["connection"]) == (400, "close")
+    assert "larger than the limit" in answer.fault
+    assert vmm.client.hung_up()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_answers_that_were_begun_are_sent_whole_before_the_process_ends(
+    vmm: Vmm, number: signal.Signals
+) -> None:
+    many = 400
+    document = {"key": "x" * 2000}
+    assert vmm.request("PUT", "/mmds", document).status == 204
+    vmm.client.send(vmm.client.encode("GET", "/mmds") * many)
+    # The first answer is read, so the others have been begun as far as the socket takes them.
+    assert vmm.client.receive().json == document
+    vmm.process.send_signal(number)
+    for _ in range(many - 1):
+        assert vmm.client.receive().json == document
+    assert vmm.client.hung_up()
+    vmm.wait()
+
+
+def test_a_client_that_never_reads_does_not_keep_the_process_from_ending(vmm: Vmm) -> None:
+    slow = vmm.connect()
+    assert slow.request("PUT", "/mmds", {"key": "x" * 10_000}).status == 204
+    slow.send(slow.encode("GET", "/mmds") * 400)
+    assert vmm.request("GET", "/").status == 200
+    vmm.process.terminate()
+    assert vmm.wait() == -signal.SIGTERM

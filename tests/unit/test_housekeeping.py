@@ -7,11 +7,11 @@ import sys
 
 from crackle.runtime import housekeeping
 
-MAPS = """\
+MAPS = b"""\
 00400000-00401000 r-xp 00000000 08:01 1    /usr/bin/program
 00500000-00502000 r--p 00001000 08:01 1    /usr/bin/program
 00600000-00601000 rw-p 00002000 08:01 1    /usr/bin/program
-00700000-00703000 r-xp 00003000 08:01 1    /usr/lib/with a space.so
+00700000-00703000 r-xp 00003000 08:01 1    /usr/lib/with a caf\xe9.so
 00780000-00781000 rwxp 00003000 08:01 1    /usr/lib/patched.so
 00800000-00801000 r-xp 00000000 00:00 0    [vdso]
 00900000-00901000 r-xp 00000000 00:00 0

@@ -128,3 +128,100 @@ def test_an_idle_loop_uses_no_time(loop: Loop) -> None:
     begin = time.process_time()
     loop.run()
     assert time.process_time() - begin < 0.1
+
+
+# What fails
+
+
+@pytest.fixture
+def reports() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def lenient(reports: list[str]) -> Iterator[Loop]:
+    loop = Loop(reports.append)
+    yield loop
+    loop.close()
+
+
+def fail(*_arguments: object) -> None:
+    raise OSError(24, "Too many open files")
+
+
+def test_a_timer_that_fails_is_told_and_ends_nothing(lenient: Loop, reports: list[str]) -> None:
+    lenient.call_later(0, fail)
+    lenient.call_later(0, lenient.stop)
+    lenient.run()
+    assert reports == ["fail failed, and is done without: OSError: [Errno 24] Too many open files"]
+
+
+def test_a_periodic_timer_comes_back_after_a_failure(lenient: Loop, reports: list[str]) -> None:
+    calls: list[int] = []
+
+    def tick() -> None:
+        calls.append(len(calls))
+        if len(calls) == 3:
+            lenient.stop()
+        else:
+            raise ValueError("not now")
+
+    lenient.call_every(0.001, tick)
+    lenient.run()
+    assert calls == [0, 1, 2]
+    assert len(reports) == 2
+
+
+def test_a_timer_may_cancel_another_that_is_due(loop: Loop) -> None:
+    second = loop.call_later(0, fail)
+    loop._timers.insert(0, loop.call_later(0, lambda: loop.cancel(second)))
+    loop.call_later(0, loop.stop)
+    loop.run()
+
+
+def test_a_handler_that_fails_is_not_called_for_ever(
+    lenient: Loop, reports: list[str], pipe: tuple[int, int]
+) -> None:
+    os.write(pipe[1], b"x")
+    lenient.watch(pipe[0], fail)
+    lenient.call_later(0.05, lenient.stop)
+    lenient.run()
+    assert len(reports) == 1
+
+
+def test_what_is_done_when_a_handler_fails_can_be_said(lenient: Loop, pipe: tuple[int, int]) -> None:
+    os.write(pipe[1], b"x")
+    lenient.watch(pipe[0], fail, on_failure=lenient.stop)
+    lenient.run()
+
+
+def test_an_essential_handler_ends_the_loop_with_its_error(lenient: Loop, pipe: tuple[int, int]) -> None:
+    os.write(pipe[1], b"x")
+    lenient.watch(pipe[0], fail, essential=True)
+    with pytest.raises(OSError, match="Too many open files"):
+        lenient.run()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_the_parent_ignored_stays_ignored(lenient: Loop, number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        lenient.on_signal(number, lambda _number: lenient.stop())
+        os.kill(os.getpid(), number)
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+def test_signals_get_their_handlers_back(lenient: Loop) -> None:
+    def handler(*_arguments: object) -> None:
+        pass
+
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        lenient.on_signal(signal.SIGHUP, print)
+        lenient.on_signal(signal.SIGHUP, print)
+        lenient.close()
+        assert signal.getsignal(signal.SIGHUP) is handler
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import time
 
 import msgspec
 
 from crackle.api.http import HttpConnection
 from crackle.api.routes import RequestError, find_route, parse
-from crackle.errors import CrackleError, TooLargeError
+from crackle.errors import CrackleError, TooLargeError, reason_of
 from crackle.runtime.loop import READABLE, WRITABLE
 from crackle.telemetry.logger import INFO
 
@@ -25,7 +26,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket
 
-    from crackle.runtime.loop import Loop
+    from crackle.runtime.loop import Loop, Timer
     from crackle.vmm.controller import Controller
 
 DEFAULT_PAYLOAD_LIMIT = 51200
@@ -37,7 +38,13 @@ EVICTABLE_AFTER_S = 10.0
 # Seconds until a listener that could not be served is looked at again.
 _REST_S = 0.1
 
+# Seconds that are left to a client for what has been said to it already.
+LINGER_S = 1.0
+
 _READ_SIZE = 65536
+
+# Bytes of a refused request that are still read, and ignored.
+_MAX_IGNORED = 1 << 22
 
 _HEAD = "HTTP/1.1 {}\r\nServer: Crackle API\r\nConnection: {}\r\n"
 _OK = "200 OK"
@@ -87,7 +94,7 @@ class ApiServer:
 
     def _listen(self) -> None:
         if self._listener.fileno() >= 0:
-            self._loop.watch(self._listener.fileno(), self._accept)
+            self._loop.watch(self._listener.fileno(), self._accept, on_failure=self._rest)
             self._keep_reserve()
 
     def _keep_reserve(self) -> None:
@@ -112,9 +119,16 @@ class ApiServer:
                 self._rest()
                 return
             if len(self._clients) < MAX_CONNECTIONS or self._evict():
-                self._clients[fd] = _Client(self, fd)
+                self._admit(fd)
             else:
                 _turn_away(fd, "Too many open connections.")
+
+    def _admit(self, fd: int) -> None:
+        try:
+            self._clients[fd] = _Client(self, fd)
+        except BaseException:
+            os.close(fd)
+            raise
 
     def _evict(self) -> bool:
         """Close the client that has been silent for the longest, if that is long; whether that is so."""
@@ -175,10 +189,10 @@ class ApiServer:
                 begin = time.monotonic_ns()
                 result = controller.execute(request.command)
                 controller.metrics.counters["latencies_us"][latency] = (time.monotonic_ns() - begin) // 1000
-        except CrackleError as error:
+        except (CrackleError, OSError, ValueError, MemoryError, RuntimeError, ImportError) as error:
             if counts is not None and f"{counter}_fails" in counts:
                 counts[f"{counter}_fails"] += 1
-            message = str(error)
+            message = str(error) if isinstance(error, CrackleError) else str(reason_of(error))
             status = _TOO_LARGE if isinstance(error, TooLargeError) else _BAD_REQUEST
             if not isinstance(error, RequestError):
                 logger.error(f"Received Error. Status code: {status}. Message: {message}")
@@ -196,7 +210,11 @@ class ApiServer:
         return response(_OK, msgspec.json.encode(result), keep=keep)
 
     def close(self) -> None:
-        """Send what is ready to be sent, close every connection and stop listening; the socket file stays."""
+        """Send what is ready to be sent, close every connection and stop listening; the socket file stays.
+
+        A client that does not read has ``LINGER_S`` seconds for it.
+        """
+        self._send_the_rest(time.monotonic() + LINGER_S)
         for client in list(self._clients.values()):
             client.close()
         self._loop.forget(self._listener.fileno())
@@ -205,14 +223,32 @@ class ApiServer:
             os.close(self._reserve)
             self._reserve = -1
 
+    def _send_the_rest(self, deadline: float) -> None:
+        """Finish the answers that have been begun, until `deadline`, whatever else happens meanwhile."""
+        poll = select.poll()
+        for fd, client in self._clients.items():
+            if client.sending:
+                poll.register(fd, select.POLLOUT)
+        while any(client.sending for client in self._clients.values()):
+            ready = poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+            if not ready:
+                return
+            for fd, _ in ready:
+                client = self._clients[fd]
+                client.send()
+                if not client.sending:
+                    poll.unregister(fd)
+
 
 class _Client:
     """One connection. Owns its descriptor.
 
-    Reads only while nothing is left to send, which bounds what is kept.
+    Reads only while nothing is left to send, which bounds what is kept. A client whose request was refused may still be
+    sending it, and would not read the answer if the connection were closed under its hands (RFC 9112, 9.6): for
+    a while what it sends is read, and is nothing to anybody.
     """
 
-    __slots__ = ("_fd", "_http", "_sending", "_server", "active")
+    __slots__ = ("_fd", "_http", "_ignored", "_linger", "_server", "active", "sending")
 
     def __init__(self, server: ApiServer, fd: int) -> None:
         os.set_blocking(fd, False)
@@ -220,12 +256,15 @@ class _Client:
         self._server = server
         self._fd = fd
         self._http = HttpConnection(server.serve, server._payload_limit)
-        self._sending = False
-        server._loop.watch(fd, self._ready)
+        self._linger: Timer | None = None
+        self._ignored = 0
+        # Whether an answer has been begun, and some of it is left.
+        self.sending = False
+        server._loop.watch(fd, self._ready, on_failure=self.close)
 
     def _ready(self, _events: int) -> None:
-        if self._sending:
-            self._send()
+        if self.sending:
+            self.send()
             return
         try:
             data = os.read(self._fd, _READ_SIZE)
@@ -233,41 +272,65 @@ class _Client:
             return
         except OSError:
             data = b""
-        if not data:
+        self._ignored += len(data) if self._linger is not None else 0
+        if not data or self._ignored > _MAX_IGNORED:
             self.close()
+            return
+        if self._linger is not None:
             return
         http = self._http
         http.feed(data)
         if http.refused:
             self._server._controller.logger.error(f"API request refused: {http.refused}")
-            http.out += fault(_BAD_REQUEST, http.refused, keep=False)
+            answer = fault(_BAD_REQUEST, http.refused, keep=False)
+            http.out += answer.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if http.head_only else answer
         if http.out or http.refused is not None:
-            self._send()
+            self.send()
 
-    def _send(self) -> None:
+    def send(self) -> None:
+        """Send what there is, as far as it is taken now."""
         http = self._http
         try:
             sent = os.write(self._fd, http.out)
         except BlockingIOError:
             sent = 0
         except OSError:
+            self.sending = False
             self.close()
             return
         del http.out[:sent]
         if sent:
             self._server.touched(self, self._fd)
         sending = bool(http.out)
-        if not sending and http.refused is not None:
-            self.close()
-        elif sending is not self._sending:
-            self._sending = sending
+        if sending is not self.sending:
+            self.sending = sending
             self._server._loop.change(self._fd, WRITABLE if sending else READABLE)
+        if not sending and http.refused is not None:
+            self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        """The last answer is sent."""
+        if not self._http.refused:
+            self.close()
+            return
+        import _socket
+
+        borrowed = _socket.socket(fileno=self._fd)
+        try:
+            borrowed.shutdown(_socket.SHUT_WR)
+        finally:
+            borrowed.detach()
+        self._linger = self._server._loop.call_later(LINGER_S, self.close)
 
     def close(self) -> None:
         """Close the connection; idempotent."""
-        if self._server._clients.pop(self._fd, None) is not None:
-            self._server._loop.forget(self._fd)
-            os.close(self._fd)
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            if self._linger is not None:
+                self._server._loop.cancel(self._linger)
+            self._server._clients.pop(fd, None)
+            self._server._loop.forget(fd)
+            os.close(fd)
 
 
 def _turn_away(fd: int, message: str) -> None:

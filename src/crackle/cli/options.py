@@ -41,7 +41,7 @@ OPTIONS: dict[str, tuple[str | None, str | None, str]] = {
     ),
     "no-seccomp": (None, None, "Install no seccomp filter. None is installed yet in any case."),
     "parent-cpu-time-us": ("us", None, "CPU time the parent spent, for the start-up metric."),
-    "seccomp-filter": ("path", None, "Seccomp filter of your own. Accepted; no filter is installed yet."),
+    "seccomp-filter": ("path", None, "Seccomp filter of your own. Not supported yet."),
     "show-level": (None, None, "Show the level in log lines."),
     "show-log-origin": (None, None, "Show file and line in log lines."),
     "snapshot-version": (None, None, "Print the snapshot format version. Not supported yet."),

@@ -11,7 +11,7 @@ import os
 import sys
 
 from crackle.cli.options import Options, UsageError, help_text, parse
-from crackle.errors import ConfigError, CrackleError, os_reason
+from crackle.errors import ConfigError, CrackleError, os_reason, reason_of
 from crackle.runtime.stream import open_standard_streams
 from crackle.telemetry.logger import Logger
 from crackle.telemetry.sink import Sink
@@ -29,6 +29,9 @@ EXIT_BAD_ARGUMENTS = 153
 
 # Connections that wait to be accepted.
 _BACKLOG = 128
+
+# Bytes of a socket's name (unix(7), sun_path, its NUL not counted).
+_PATH_MAX = 107
 
 
 class ExitError(CrackleError):
@@ -49,10 +52,10 @@ def run(arguments: list[str]) -> int:
     # Nothing made during start-up is garbage: collecting then would only cost time.
     gc.disable()
     open_standard_streams()
-    # Until the loop takes signals, Ctrl-C ends the process and shows no traceback.
-    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
-    logger = Logger()
+    _end_on_interrupt()
+    logger: Logger | None = None
     try:
+        logger = Logger()
         try:
             options = parse(arguments)
         except UsageError as error:
@@ -66,10 +69,13 @@ def run(arguments: list[str]) -> int:
             _tell(f"Crackle v{VERSION}")
             return EXIT_OK
         status = _serve(options, logger)
-    except ExitError as error:
-        logger.error(str(error))
-        print(f"Error: {error}", file=sys.stderr)
-        status = error.status
+    except Exception as error:
+        message = str(error) if isinstance(error, CrackleError) else f"{reason_of(error) or repr(error)}."
+        status = error.status if isinstance(error, ExitError) else EXIT_ERROR
+        _complain(message)
+        if logger is None:
+            return status
+        logger.error(message)
     if status == EXIT_OK:
         logger.info("Crackle exiting successfully. exit_code=0")
     else:
@@ -77,13 +83,28 @@ def run(arguments: list[str]) -> int:
     return status
 
 
+def _end_on_interrupt() -> None:
+    """Until the loop takes signals, Ctrl-C ends the process and shows no traceback."""
+    if _signal.getsignal(_signal.SIGINT) != _signal.SIG_IGN:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+
+
+def _complain(message: str) -> None:
+    """Tell standard error, if it is there."""
+    try:
+        os.write(2, f"Error: {message}\n".encode(errors="backslashreplace"))
+    except OSError:
+        return
+
+
 def _tell(text: str) -> None:
     """Print what was asked for. A reader that leaves early has what it wanted."""
+    left = f"{text}\n".encode()
     try:
-        print(text, flush=True)
+        while left:
+            left = left[os.write(1, left) :]
     except BrokenPipeError:
-        # What is still buffered goes nowhere when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 1)
+        return
     except OSError as error:
         raise ExitError(f"Cannot write to standard output: {os_reason(error)}.") from None
 
@@ -128,6 +149,7 @@ def _refuse_unsupported(options: Options) -> None:
         ("enable-pci", "PCI"),
         ("snapshot-version", "snapshots"),
         ("describe-snapshot", "snapshots"),
+        ("seccomp-filter", "seccomp filters"),
     ):
         if name in options:
             raise ExitError(f"Argument '{name}': Crackle does not support {what} yet.")
@@ -166,26 +188,54 @@ def _read(path: str, what: str) -> bytes:
     try:
         with open(path, "rb", buffering=0) as file:
             return file.readall()
-    except OSError as error:
-        raise ExitError(f"Unable to read the {what}: {os_reason(error)}: {path}") from None
+    except (OSError, ValueError, MemoryError) as error:
+        raise ExitError(f"Unable to read the {what}: {reason_of(error)}") from None
 
 
 def _listen(path: str) -> socket:
+    """A socket that listens at `path`, where it appears when it can be connected to; the file must not exist yet."""
     # The C module itself: the socket module drags in selectors and enum, several milliseconds.
     import _socket
 
     listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     try:
-        listener.bind(path)
-        listener.listen(_BACKLOG)
-    except OSError as error:
+        if not _listen_first(listener, path):
+            listener.bind(path)
+            listener.listen(_BACKLOG)
+    except (OSError, ValueError) as error:
         listener.close()
-        if error.errno == 98:  # EADDRINUSE
+        if isinstance(error, OSError) and error.errno in (17, 98):  # EEXIST, EADDRINUSE
             raise ExitError(
                 f"Failed to open the API socket at: {path}. Check that it is not already used."
             ) from None
-        raise ExitError(f"Failed to bind the API socket at {path}: {os_reason(error)}.") from None
+        reason = os_reason(error) if isinstance(error, OSError) and error.errno else error
+        raise ExitError(f"Failed to bind and run the HTTP server: IO error: {reason}: {path}") from None
     return listener
+
+
+def _listen_first(listener: socket, path: str) -> bool:
+    """Listen under another name in the same directory, then give the socket its own; False where no other name fits."""
+    unique = os.urandom(3).hex()
+    other = f"{path}.{unique}"
+    if len(os.fsencode(other)) > _PATH_MAX:
+        other = os.path.join(os.path.dirname(path), unique)
+    if not path or max(len(os.fsencode(path)), len(os.fsencode(other))) > _PATH_MAX:
+        return False
+    listener.bind(other)
+    try:
+        listener.listen(_BACKLOG)
+        try:
+            os.link(other, path)
+        except OSError as error:
+            if error.errno not in (1, 38, 95):  # EPERM, ENOSYS, EOPNOTSUPP: no second names here
+                raise
+            if os.path.lexists(path):
+                raise FileExistsError(17, "File exists") from None
+            os.rename(other, path)
+    finally:
+        if os.path.lexists(other):
+            os.unlink(other)
+    return True
 
 
 if __name__ == "__main__":

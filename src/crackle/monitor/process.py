@@ -74,7 +74,7 @@ class VmmProcess:
         self._status = 0
         self._signal = 0
         self._terminal = Terminal(0)
-        self._loop = Loop()
+        self._loop = Loop(logger.error)
         self._metrics = Metrics()
         if metrics_sink is not None:
             self._metrics.attach(metrics_sink)
@@ -152,13 +152,15 @@ class VmmProcess:
         return shell.prepare(machine_config, shared)
 
     def _started(self, machine: Machine) -> None:
-        self._terminal.set_raw()
-        self._loop.watch(machine.exit_fd, lambda _events: self._ended())
-        self._flush_periodically()
-        gc.freeze()
+        self._loop.watch(machine.exit_fd, self._ended, essential=True)
+        # The guest runs: what follows can be done without.
+        self._loop.attempt(self._terminal.set_raw)
+        self._loop.attempt(self._flush)
+        self._loop.call_every(FLUSH_PERIOD_S, self._flush)
         self._loop.call_later(_SETTLED_S, give_back)
+        gc.freeze()
 
-    def _ended(self) -> None:
+    def _ended(self, _events: int) -> None:
         machine = self._controller.machine
         if machine is None:
             return
@@ -173,10 +175,6 @@ class VmmProcess:
             f"The microVM ended ({status.reason}): {status.message}"
         )
         self._loop.stop()
-
-    def _flush_periodically(self) -> None:
-        self._flush()
-        self._loop.call_later(FLUSH_PERIOD_S, self._flush_periodically)
 
     def _flush(self) -> None:
         self._metrics.counters["logger"]["missed_log_count"] = self._logger.lost
@@ -216,11 +214,12 @@ class VmmProcess:
         self._loop.stop()
 
     def _close(self) -> None:
-        self._terminal.restore()
-        self._flush()
+        attempt = self._loop.attempt
+        attempt(self._terminal.restore)
+        attempt(self._flush)
         if self._server is not None:
-            self._server.close()
-        self._controller.stop()
+            attempt(self._server.close)
+        attempt(self._controller.stop)
         self._loop.close()
         self._metrics.close()
 

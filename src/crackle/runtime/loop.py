@@ -1,6 +1,7 @@
 """The event loop of the main thread: descriptors, timers and signals, over ``epoll(7)``.
 
-It waits without a timeout while no timer is set, so an idle process uses no CPU time.
+It waits without a timeout while no timer is set, so an idle process uses no CPU time. What goes wrong in a callback is
+told and does not end the loop, unless the callback is essential: a descriptor watched as such, and signals.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     Handler = Callable[[int], None]
 
@@ -20,37 +22,68 @@ READABLE = select.EPOLLIN
 WRITABLE = select.EPOLLOUT
 
 
+def _nobody(_events: int) -> None:
+    """Serves a descriptor that was forgotten when it was ready already."""
+
+
+_NOBODY = (_nobody, None)
+
+
 class Timer:
-    """A call that is due at ``when``, in seconds of the monotonic clock."""
+    """A call that is due at ``when``, in seconds of the monotonic clock, and every ``period`` seconds from then on."""
 
-    __slots__ = ("call", "when")
+    __slots__ = ("call", "period", "when")
 
-    def __init__(self, when: float, call: Callable[[], None]) -> None:
+    def __init__(self, when: float, call: Callable[[], None], period: float | None = None) -> None:
         self.when = when
         self.call = call
+        self.period = period
 
 
 class Loop:
     """Runs handlers one at a time, in the thread that calls :meth:`run`.
 
+    ``report`` is told, in a sentence, of each callback that has failed; without it all of them are essential.
     Owns its epoll descriptor and signal pipe.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, report: Callable[[str], None] | None = None) -> None:
+        self._report = report
         self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
-        self._handlers: dict[int, Handler] = {}
+        self._handlers: dict[int, tuple[Handler, Callable[[], None] | None]] = {}
         self._timers: list[Timer] = []
-        self._signals: dict[int, Callable[[int], None]] = {}
+        self._signals: dict[int, tuple[Callable[[int], None], Any]] = {}
         self._signal_pipe: tuple[int, int] | None = None
         self._running = False
 
-    def watch(self, fd: int, handler: Handler, events: int = READABLE) -> None:
+    def attempt(self, call: Callable[..., object], *arguments: object) -> bool:
+        """Do what can be done without: a failure is reported, and False."""
+        try:
+            call(*arguments)
+        except Exception as error:
+            if self._report is None:
+                raise
+            name = getattr(call, "__qualname__", repr(call))
+            self._report(f"{name} failed, and is done without: {type(error).__name__}: {error}")
+            return False
+        return True
+
+    def watch(
+        self,
+        fd: int,
+        handler: Handler,
+        events: int = READABLE,
+        *,
+        on_failure: Callable[[], None] | None = None,
+        essential: bool = False,
+    ) -> None:
         """Call ``handler`` with the events that are ready whenever some of ``events`` are.
 
-        Or the peer hung up.
+        Or the peer hung up. A handler that fails would at once be called again: ``on_failure`` says what is done
+        instead, to forget the descriptor if it says nothing. One that is ``essential`` ends the loop with its error.
         """
         self._epoll.register(fd, events)
-        self._handlers[fd] = handler
+        self._handlers[fd] = handler, None if essential else on_failure or (lambda: self.forget(fd))
 
     def change(self, fd: int, events: int) -> None:
         """Wait for ``events`` on a watched descriptor from now on."""
@@ -67,26 +100,43 @@ class Loop:
         self._timers.append(timer)
         return timer
 
+    def call_every(self, seconds: float, call: Callable[[], None]) -> Timer:
+        """Call every ``seconds`` from now on, unless cancelled; also after it has failed."""
+        timer = Timer(time.monotonic() + seconds, call, seconds)
+        self._timers.append(timer)
+        return timer
+
     def cancel(self, timer: Timer) -> None:
         """Forget a timer; one that has fired is ignored."""
         if timer in self._timers:
             self._timers.remove(timer)
 
     def on_signal(self, number: int, handler: Callable[[int], None]) -> None:
-        """Call ``handler`` from the loop when the process gets the signal. Main thread only."""
+        """Call ``handler`` from the loop when the process gets the signal. Main thread only.
+
+        A signal that the process was started to ignore (nohup(1), a shell's ``&``) stays ignored.
+        """
+        before = signal.getsignal(number)
+        # The interpreter ignores this one itself, whatever its parent wanted.
+        if before == signal.SIG_IGN and number != signal.SIGXFSZ and number not in self._signals:
+            return
         if self._signal_pipe is None:
             self._signal_pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
             signal.set_wakeup_fd(self._signal_pipe[1], warn_on_full_buffer=False)
-            self.watch(self._signal_pipe[0], self._deliver_signals)
-        self._signals[number] = handler
+            self.watch(self._signal_pipe[0], self._deliver_signals, essential=True)
+        self._signals[number] = handler, self._signals[number][1] if number in self._signals else before
         # The wake-up descriptor gets a byte only for signals that have a Python handler.
         signal.signal(number, lambda _number, _frame: None)
 
     def _deliver_signals(self, _events: int) -> None:
         assert self._signal_pipe is not None
-        for number in os.read(self._signal_pipe[0], 512):
+        try:
+            numbers = os.read(self._signal_pipe[0], 512)
+        except BlockingIOError:
+            return
+        for number in numbers:
             if number in self._signals:
-                self._signals[number](number)
+                self._signals[number][0](number)
 
     def run(self) -> None:
         """Serve until :meth:`stop` is called."""
@@ -94,9 +144,11 @@ class Loop:
         poll, handlers = self._epoll.poll, self._handlers
         while self._running:
             for fd, events in poll(self._next_timeout()):
-                handler = handlers.get(fd)
-                if handler is not None:
+                handler, on_failure = handlers.get(fd, _NOBODY)
+                if on_failure is None:
                     handler(events)
+                elif not self.attempt(handler, events):
+                    self.attempt(on_failure)
             if self._timers:
                 self._fire_timers()
 
@@ -112,13 +164,18 @@ class Loop:
     def _fire_timers(self) -> None:
         now = time.monotonic()
         for timer in [timer for timer in self._timers if timer.when <= now]:
-            self._timers.remove(timer)
-            timer.call()
+            if timer not in self._timers:
+                continue  # another has cancelled it
+            if timer.period is None:
+                self._timers.remove(timer)
+            else:
+                timer.when = now + timer.period
+            self.attempt(timer.call)
 
     def close(self) -> None:
-        """Give signals their default actions back and close the descriptors; idempotent."""
-        for number in self._signals:
-            signal.signal(number, signal.SIG_DFL)
+        """Give signals the handlers back that they had and close the descriptors; idempotent."""
+        for number, (_, before) in self._signals.items():
+            signal.signal(number, signal.SIG_DFL if before is None else before)
         self._signals.clear()
         if self._signal_pipe is not None:
             signal.set_wakeup_fd(-1)

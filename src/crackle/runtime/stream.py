@@ -101,11 +101,30 @@ def _poll_and_write(fd: int, data: bytes | memoryview) -> int:
 
 
 def open_standard_streams() -> None:
-    """/dev/null for each of descriptors 0, 1 and 2 that is closed.
+    """Something harmless for each of descriptors 0, 1 and 2 that is closed. Never raises.
 
     Its number would be given to something else, which the guest's console, or a message, then reads or writes.
     """
-    fd = os.open("/dev/null", os.O_RDWR)
-    while fd <= 2:
-        fd = os.dup(fd)
-    os.close(fd)
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            _fill(fd)
+
+
+def _fill(fd: int) -> None:
+    """/dev/null, or where there is none a pipe without another end: nothing to read, and what is written is refused."""
+    try:
+        try:
+            got = os.open("/dev/null", os.O_RDWR)
+        except OSError:
+            got, other = os.pipe()
+            if fd:
+                got, other = other, got
+            os.close(other)
+        if got != fd:
+            os.dup2(got, fd, inheritable=False)
+            os.close(got)
+    except OSError:
+        # Not even a descriptor: then nothing else gets this number either.
+        return

@@ -9,7 +9,7 @@ import errno
 
 import msgspec
 
-from crackle.errors import ConfigError, CrackleError
+from crackle.errors import ConfigError, CrackleError, reason_of
 from crackle.schema.machine import updated
 from crackle.vmm.devices import kind_of_drive, open_net, open_vhost_user_block
 from crackle.vmm.files import BootFile, open_disk, settle
@@ -44,7 +44,7 @@ CMDLINE_MAX_SIZE = 2048
 
 
 class context:  # noqa: N801 - reads as a statement
-    """Puts words in front of the message of a Crackle error that passes through."""
+    """Puts words in front of an error that passes through; what the host refuses becomes a ConfigError."""
 
     __slots__ = ("_words",)
 
@@ -57,6 +57,8 @@ class context:  # noqa: N801 - reads as a statement
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, CrackleError):
             error.args = (f"{self._words}: {error}",)
+        elif error is not None and (reason := reason_of(error)) is not None:
+            raise ConfigError(f"{self._words}: {reason}") from error
 
 
 class Configuration:
