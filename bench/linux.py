@@ -13,7 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from bench.rows import ROOT, Bench, Row, absolute, paired
-from crackle.cli.probe import probe
+from crackle.vmm.probe import probe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,9 +1,13 @@
 """`crackle doctor`: what it says of this host, whatever host that is."""
 
+import json
 import os
 import time
 
-from crackle.cli import doctor, probe
+import pytest
+
+from crackle.cli import doctor
+from crackle.vmm import probe
 
 
 def test_the_probe_sees_user_code_and_interrupts():
@@ -73,3 +77,30 @@ def test_the_table_is_printed(capsys):
     printed = capsys.readouterr().out
     assert "/dev/kvm" in printed
     assert "Linux guests" in printed
+
+
+def test_there_is_a_verdict_in_every_case_and_programs_can_read_it(tmp_path, capsys):
+    unreadable = tmp_path / "unreadable"
+    unreadable.write_bytes(b"")
+    for path in ("/dev/kvm", str(tmp_path / "none"), str(unreadable)):
+        rows = doctor.report(path)
+        assert doctor.verdict(rows).startswith(
+            "Linux guests: yes" if doctor.runs_linux(rows) else "Linux guests: no"
+        )
+        doctor.render(rows)
+        assert "\n" + doctor.verdict(rows) + "\n" in capsys.readouterr().out
+        doctor.render_json(rows)
+        told = json.loads(capsys.readouterr().out)
+        assert told["linux_guests"] == doctor.runs_linux(rows)
+        assert told["verdict"] == doctor.verdict(rows)
+        assert {"area", "name", "value", "state", "advice"} == set(told["rows"][0])
+
+
+def test_only_a_host_without_hardware_virtualisation_is_asked_why_it_runs_no_linux(monkeypatch):
+    monkeypatch.setattr(probe.os.path, "isdir", lambda path: path == "/sys/module/kvm_amd")
+    monkeypatch.setattr(probe, "probe", lambda _path: pytest.fail("it was asked"))
+    assert probe.why_no_linux("/dev/kvm-of-amd") is None
+
+
+def test_a_kvm_that_cannot_be_opened_is_not_blamed(tmp_path):
+    assert probe.why_no_linux(str(tmp_path / "none")) is None

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from crackle.cli.probe import probe
 from crackle.errors import CrackleError
 from crackle.hostnet.host import may_change_networks
 from crackle.hostnet.nft import find_nft
 from crackle.kvm import CAPABILITIES, Kvm
+from crackle.vmm.probe import probe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_VERDICT = "Linux guests"
 
 State = Literal["ok", "missing", "problem", "info"]
 
@@ -47,7 +49,7 @@ class Row(msgspec.Struct, frozen=True):
 def _read(path: str) -> str | None:
     """Content of a small file in /proc or /sys, stripped; None when it is not there."""
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             return file.read().strip()
     except OSError:
         return None
@@ -135,7 +137,7 @@ def _probe(path: str) -> Iterator[Row]:
     verdict = probe(path)
     for finding in verdict.findings:
         yield Row("probe", finding.name, finding.detail, "ok" if finding.works else "problem")
-    yield Row("probe", "Linux guests", verdict.sentence, "ok" if verdict.linux else "problem")
+    yield Row("probe", _VERDICT, verdict.sentence, "ok" if verdict.linux else "problem")
 
 
 def _devices() -> Iterator[Row]:
@@ -231,8 +233,12 @@ def _seccomp() -> Iterator[Row]:
 def report(path: str = "/dev/kvm") -> list[Row]:
     """What this host offers, the KVM at `path` first. Takes tens of milliseconds."""
     rows = [*_host(), *_hardware(), *_kvm(path)]
-    if not any(row.state == "problem" for row in rows):
+    problem = next((row for row in rows if row.state == "problem"), None)
+    if problem is None:
         rows += _probe(path)
+    else:
+        why = f"no: {problem.name} {problem.value}; {problem.advice or 'use tools/emuhost'}"
+        rows.append(Row("kvm", _VERDICT, why, "problem"))
     for look in (_devices, _io, _memory_features, _control_groups, _seccomp, _limits):
         with contextlib.suppress(OSError):
             rows += look()
@@ -241,7 +247,18 @@ def report(path: str = "/dev/kvm") -> list[Row]:
 
 def runs_linux(rows: list[Row]) -> bool:
     """Whether the report says that Linux guests run here."""
-    return any(row.name == "Linux guests" and row.state == "ok" for row in rows)
+    return any(row.name == _VERDICT and row.state == "ok" for row in rows)
+
+
+def verdict(rows: list[Row]) -> str:
+    """The report in one sentence: "Linux guests: yes: ..." or "Linux guests: no: ..."."""
+    return next(f"{_VERDICT}: {row.value}" for row in rows if row.name == _VERDICT)
+
+
+def render_json(rows: list[Row]) -> None:
+    """Print the report as one JSON object on standard output."""
+    found = {"linux_guests": runs_linux(rows), "verdict": verdict(rows), "rows": rows}
+    print(msgspec.json.format(msgspec.json.encode(found)).decode())
 
 
 def render(rows: list[Row]) -> None:
@@ -261,4 +278,6 @@ def render(rows: list[Row]) -> None:
             *(Text(text, colours[row.state] if column else "bold") for column, text in enumerate(texts))
         )
         area = row.area
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(Text(verdict(rows), "bold green" if runs_linux(rows) else "bold red"), soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,27 +19,79 @@ app = typer.Typer(
     name="crackle",
     help="MicroVMs on Linux KVM.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
 app.add_typer(network_commands.app, name="net")
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from crackle.version import VERSION
+
+        print(f"crackle {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def run(
-    kernel: Annotated[str, typer.Option(help="Kernel: an uncompressed vmlinux or a bzImage.")],
+    kernel: Annotated[
+        str | None, typer.Argument(metavar="KERNEL", help="Kernel: an uncompressed vmlinux or a bzImage.")
+    ] = None,
     rootfs: Annotated[
-        str | None, typer.Option(help="Image of the root file system; becomes /dev/vda.")
+        str | None,
+        typer.Argument(metavar="ROOTFS", help="Image of the root file system; becomes /dev/vda."),
+    ] = None,
+    kernel_option: Annotated[
+        str | None, typer.Option("--kernel", metavar="KERNEL", help="The same as the first argument.")
+    ] = None,
+    rootfs_option: Annotated[
+        str | None, typer.Option("--rootfs", metavar="ROOTFS", help="The same as the second argument.")
     ] = None,
     initrd: Annotated[str | None, typer.Option(help="Initial RAM disk.")] = None,
     drive: Annotated[list[str] | None, typer.Option(help="Another disk image; may be repeated.")] = None,
-    cpus: Annotated[int, typer.Option(min=1, max=32, help="Number of vCPUs.")] = 1,
-    memory: Annotated[int, typer.Option(min=1, help="Guest memory in MiB.")] = 256,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, max=32, help="Number of vCPUs.", show_default="1")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Guest memory: 512 (MiB), 512M, 2G.", show_default="256M"),
+    ] = None,
     boot_args: Annotated[str | None, typer.Option(help="Kernel command line instead of the default.")] = None,
+    append: Annotated[
+        list[str] | None,
+        typer.Option("--append", "-a", help="More for the kernel command line; may be repeated."),
+    ] = None,
     read_only: Annotated[
         bool, typer.Option("--read-only", help="Give the guest the root disk read-only.")
     ] = False,
+    vsock: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Unix socket that leads to the guest's vsock ports.")
+    ] = None,
+    metadata: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="JSON file that the guest finds at 169.254.169.254; with --net."),
+    ] = None,
+    api_sock: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Serve the API on this Unix socket as well.")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Configuration file, as crackle-vmm's; the other options come on top."
+        ),
+    ] = None,
     net: Annotated[
         bool,
         typer.Option("--net", help="Give the guest a network: address, way out through this host, name."),
@@ -55,60 +108,68 @@ def run(
 
     The exit status is 0 when the guest shut itself down, 1 when it failed or could not be started.
     """
+    from crackle.cli import boot
     from crackle.cli.run import run as run_microvm
-    from crackle.vmm.microvm import DEFAULT_BOOT_ARGS
 
-    arguments = DEFAULT_BOOT_ARGS if boot_args is None else boot_args
+    wanted = boot.Wanted(
+        kernel=_either("kernel", kernel, kernel_option),
+        rootfs=_either("root disk", rootfs, rootfs_option),
+        initrd=initrd,
+        drives=drive or (),
+        cpus=cpus,
+        memory=None if memory is None else boot.parse_memory(memory),
+        boot_args=boot_args,
+        append=append or (),
+        read_only=read_only,
+        vsock=vsock,
+        metadata=metadata,
+        config=config,
+    )
+    if not net and (name is not None or network != DEFAULT_NETWORK or allow_host or allow_lan or allow):
+        raise ConfigError("--name, --network and --allow... say what --net is to do: give --net as well.")
+    arguments = boot.options(wanted)
+    if metadata is not None and not (net or arguments.get("interfaces")):
+        raise ConfigError("--metadata is for guests with a network: give --net as well.")
     interfaces: list[NetworkInterface] = []
-
-    def boot(console: tuple[int, int]) -> None:
-        from crackle import MicroVM
-
-        with MicroVM(
-            kernel,
-            rootfs,
-            initrd=initrd,
-            drives=drive or (),
-            cpus=cpus,
-            memory=memory,
-            boot_args=arguments,
-            read_only=read_only,
-            interfaces=interfaces,
-            console=console,
-        ) as vm:
-            vm.wait()
-
-    if not net:
-        if name is not None or network != DEFAULT_NETWORK or allow_host or allow_lan or allow:
-            raise ConfigError("--name, --network and --allow... say what --net is to do: give --net as well.")
-        raise typer.Exit(run_microvm(boot))
-    allowed = network_commands.openings(allow_host, allow_lan, allow)
-    with network_commands.attached(name, network, allowed) as place:
-        arguments = f"{arguments} {place.boot_argument()}"
-        interfaces = [network_commands.interface(place)]
-        status = run_microvm(boot)
+    with boot.listening(api_sock) as listener:
+        if not net:
+            status = run_microvm(functools.partial(boot.boot, arguments, interfaces, listener))
+        else:
+            allowed = network_commands.openings(allow_host, allow_lan, allow)
+            with network_commands.attached(name, network, allowed) as place:
+                arguments["boot_args"] = f"{arguments['boot_args']} {place.boot_argument()}"
+                interfaces = [network_commands.interface(place)]
+                status = run_microvm(functools.partial(boot.boot, arguments, interfaces, listener))
     raise typer.Exit(status)
 
 
+def _either(what: str, argument: str | None, option: str | None) -> str | None:
+    if argument is not None and option is not None:
+        raise ConfigError(f"The {what} is given twice: {argument} and {option}.")
+    return argument if argument is not None else option
+
+
 @app.command()
-def doctor() -> None:
+def doctor(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="For programs: the same as one JSON object.")
+    ] = False,
+) -> None:
     """Show what this host offers, and whether Linux guests run on its KVM.
 
     The exit status is 0 when they do.
     """
-    from crackle.cli.doctor import render, report, runs_linux
+    from crackle.cli.doctor import render, render_json, report, runs_linux
 
     rows = report()
-    render(rows)
+    (render_json if as_json else render)(rows)
     raise typer.Exit(0 if runs_linux(rows) else 1)
 
 
 @app.command()
 def version() -> None:
     """Show the version."""
-    from importlib.metadata import version as installed
-
-    print(f"crackle {installed('crackle')}")
+    _show_version(True)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import time
@@ -15,7 +16,7 @@ from crackle.devices.boot_timer import BootTimer
 from crackle.devices.i8042 import I8042
 from crackle.devices.power import SleepControl
 from crackle.devices.serial import Serial
-from crackle.errors import ConfigError, StateError
+from crackle.errors import ConfigError, CrackleError, StateError
 from crackle.kvm import Bus
 from crackle.runtime.iothread import IoThread
 from crackle.runtime.ownership import end_dropped, enrol
@@ -108,6 +109,7 @@ class Machine:
         self._ended: ExitStatus | None = None
         self._stopping = RLock()
         self._closing = RLock()  # whoever looks at what `stop` gives back has it
+        self._reason: str | None = None
         self.exit_fd = self._eventfd()
         self._stopped = False
         enrol(self)
@@ -291,8 +293,19 @@ class Machine:
                 if status in _CLEAN:
                     ended = ended or ExitStatus(status, _CLEAN[status], EXIT_OK)
                 elif vcpu.failure is not None:
-                    return ExitStatus(status, str(vcpu.description), EXIT_ERROR)
+                    return ExitStatus(status, self._explained(str(vcpu.description)), EXIT_ERROR)
             return ended
+
+    def _explained(self, failure: str) -> str:
+        """What went wrong, after the reason why nothing else could be expected, where the host is to blame."""
+        if self._reason is None:
+            self._reason = ""
+            # Where there is nothing to import from any more, the failure is told all the same.
+            with contextlib.suppress(ImportError, OSError, CrackleError):
+                from crackle.vmm.probe import why_no_linux
+
+                self._reason = why_no_linux() or ""
+        return f"{self._reason} {failure}".strip()
 
     def stop(self) -> None:
         """End the vCPUs and the I/O thread and give everything back. Idempotent.

@@ -5,11 +5,14 @@ takes a timer interrupt from the local APIC, executes SYSCALL and comes back by 
 CPL 0: it counts, to see whether kernel code runs natively or is interpreted, and executes INT3, as Linux does
 early in its boot. Both tell how far they got by writing to ports. One that hangs is stopped after TIME_LIMIT.
 
+Whoever sees a guest fail, or do nothing at all, asks `why_no_linux`.
+
 Formats: Intel SDM vol. 3, 3.4 (segments), 4.5 (page tables), 6.14 (IDT), 8.7 (TSS), 11.4 (local APIC).
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import select
 import struct
@@ -297,3 +300,19 @@ def probe(path: str = "/dev/kvm") -> Verdict:
         return Verdict(True, "yes: Linux guests will run here", findings)
     why = next((finding for finding in broken if finding.name == "system calls"), broken[0])
     return Verdict(False, f"no: {why.detail}; use tools/emuhost", findings)
+
+
+@functools.cache
+def why_no_linux(path: str = "/dev/kvm") -> str | None:
+    """A sentence for who waits for a Linux guest that this host's KVM cannot run; None where it can, or nobody knows.
+
+    Costs nothing on a host with hardware virtualisation, elsewhere what `probe` does, once.
+    """
+    if any(os.path.isdir(f"/sys/module/{module}") for module in ("kvm_intel", "kvm_amd")):
+        return None
+    verdict = probe(path)
+    if verdict.linux or not verdict.findings:
+        return None
+    reason = verdict.sentence.removeprefix("no: ").partition(";")[0]
+    advice = "`crackle doctor` tells more; tools/emuhost is a host that does."
+    return f"This host's KVM does not run Linux guests: {reason}. {advice}"

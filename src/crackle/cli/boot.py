@@ -1,0 +1,256 @@
+"""What `crackle run` boots: its options, or a configuration file and what they change, as one microVM.
+
+Works in the child process that `crackle.cli.run` makes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from crackle.errors import ConfigError, os_reason
+
+if TYPE_CHECKING:
+    from _socket import socket
+    from collections.abc import Iterator, Sequence
+
+    from crackle import MicroVM
+    from crackle.schema.config import VmConfig
+    from crackle.schema.net import NetworkInterface
+
+_LOOK_S = 10.0
+_LOOKS = 12
+
+_SIZE = re.compile(r"([0-9]+)\s*(?:(M|G)(?:i?B)?)?", re.IGNORECASE)
+
+# What a configuration file may say that goes to another place here, or that MicroVM has no word for.
+_NOT_HERE = (
+    "logger",
+    "metrics",
+    "balloon",
+    "cpu_config",
+    "entropy",
+    "memory_hotplug",
+    "pmem",
+)
+
+
+def parse_memory(text: str) -> int:
+    """MiB of a size as a user writes it: 512, 512M, 1G."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None or not int(found[1]):
+        raise ConfigError(f"{text!r} is not an amount of memory like 512 (MiB), 512M or 2G.")
+    return int(found[1]) * (1024 if (found[2] or "").upper() == "G" else 1)
+
+
+class Wanted(msgspec.Struct, kw_only=True):
+    """What the command line says; None and empty for what it does not."""
+
+    kernel: str | None = None
+    rootfs: str | None = None
+    initrd: str | None = None
+    drives: Sequence[str] = ()
+    cpus: int | None = None
+    memory: int | None = None
+    boot_args: str | None = None
+    append: Sequence[str] = ()
+    read_only: bool = False
+    vsock: str | None = None
+    metadata: str | None = None
+    config: str | None = None
+
+
+def options(wanted: Wanted) -> dict[str, Any]:
+    """The arguments of `MicroVM`. ConfigError for what cannot be."""
+    from crackle.vmm.microvm import DEFAULT_BOOT_ARGS
+
+    found: dict[str, Any] = {"memory": 256, "boot_args": DEFAULT_BOOT_ARGS}
+    if wanted.config is not None:
+        found |= _from_file(wanted.config)
+    given = {
+        "kernel": wanted.kernel,
+        "initrd": wanted.initrd,
+        "cpus": wanted.cpus,
+        "memory": wanted.memory,
+        "boot_args": wanted.boot_args,
+        "vsock": wanted.vsock,
+    }
+    found |= {name: value for name, value in given.items() if value is not None}
+    if wanted.rootfs is not None:
+        if any(not isinstance(drive, str) and drive.is_root_device for drive in found.get("drives", ())):
+            raise ConfigError(
+                f"The root disk {wanted.rootfs} is given, and {wanted.config} has one: leave out one."
+            )
+        found |= {"rootfs": wanted.rootfs, "read_only": wanted.read_only}
+    found["drives"] = [*found.get("drives", ()), *wanted.drives]
+    found["boot_args"] = " ".join([found["boot_args"], *wanted.append]).strip()
+    if wanted.metadata is not None:
+        found["metadata"] = _json(wanted.metadata)
+    if "kernel" not in found:
+        raise ConfigError("There is no kernel: give one, or a configuration file with --config.")
+    return found
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.readall()
+    except OSError as error:
+        raise ConfigError(f"Cannot read {path}: {os_reason(error)}.") from None
+
+
+def _json(path: str) -> Any:
+    try:
+        return msgspec.json.decode(_read(path))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}.") from None
+
+
+def _from_file(path: str) -> dict[str, Any]:
+    """Arguments of `MicroVM` that say the same as a configuration file of crackle-vmm."""
+    from crackle.schema.codec import decode, explain
+    from crackle.schema.config import VmConfig
+
+    text = _read(path)
+    try:
+        config = decode(text, VmConfig)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path}: {explain(error, VmConfig, text)}") from None
+    for name in _NOT_HERE:
+        if getattr(config, name):
+            section = name.replace("_", "-")
+            raise ConfigError(
+                f"{path}: crackle run has no use for the section {section!r}: leave it out, or use crackle-vmm."
+            )
+    return _arguments(config)
+
+
+def _arguments(config: VmConfig) -> dict[str, Any]:
+    source, machine = config.boot_source, config.machine_config
+    found: dict[str, Any] = {
+        "kernel": source.kernel_image_path,
+        "initrd": source.initrd_path,
+        "drives": config.drives,
+        "interfaces": config.network_interfaces,
+        "vsock": config.vsock,
+        "mmds": config.mmds_config,
+    }
+    if source.boot_args is not None:
+        found["boot_args"] = source.boot_args
+    if machine is not None:
+        if machine.cpu_template not in (None, "None", msgspec.UNSET):
+            raise ConfigError("crackle run has no CPU templates: leave cpu_template out.")
+        found |= {
+            "cpus": machine.vcpu_count,
+            "memory": machine.mem_size_mib,
+            "smt": machine.smt,
+            "huge_pages": machine.huge_pages,
+            "track_dirty_pages": machine.track_dirty_pages,
+        }
+    return found
+
+
+def boot(
+    arguments: dict[str, Any],
+    interfaces: Sequence[NetworkInterface],
+    listener: socket | None,
+    console: tuple[int, int],
+) -> None:
+    """Run the guest to its end; serve the API on `listener` meanwhile, if there is one."""
+    from crackle import MicroVM
+
+    interfaces = [*arguments.get("interfaces", ()), *interfaces]
+    with MicroVM(**arguments | {"interfaces": interfaces}, console=console) as vm:
+        if listener is not None:
+            _serve(vm, listener)
+        else:
+            _wait(vm)
+        vm.wait()
+
+
+def _wait(vm: MicroVM) -> None:
+    """Until the guest ends, or has been heard for long enough."""
+    seen = 0
+    for _ in range(_LOOKS):
+        with contextlib.suppress(TimeoutError):
+            vm.wait(_LOOK_S)
+            return
+        if (said := _said(vm)) == seen:
+            _tell_silence()
+            return
+        seen = said
+
+
+def _serve(vm: MicroVM, listener: socket) -> None:
+    """Serve the API until the guest ends."""
+    from crackle.api.server import DEFAULT_PAYLOAD_LIMIT, ApiServer
+    from crackle.runtime.loop import Loop
+
+    loop = Loop()
+    machine = vm._machine()
+    server = ApiServer(loop, listener, vm._controller, DEFAULT_PAYLOAD_LIMIT)
+
+    def ended(_events: int) -> None:
+        if machine.exit_status() is not None:
+            loop.forget(machine.exit_fd)
+            loop.stop()
+
+    def look(seen: int = 0, left: int = _LOOKS) -> None:
+        said = _said(vm)
+        if said == seen:
+            _tell_silence()
+        elif left:
+            loop.call_later(_LOOK_S, lambda: look(said, left - 1))
+
+    try:
+        loop.watch(machine.exit_fd, ended)
+        loop.call_later(_LOOK_S, look)
+        loop.run()
+    finally:
+        server.close()
+        loop.close()
+
+
+def _said(vm: MicroVM) -> int:
+    return int(vm.metrics()["uart"]["write_count"])
+
+
+def _tell_silence() -> None:
+    from crackle.vmm.probe import why_no_linux
+
+    if (reason := why_no_linux()) is not None:
+        # The terminal is raw.
+        print(
+            f"\r\ncrackle: the guest has said nothing for {_LOOK_S:g} s. {reason}\r",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+@contextlib.contextmanager
+def listening(path: str | None) -> Iterator[socket | None]:
+    """A listening Unix socket for the API at `path`, removed at the end; None for none."""
+    if path is None:
+        yield None
+        return
+    import _socket
+
+    listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    try:
+        try:
+            listener.bind(path)
+            listener.listen(128)
+        except OSError as error:
+            raise ConfigError(f"Cannot listen on the API socket {path}: {os_reason(error)}.") from None
+        try:
+            yield listener
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+    finally:
+        listener.close()
