@@ -1,6 +1,8 @@
 /*
  * Misbehaves on purpose: `f=KIND` (may be repeated; run in order), each followed by a line that says what the guest saw.
  *   triple ud unmapped-mmio unclaimed-port reset      the processor and the bus
+ *   panic crash-kernel                                tells pvpanic, at its port, and goes on
+ *   sleep                                             for ever
  *   bad queues of block device `device=N` (default 0), one NAME per defect; prints `fault NAME status=S interrupt=I used=U`, with S the
  *   device's status, I its interrupt status, U what it put on the used ring; then resets the device, reads a sector and prints `recovered`:
  *     loop              a descriptor that is its own successor
@@ -17,6 +19,7 @@
 #include "lib/virtio.h"
 
 #define OUTSIDE 0x800000000000ul
+#define PVPANIC_PORT 0x505
 static struct block block;
 
 static u64 memory_end(void)
@@ -133,6 +136,11 @@ int main(void)
             __asm__ volatile("ud2");
         } else if (word_is(kind, "reset")) {
             reset();
+        } else if (word_is(kind, "panic") || word_is(kind, "crash-kernel")) {
+            print("fault pvpanic knows=%u\n", (u64)in8(PVPANIC_PORT));
+            out8(PVPANIC_PORT, word_is(kind, "panic") ? 1 : 2);
+        } else if (word_is(kind, "sleep")) {
+            idle_for_ever();
         } else if (word_is(kind, "unmapped-mmio")) {
             u32 value = mmio_read32(0xd0000000ul);
             mmio_write32(0xd0000000ul, value);

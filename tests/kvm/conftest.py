@@ -65,14 +65,14 @@ def configuration(
 class BareMachine:
     """A bare-metal guest in a machine of this process, with its console on two pipes."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], **options: Any) -> None:
         input_read, self.input = os.pipe()
         self._console, output_write = os.pipe()
         os.set_blocking(self._console, False)
         self._fds = [input_read, self.input, self._console, output_write]
         self.text = ""
-        options = BuildOptions(console_in=input_read, console_out=output_write)
-        self.machine = build(decode(json.dumps(config).encode(), VmConfig), None, options)
+        how = BuildOptions(console_in=input_read, console_out=output_write, **options)
+        self.machine = build(decode(json.dumps(config).encode(), VmConfig), None, how)
 
     def close(self) -> None:
         self.machine.stop()
@@ -119,7 +119,10 @@ class BareMachine:
 
 @pytest.fixture
 def machine(guests: Path) -> Iterator[Callable[..., BareMachine]]:
-    """Makes machines: machine(guest, boot_args, drives=[...], memory_mib=, vcpus=, network=[...]); not started yet."""
+    """Makes machines: machine(guest, boot_args, drives=[...], memory_mib=, vcpus=, network=[...]); not started yet.
+
+    More options are those of BuildOptions.
+    """
     made: list[BareMachine] = []
 
     def make(
@@ -130,10 +133,11 @@ def machine(guests: Path) -> Iterator[Callable[..., BareMachine]]:
         memory_mib: int = 64,
         vcpus: int = 1,
         network: list[dict[str, Any]] | None = None,
+        **options: Any,
     ) -> BareMachine:
         config = configuration(guests / f"{guest}.elf", boot_args, drives or [], memory_mib, vcpus)
         config["network-interfaces"] = network or []
-        made.append(BareMachine(config))
+        made.append(BareMachine(config, **options))
         return made[-1]
 
     yield make

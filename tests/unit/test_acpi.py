@@ -150,6 +150,14 @@ DefinitionBlock ("dsdt.aml", "DSDT", 2, "CRACKL", "CRACKLVM", 1)
                 Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive) { 1 }
             })
         }
+        Device (PEVT)
+        {
+            Name (_HID, "QEMU0001")
+            Name (_CRS, ResourceTemplate ()
+            {
+                IO (Decode16, 0x505, 0x505, 1, 1)
+            })
+        }
         Device (PWRB)
         {
             Name (_HID, EisaId ("PNP0C0C"))

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from crackle.devices.i8042 import BUS_CONTINUE, BUS_RESET, I8042
-from crackle.kvm.bus import Bus
+from crackle.devices.i8042 import I8042
+from crackle.kvm.bus import CONTINUE, RESET, Bus
 
 DATA, COMMAND = 0x60, 0x64
 OUTPUT_FULL, SYSTEM_FLAG = 0x01, 0x04
@@ -49,7 +49,7 @@ def keyboard():
 
 
 def test_the_reset_command_resets_the_machine(keyboard: Keyboard) -> None:
-    assert keyboard.bus.write(COMMAND, 1, 0xFE) == BUS_RESET
+    assert keyboard.bus.write(COMMAND, 1, 0xFE) == RESET
     assert keyboard.device.reset_count == 1
 
 
@@ -135,14 +135,14 @@ def test_keys_that_find_no_room_are_counted_and_dropped(keyboard: Keyboard) -> N
 def test_other_ports_and_widths_do_nothing_and_are_counted(keyboard: Keyboard, port: int, size: int) -> None:
     keyboard.device.send_ctrl_alt_del()
     assert keyboard.bus.read(port, size) == 0
-    assert keyboard.bus.write(port, size, 0xFE) == BUS_CONTINUE
+    assert keyboard.bus.write(port, size, 0xFE) == CONTINUE
     assert (keyboard.device.missed_read_count, keyboard.device.missed_write_count) == (1, 1)
     assert len(keyboard.answers()) == 4
 
 
 @pytest.mark.parametrize("command", [0x00, 0xA7, 0xD4, 0xFF])
 def test_an_unknown_command_is_an_error_and_nothing_more(keyboard: Keyboard, command: int) -> None:
-    assert keyboard.bus.write(COMMAND, 1, command) == BUS_CONTINUE
+    assert keyboard.bus.write(COMMAND, 1, command) == CONTINUE
     assert keyboard.device.error_count == 1
     assert keyboard.answers() == []
 

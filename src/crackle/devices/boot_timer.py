@@ -8,6 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from crackle.kvm.bus import CONTINUE
+
 SIZE = 0x1000
 MAGIC = 123
 
@@ -34,4 +36,4 @@ class BootTimer:
             self._report(
                 (time.monotonic_ns() - self._wall) // 1000, (time.process_time_ns() - self._cpu) // 1000
             )
-        return 0
+        return CONTINUE

@@ -10,8 +10,7 @@ import os
 from _thread import allocate_lock
 
 from crackle.devices.state import I8042State
-
-BUS_CONTINUE, BUS_RESET = 0, 1
+from crackle.kvm.bus import CONTINUE, RESET
 
 _DATA, _COMMAND = 0, 4
 
@@ -111,7 +110,7 @@ class I8042:
         with self._lock:
             if size != 1 or offset not in (_DATA, _COMMAND):
                 self.missed_write_count += 1
-                return BUS_CONTINUE
+                return CONTINUE
             self.write_count += 1
             if offset == _COMMAND:
                 return self._controller(value)
@@ -127,12 +126,12 @@ class I8042:
                 self._control &= ~_KEYBOARD_DISABLED
                 self._pending.clear()
                 self._push(_ANSWERS.get(value, bytes((_ACK,))))
-            return BUS_CONTINUE
+            return CONTINUE
 
     def _controller(self, command: int) -> int:
         if command == _RESET:
             self.reset_count += 1
-            return BUS_RESET
+            return RESET
         if command in (_WRITE_CONTROL, _WRITE_OUTPUT, _WRITE_KEYBOARD_BUFFER):
             self._command = command
         elif command == _READ_CONTROL:
@@ -149,7 +148,7 @@ class I8042:
             self._control &= ~_KEYBOARD_DISABLED
         else:
             self.error_count += 1
-        return BUS_CONTINUE
+        return CONTINUE
 
     def _answer(self, value: int) -> None:
         self._pending.clear()

@@ -5,7 +5,7 @@ A hardware-reduced platform has one byte to write and one to read. A cold device
 
 from __future__ import annotations
 
-BUS_CONTINUE, BUS_SHUTDOWN = 0, 2
+from crackle.kvm.bus import CONTINUE, SHUTDOWN
 
 _SLEEP_ENABLE = 0x20
 _SLEEP_TYPE = 0x1C
@@ -29,5 +29,5 @@ class SleepControl:
         """What the vCPU is to do: go on, or be switched off."""
         wanted = (value & _SLEEP_TYPE) >> _SLEEP_TYPE_SHIFT
         if offset == 0 and value & _SLEEP_ENABLE and wanted == self._soft_off:
-            return BUS_SHUTDOWN
-        return BUS_CONTINUE
+            return SHUTDOWN
+        return CONTINUE

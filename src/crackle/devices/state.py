@@ -19,6 +19,12 @@ class SerialState(msgspec.Struct, frozen=True, kw_only=True):
     unsent: bytes = b""
 
 
+class PvPanicState(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether the guest's kernel has panicked."""
+
+    panicked: bool
+
+
 class I8042State(msgspec.Struct, frozen=True, kw_only=True):
     """Registers of the keyboard controller and the bytes waiting in its output buffer."""
 

@@ -5,6 +5,7 @@ cdef enum:
     BUS_CONTINUE = 0
     BUS_RESET = 1           # the guest asked for a reset of the machine
     BUS_SHUTDOWN = 2        # the guest asked to be switched off
+    BUS_PANIC = 3           # the guest's kernel has panicked, and the vCPU is to end
 
 # Reads or writes `size` (1 to 8) bytes at `offset` into the device's range; runs on a vCPU thread without the GIL.
 ctypedef int (*bus_handler)(void *device, uint64_t offset, uint8_t *data, uint32_t size, bint is_write) noexcept nogil

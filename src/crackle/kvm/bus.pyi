@@ -1,5 +1,10 @@
 from typing import Protocol, Self
 
+CONTINUE: int
+RESET: int
+SHUTDOWN: int
+PANIC: int
+
 class _PythonDevice(Protocol):
     """What `Bus.attach_python` takes."""
 

@@ -13,6 +13,9 @@ from libc.string cimport memcpy, memset
 from crackle.errors import ConfigError
 
 
+# What a device written in Python returns.
+CONTINUE, RESET, SHUTDOWN, PANIC = BUS_CONTINUE, BUS_RESET, BUS_SHUTDOWN, BUS_PANIC
+
 cdef extern from * nogil:
     """
     #define publish(slot, value) __atomic_store_n(slot, value, __ATOMIC_RELEASE)
@@ -68,8 +71,8 @@ cdef class Bus:
     def attach_python(self, uint64_t base, uint64_t size, device):
         """Claim [base, base + size) for a device written in Python.
 
-        It has `read(offset, size) -> int` and `write(offset, size, value) -> int` (what the vCPU is to do: 0 go on, 1
-        reset, 2 shut down), both called on a vCPU thread under the GIL. An exception there is reported as unraisable; the
+        It has `read(offset, size) -> int` and `write(offset, size, value) -> int` (what the vCPU is to do: CONTINUE, RESET,
+        SHUTDOWN or PANIC), both called on a vCPU thread under the GIL. An exception there is reported as unraisable; the
         guest reads all ones.
         """
         self.attach(base, size, python_handler, <void *> device, device)
@@ -104,7 +107,7 @@ cdef class Bus:
         return value
 
     def write(self, uint64_t address, uint32_t size, uint64_t value):
-        """What a vCPU writing does. Returns what the device asked of the vCPU: 0 go on, 1 reset, 2 shut down."""
+        """What a vCPU writing does. Returns what the device asked of the vCPU: CONTINUE, RESET, ..."""
         cdef int action
         if size not in (1, 2, 4, 8):
             raise ValueError(f"an access is 1, 2, 4 or 8 bytes, not {size}")

@@ -27,6 +27,7 @@ cdef enum:
     END_UNHANDLED = 7       # an exit reason nobody handles
     END_IOCTL = 8           # KVM_RUN itself failed
     END_CRASH = 9           # KVM_SYSTEM_EVENT_CRASH
+    END_PANIC = 10          # the guest's kernel has panicked
 
 cdef struct exit_counts:
     uint64_t pio_in

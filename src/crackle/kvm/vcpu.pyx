@@ -16,7 +16,7 @@ from posix.unistd cimport close, write
 
 from crackle.includes.kvm cimport *
 from crackle.runtime.threads cimport *
-from crackle.kvm.bus cimport BUS_CONTINUE, BUS_RESET, Bus
+from crackle.kvm.bus cimport BUS_CONTINUE, BUS_PANIC, BUS_RESET, Bus
 
 from _thread import start_new_thread
 
@@ -42,6 +42,7 @@ END_NAMES = {
     END_UNHANDLED: "unhandled-exit",
     END_IOCTL: "run-failed",
     END_CRASH: "crash",
+    END_PANIC: "panic",
 }
 
 
@@ -217,7 +218,7 @@ cdef class VcpuBase:
                 self.end.data[0] = run.hw.hardware_exit_reason
             return 1
         if action != BUS_CONTINUE:
-            self.end.why = END_RESET if action == BUS_RESET else END_SHUTDOWN
+            self.end.why = END_RESET if action == BUS_RESET else END_PANIC if action == BUS_PANIC else END_SHUTDOWN
             return 1
         return 0
 
@@ -370,7 +371,7 @@ cdef class VcpuBase:
     def failure(self):
         """None, or why this vCPU could not go on, in words; the registers are added by the architecture."""
         cdef end_record *end = &self.end
-        if self.state != IS_STOPPED or end.why in (END_ASKED, END_RESET, END_SHUTDOWN):
+        if self.state != IS_STOPPED or end.why in (END_ASKED, END_RESET, END_SHUTDOWN, END_PANIC):
             return None
         if end.why == END_TRIPLE_FAULT:
             text = "the guest shut the CPU down (triple fault)"

@@ -24,7 +24,7 @@ from crackle.telemetry.metrics import FLUSH_PERIOD_S, Metrics
 from crackle.vmm import builder, shell
 from crackle.vmm.commands import Command
 from crackle.vmm.controller import Controller
-from crackle.vmm.machine import BuildOptions
+from crackle.vmm.machine import EXIT_OK, PANIC, BuildOptions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -189,7 +189,8 @@ class VmmProcess:
         if status is None:
             return
         self._loop.forget(machine.exit_fd)
-        self._status = status.exit_code
+        # As with Firecracker: a kernel that panics and then resets, as `panic=1 reboot=k` says, has ended well.
+        self._status = EXIT_OK if status.reason == PANIC else status.exit_code
         (self._logger.info if self._status == 0 else self._logger.error)(
             f"The microVM ended ({status.reason}): {status.message}"
         )

@@ -15,6 +15,7 @@ from crackle.devices.boot_timer import SIZE as BOOT_TIMER_SIZE
 from crackle.devices.boot_timer import BootTimer
 from crackle.devices.i8042 import I8042
 from crackle.devices.power import SleepControl
+from crackle.devices.pvpanic import PvPanic
 from crackle.devices.serial import Serial
 from crackle.errors import ConfigError, CrackleError, StateError
 from crackle.kvm import Bus
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 # How a vCPU's end is told: the reason, the words, and the exit status of the process, as Firecracker's.
 _CLEAN = {"reset": "the guest asked for a reset", "shutdown": "the guest switched itself off"}
+PANIC = "panic"
 EXIT_OK = 0
 EXIT_ERROR = 1
 
@@ -53,6 +55,7 @@ class BuildOptions(msgspec.Struct, kw_only=True):
 
     console_in, console_out: descriptors of the serial console, -1 for none; the machine does not close them.
     console_waits: the guest waits for who reads its console, rather than that output is dropped once 64 KiB are kept.
+    ends_on_panic: the guest ends when its kernel says that it has panicked, rather than how it ends by itself then.
     profile: also measure how long exits take to handle.
     devices: devices written in Python, which the guest gets after the configured ones.
     """
@@ -62,12 +65,15 @@ class BuildOptions(msgspec.Struct, kw_only=True):
     console_in: int = 0
     console_out: int = 1
     console_waits: bool = False
+    ends_on_panic: bool = False
     profile: bool = False
     devices: tuple[CustomDevice, ...] = ()
 
 
 class ExitStatus(msgspec.Struct, frozen=True):
-    """Why the guest ended: "reset", "shutdown", the name of a failure, or "stopped"; with a message that says more."""
+    """Why the guest ended: "reset", "shutdown", "panic" (of a kernel that can tell), the name of a failure or "stopped",
+    with a message that says more.
+    """
 
     reason: str
     message: str
@@ -100,6 +106,8 @@ class Machine:
         self.mmds: Mmds | None = None
         self.serial = Serial()
         self.i8042 = I8042()
+        report = _untold if options.logger is None else options.logger.error
+        self.pvpanic = PvPanic(report, ends=options.ends_on_panic)
         self.boot_timer: BootTimer | None = None
         self.sleep_port = layout.SLEEP_PORT
         self._options = options
@@ -139,6 +147,7 @@ class Machine:
         self.i8042 = I8042(self._interrupt(layout.GSI_KEYBOARD))
         self.pio.attach_python(layout.I8042_PORT, layout.I8042_PORT_COUNT, self.i8042)
         self.pio.attach_python(self.sleep_port, layout.SLEEP_PORT_COUNT, SleepControl(layout.S5_SLEEP_TYPE))
+        self.pio.attach_python(layout.PVPANIC_PORT, layout.PVPANIC_PORT_COUNT, self.pvpanic)
         self._power_fd = self._interrupt(layout.GSI_POWER)
         if self._options.boot_timer:
             self.boot_timer = BootTimer(_boot_time_reporter(self._options.logger))
@@ -279,6 +288,11 @@ class Machine:
         finally:
             os.close(fd)
 
+    @property
+    def panicked(self) -> bool:
+        """Whether the guest's kernel has said that it panicked: its end, now or later, is no good one."""
+        return self.pvpanic.panicked
+
     def exit_status(self) -> ExitStatus | None:
         """Why the guest ended, or None while it has not. A failure outweighs a clean end on another vCPU.
 
@@ -290,7 +304,9 @@ class Machine:
                 return ended
             for vcpu in self.vcpus:
                 status = vcpu.status
-                if status in _CLEAN:
+                if status == PANIC or (status in _CLEAN and self.panicked):
+                    ended = ended or ExitStatus(PANIC, "the guest's kernel has panicked", EXIT_ERROR)
+                elif status in _CLEAN:
                     ended = ended or ExitStatus(status, _CLEAN[status], EXIT_OK)
                 elif vcpu.failure is not None:
                     return ExitStatus(status, self._explained(str(vcpu.description)), EXIT_ERROR)
@@ -386,6 +402,10 @@ class Machine:
         for (kind, identifier), device in self.devices.items():
             tree[f"{kind}_{identifier}" if kind in PER_DEVICE else kind] = device.counters()
         return tree
+
+
+def _untold(_message: str) -> None:
+    """Where nothing is logged."""
 
 
 _UART = ("error_count", "flush_count", "missed_read_count", "missed_write_count", "read_count", "write_count")

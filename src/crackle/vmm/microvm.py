@@ -98,6 +98,7 @@ class MicroVM:
             console_in=console[0],
             console_out=console[1],
             console_waits=True,
+            ends_on_panic=True,
             logger=logger,
             profile=profile,
             devices=tuple(devices),

@@ -1,8 +1,8 @@
 """ACPI tables of a hardware-reduced machine (ACPI 6.5, chapters 4.1 and 5.2): RSDP, XSDT, FADT, MADT and
 DSDT.
 
-The DSDT declares the serial port, the keyboard controller, a window for each virtio device, and a power
-button. A hardware-reduced machine has no fixed power button, so pressing it is an interrupt of the generic
+The DSDT declares the serial port, the keyboard controller, the pvpanic device, a window for each virtio device,
+and a power button. A hardware-reduced machine has no fixed power button, so pressing it is an interrupt of the generic
 event device, whose `_EVT` method notifies the button (5.6.9, 4.8.2.2.2): raising GSI_POWER asks the guest to
 shut down.
 """
@@ -161,6 +161,13 @@ def dsdt(devices: Sequence[DeviceInfo], *, power_gsi: int | None, sleep_port: in
             ),
         ),
     ]
+    terms.append(
+        aml.device(
+            "PEVT",
+            aml.name("_HID", aml.string("QEMU0001")),
+            _resources(aml.io(layout.PVPANIC_PORT, layout.PVPANIC_PORT_COUNT)),
+        )
+    )
     if power_gsi is not None:
         terms.extend(_power_button(power_gsi))
     for index, info in enumerate(devices):

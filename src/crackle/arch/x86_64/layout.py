@@ -90,6 +90,9 @@ I8042_RESET = 0xFE
 SLEEP_PORT = 0x600
 SLEEP_PORT_COUNT = 2
 """Sleep control register (ACPI 6.5, 4.8.3.7), one byte; the sleep status register is the next port."""
+PVPANIC_PORT = 0x505
+PVPANIC_PORT_COUNT = 1
+"""Where QEMU's ISA device is; the guest learns of it from the ACPI tables."""
 S5_SLEEP_TYPE = 5
 """What the guest writes to SLP_TYP (bits 4:2 of the sleep control register) with SLP_EN (bit 5) to be switched off."""
 
