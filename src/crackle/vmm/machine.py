@@ -71,7 +71,7 @@ class BuildOptions(msgspec.Struct, kw_only=True):
 
 
 class ExitStatus(msgspec.Struct, frozen=True):
-    """Why the guest ended: "reset", "shutdown", "panic" (of a kernel that can tell), the name of a failure or "stopped",
+    """Why the guest ended: "reset", "shutdown", "panic" (of a kernel that can tell), a failure, or "stopped",
     with a message that says more.
     """
 
