@@ -1,7 +1,8 @@
-"""The kernel command line: what may stand in it, and what the monitor adds
-(Documentation/admin-guide/kernel-parameters.rst).
+"""The kernel command line, by the kernel's own grammar (lib/cmdline.c, next_arg; kernel/params.c, parse_args), and what
+the monitor adds.
 
-Everything after a word `--` goes to the guest's init, so what the monitor adds is put before it.
+Words are separated by white space outside double quotes. Everything after a word `--` goes to the guest's init, and
+everything after a quote that nobody closes belongs to its word, so what the monitor adds is put before either.
 """
 
 from __future__ import annotations
@@ -21,38 +22,36 @@ DEFAULT_BOOT_ARGS = (
 )
 """Boot arguments when none are given."""
 
-_INIT_SEPARATOR = " -- "
+# What isspace() is to the kernel (lib/ctype.c), whatever the bytes are meant to be.
+_SPACE = frozenset(b" \t\n\v\f\r\xa0")
+_END_OF_BOOT = (b"--", b'"--"')
 
 
 class Cmdline:
     """A kernel command line of at most `capacity` bytes, its terminating NUL included.
 
-    ConfigError for characters other than printable ASCII and when it becomes too long; it then stays as it
-    was.
+    ConfigError for what cannot be bytes without a NUL, and when it becomes too long; it then stays as it was.
     """
 
-    __slots__ = ("_boot", "_capacity", "_init")
+    __slots__ = ("_boot", "_capacity", "_rest")
 
     def __init__(self, text: str = "", capacity: int = CMDLINE_MAX_SIZE) -> None:
         self._capacity = capacity
-        self._boot = ""
-        _check(text)
-        # A `--` at either end separates something from nothing, and still is a separator.
-        boot, found, init = f" {text.strip()} ".partition(_INIT_SEPARATOR)
-        self._init = init.strip() if found else ""
-        boot = boot.strip()
-        if self._init and not boot:
-            raise ConfigError(f"kernel command line {text!r} has arguments for init only")
-        self.append(boot)
+        self._boot = self._rest = b""
+        boot, self._rest = _split(_encode(text))
+        self._add(boot)
 
     def append(self, text: str) -> None:
         """Add boot arguments before those for init."""
-        _check(text)
-        boot = f"{self._boot} {text.strip()}".strip()
-        size = len(boot) + (len(_INIT_SEPARATOR) + len(self._init) if self._init else 0) + 1
+        self._add(_encode(text))
+
+    def _add(self, words: bytes) -> None:
+        boot = b" ".join(part for part in (self._boot, words) if part)
+        size = len(boot) + len(self._rest) + bool(boot and self._rest) + 1
         if size > self._capacity:
             raise ConfigError(
-                f"kernel command line is too long: {size - 1} characters, at most {self._capacity - 1} fit"
+                "Invalid kernel command line: Inserting string would make command line too long. "
+                f"It would have {size - 1} bytes, {self._capacity - 1} is the most."
             )
         self._boot = boot
 
@@ -69,21 +68,41 @@ class Cmdline:
             raise ConfigError(f"a virtio-mmio window of {size} bytes cannot be declared in KiB")
         self.append(f"virtio_mmio.device={size // 1024}K@{address:#x}:{gsi}")
 
-    def __str__(self) -> str:
-        return self._boot + _INIT_SEPARATOR + self._init if self._init else self._boot
-
     def __bytes__(self) -> bytes:
         """The command line without its NUL."""
-        return str(self).encode("ascii")
+        return b" ".join(part for part in (self._boot, self._rest) if part)
 
 
-def _check(text: str) -> None:
-    for position, character in enumerate(text if not (text.isascii() and text.isprintable()) else ""):
-        if not " " <= character <= "~":
-            raise ConfigError(
-                f"kernel command line has the character {character!r} at position {position}; "
-                "only printable ASCII characters are allowed"
-            )
+def _encode(text: str) -> bytes:
+    try:
+        encoded = text.encode().strip()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"Invalid kernel command line: {text!r} cannot be encoded: {error.reason}"
+        ) from None
+    if b"\0" in encoded:
+        # Firecracker's words.
+        raise ConfigError(
+            "Invalid kernel command line: Null terminator detected in the command line structure. "
+            f"It is at position {encoded.index(0)}."
+        )
+    return encoded
+
+
+def _split(text: bytes) -> tuple[bytes, bytes]:
+    """What comes before the place for more boot arguments, and what comes after it, each without white space around."""
+    at, end = 0, len(text)
+    while at < end:
+        if text[at] in _SPACE:
+            at += 1
+            continue
+        begin, quoted = at, False
+        while at < end and (quoted or text[at] not in _SPACE):
+            quoted ^= text[at] == ord('"')
+            at += 1
+        if quoted or text[begin:at] in _END_OF_BOOT:
+            return text[:begin].rstrip(), text[begin:]
+    return text, b""
 
 
 def build(
