@@ -138,3 +138,26 @@ def test_streams_stand_still_while_the_microvm_is_paused_and_go_on_after(
             vm.resume()
             program.settimeout(30)
             assert program.recv(99) == b"meanwhile"
+
+
+def test_what_a_guest_does_makes_no_threads_descriptors_or_metrics(guests: Path, tmp_path: Path) -> None:
+    """But a descriptor for each connection, and that goes with it."""
+    path, count = str(tmp_path / "v"), 50
+
+    def held(vm: MicroVM) -> tuple[int, int, set[str]]:
+        names = {f"{section}.{name}" for section, values in vm.metrics().items() for name in values}
+        return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), names
+
+    with guest(guests, path, f"irq t=echo,{count} t=wait,60000") as vm:
+        vm.console.expect("echo ready")
+        threads, descriptors, names = held(vm)
+        programs = [connected(path, ECHO) for _ in range(count)]
+        assert held(vm) == (threads, descriptors + 2 * count, names)
+        for program in programs:
+            program.sendall(b"x")
+            assert program.recv(9) == b"x"
+            program.shutdown(socket.SHUT_WR)
+            assert program.recv(9) == b""
+            program.close()
+        vm.console.expect("ended=50")
+        assert held(vm) == (threads, descriptors, names)

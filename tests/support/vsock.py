@@ -8,6 +8,7 @@ import time
 from typing import NamedTuple
 
 from crackle.memory import GuestMemory
+from crackle.runtime.iothread import IoThread
 from crackle.virtio.vsock.device import Vsock
 from support import driver
 from support.driver import F_EVENT_IDX, F_INDIRECT, F_VERSION_1, Bench, Buffer
@@ -59,8 +60,9 @@ class Guest(Bench):
         features: int = FEATURES,
         cid: int = CID,
         events: int = 8,
+        io: IoThread | None = None,
     ) -> None:
-        super().__init__(Vsock(GuestMemory([(0, MEMORY)]), cid, path))
+        super().__init__(Vsock(GuestMemory([(0, MEMORY)]), cid, path), io)
         *rings, end = (RINGS + n * driver.ring_bytes(QUEUE) for n in range(4))
         self.rings = self.begin_queues(rings, QUEUE, features, drive=False)
         self.rx, self.tx, self.events = self.rings

@@ -158,6 +158,19 @@ def test_an_exception_breaks_the_device_until_the_driver_resets_it(
     assert host.memory.read(DATA + 0x1000, 5) == b"AGAIN"
 
 
+def test_a_guest_that_breaks_a_device_again_and_again_does_not_fill_the_log(
+    upper: tuple[Upper, Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, host = upper
+    seen: list[object] = []
+    monkeypatch.setattr("threading.excepthook", lambda event: seen.append(event.exc_value))
+    for _ in range(100):
+        send(host, host.begin(RING, 16), b"bang")
+    assert host.device.counters()["failures"] == 100
+    # Ten at once, and two a second from then on.
+    assert 10 <= len(seen) < 100
+
+
 def test_an_answer_that_does_not_fit_is_the_authors_error(keeper: tuple[Keeper, Bench]) -> None:
     device, host = keeper
     send(host, host.begin(RING, 16), b"x", room=4)

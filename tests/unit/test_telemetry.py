@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from crackle import schema
 from crackle.errors import ConfigError, CrackleError
-from crackle.telemetry.logger import DEBUG, ERROR, OFF, TRACE, Logger, parse_level
+from crackle.telemetry.logger import DEBUG, ERROR, OFF, TRACE, Logger, Throttle, parse_level
 from crackle.telemetry.metrics import Metrics
 from crackle.telemetry.names import SECTIONS
 from crackle.telemetry.sink import Sink
@@ -338,3 +338,35 @@ def test_what_a_full_pipe_does_not_take_is_in_a_later_line(fifo: Path) -> None:
     assert taken - 1 <= counted <= taken
     reported = sum(line["logger"]["missed_metrics_count"] for line in whole)
     assert missed - 1 <= reported <= missed
+
+
+# What a guest can cause
+
+
+def test_lines_that_a_guest_causes_are_bounded_and_the_next_says_how_many_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("crackle.telemetry.logger.time.monotonic", lambda: now[0])
+    logger, throttle, other = Logger(), Throttle(), Throttle()
+    logger.set(log_path=str(tmp_path / "log"))
+    for _ in range(1000):
+        logger.throttled_info(throttle, "again")
+    logger.throttled_info(other, "another")
+    assert logger.throttled == 990
+    now[0] += 0.6
+    logger.throttled_info(throttle, "later")
+    now[0] += 3600
+    for _ in range(1000):
+        logger.throttled_info(throttle, "much later")
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [line.partition("] ")[2] for line in lines] == [
+        *["again"] * 10,
+        "another",
+        "later (990 like it before were not logged)",
+        *["much later"] * 10,
+    ]
+    logger.set(level="Error")
+    logger.throttled_info(other, "below the level")
+    logger.close()
+    assert logger.throttled == 1980

@@ -7,6 +7,7 @@ import fcntl
 import os
 import resource
 import socket
+import struct
 import threading
 import time
 from contextlib import suppress
@@ -470,3 +471,41 @@ def test_a_greeting_is_counted_once_however_it_ends(guest: Guest) -> None:
     while guest.packet().dst_port != 77:
         pass
     program.close()
+
+
+def test_a_driver_that_never_stops_leaves_others_their_turn(tmp_path: Path) -> None:
+    """A queue that is never empty, on the thread that serves another device too."""
+    with Guest(str(tmp_path / "a"), buffers=200) as other:
+        streams = Streams(other)
+        streams.open(1)
+        streams.hosts[0].settimeout(10)
+        flood = Guest(str(tmp_path / "b"), io=other.io)
+        reset = Packet(op=RST, src_port=1, dst_port=1).encode()
+        flood.memory.write(0x2000000, reset)
+        ring = flood.tx
+        for slot in range(ring.size):
+            ring.write_descriptor(slot, 0x2000000, len(reset), 0, 0)
+            flood.memory.write(ring.avail + 4 + 2 * slot, struct.pack("<H", slot))
+        done = threading.Event()
+
+        def refill() -> None:
+            while not done.is_set():
+                most = (ring.used_idx + ring.size) & 0xFFFF
+                flood.memory.write(ring.avail + 2, struct.pack("<H", most))
+
+        thread = threading.Thread(target=refill)
+        thread.start()
+        flood.notify(TX)
+        try:
+            for _ in range(20):
+                other.post(Packet(op=RW, src_port=1000, dst_port=80, len=5, data=b"hello"))
+                assert streams.hosts[0].recv(5) == b"hello"
+        finally:
+            done.set()
+            thread.join()
+        assert flood.vsock.counters()["tx_packets_count"] > 10_000
+        assert not flood.device.broken_queues
+        streams.close()
+        other.io.close()
+        flood.device.close()
+        flood.memory.close()

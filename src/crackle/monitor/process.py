@@ -197,7 +197,8 @@ class VmmProcess:
         self._loop.stop()
 
     def _flush(self) -> None:
-        self._metrics.counters["logger"]["missed_log_count"] = self._logger.lost
+        counters = self._metrics.counters["logger"]
+        counters["missed_log_count"], counters["rate_limited_log_count"] = self._logger.lost, self._logger.throttled
         try:
             self._metrics.flush()
         except CrackleError as error:

@@ -1,7 +1,8 @@
 """The log: one line an event, ``2026-01-31T12:00:00.123456789 [instance:thread:LEVEL:file:line] message``.
 
 Standard output takes the lines until a file or named pipe is configured. Nothing here waits: a line that
-does not fit is dropped and counted in ``lost``.
+does not fit is dropped and counted in ``lost``. Lines that a guest can cause as often as it likes go through a
+:class:`Throttle`, one for each kind of line.
 """
 
 from __future__ import annotations
@@ -39,6 +40,32 @@ def parse_level(text: str) -> int:
     return level
 
 
+class Throttle:
+    """Lets ten through at once, and later two a second: Firecracker's figures for what a guest can cause."""
+
+    __slots__ = ("_room", "_since", "held")
+
+    BURST = 10
+    REFILL_S = 5.0
+
+    def __init__(self) -> None:
+        self._room = float(self.BURST)
+        self._since = time.monotonic()
+        # How many were held back since the last that was let through.
+        self.held = 0
+
+    def allows(self) -> bool:
+        """Whether one more may pass now."""
+        now = time.monotonic()
+        self._room = min(self._room + (now - self._since) * self.BURST / self.REFILL_S, self.BURST)
+        self._since = now
+        if self._room < 1:
+            self.held += 1
+            return False
+        self._room -= 1
+        return True
+
+
 class Logger:
     """Writes the lines of one microVM. ``level`` is the least severe level that is written."""
 
@@ -52,12 +79,15 @@ class Logger:
         "instance_id",
         "level",
         "lost",
+        "throttled",
     )
 
     def __init__(self, instance_id: str = DEFAULT_INSTANCE_ID, *, level: int = INFO, fd: int = 1) -> None:
         self.instance_id = instance_id
         self.level = level
         self.lost = 0
+        # Lines that a throttle held back.
+        self.throttled = 0
         self._sink = Sink(fd)
         self._module: str | None = None
         self._show_level = False
@@ -118,6 +148,18 @@ class Logger:
         """Everything."""
         if self.level >= TRACE:
             self._write(TRACE, message)
+
+    def throttled_info(self, throttle: Throttle, message: str) -> None:
+        """Something happened because the guest wanted it to: at most as often as ``throttle`` lets it be told."""
+        if self.level < INFO:
+            return
+        if not throttle.allows():
+            self.throttled += 1
+            return
+        if throttle.held:
+            message += f" ({throttle.held} like it before were not logged)"
+            throttle.held = 0
+        self._write(INFO, message)
 
     def _write(self, level: int, message: str) -> None:
         origin = ""

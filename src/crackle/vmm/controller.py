@@ -243,7 +243,8 @@ class Controller:
         self._running_machine().send_ctrl_alt_del()
 
     def _flush_metrics(self) -> None:
-        self.metrics.counters["logger"]["missed_log_count"] = self.logger.lost
+        counters = self.metrics.counters["logger"]
+        counters["missed_log_count"], counters["rate_limited_log_count"] = self.logger.lost, self.logger.throttled
         with context("Internal VMM error"):
             self.metrics.flush()
 

@@ -21,6 +21,7 @@ from crackle.errors import ConfigError, CrackleError, StateError
 from crackle.kvm import Bus
 from crackle.runtime.iothread import IoThread
 from crackle.runtime.ownership import end_dropped, enrol
+from crackle.telemetry.logger import Throttle
 from crackle.telemetry.names import PER_DEVICE
 from crackle.virtio.transport.mmio import SIZE as MMIO_SIZE
 from crackle.virtio.transport.mmio import MmioTransport
@@ -422,11 +423,14 @@ _I8042 = (
 def _boot_time_reporter(logger: Logger | None) -> Callable[[int, int], None]:
     """What the boot timer calls; not a method, so that machine and timer are no cycle."""
 
+    throttle = Throttle()
+
     def report(wall_us: int, cpu_us: int) -> None:
         if logger is not None:
-            logger.info(
+            logger.throttled_info(
+                throttle,
                 f"Guest-boot-time = {wall_us:>6} us {wall_us // 1000} ms, "
-                f"{cpu_us:>6} CPU us {cpu_us // 1000} CPU ms"
+                f"{cpu_us:>6} CPU us {cpu_us // 1000} CPU ms",
             )
 
     return report

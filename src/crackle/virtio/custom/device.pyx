@@ -15,6 +15,7 @@ from crackle.virtio.device cimport CONFIG_SPACE, VirtioDevice
 from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, Virtqueue, chain
 
 from crackle.errors import ConfigError, StateError
+from crackle.telemetry.logger import Throttle
 from crackle.virtio.state import CustomState
 
 
@@ -44,9 +45,11 @@ cdef class PythonDevice(VirtioDevice):
     cdef int pending
     cdef uint64_t generation            # grows with every reset
     cdef uint32_t writable_config
+    cdef object throttle                # of their reports: the guest may cause them at will
     cdef readonly uint64_t failures     # exceptions that left the device's methods
 
     def __init__(self, GuestMemory memory, device):
+        self.throttle = Throttle()
         name = type(device).__name__
         if device._native is not None:
             raise ConfigError(f"this {name} belongs to another microVM; make one for each")
@@ -173,7 +176,8 @@ cdef class PythonDevice(VirtioDevice):
                     device.handle_queue(index, self.request_queues[index])
         except BaseException as error:
             self.failures += 1
-            report(error)
+            if self.throttle.allows():
+                report(error)
             with nogil:
                 pthread_mutex_lock(&self.lock)
                 self.need_reset()
