@@ -198,7 +198,10 @@ class VmmProcess:
 
     def _flush(self) -> None:
         counters = self._metrics.counters["logger"]
-        counters["missed_log_count"], counters["rate_limited_log_count"] = self._logger.lost, self._logger.throttled
+        counters["missed_log_count"], counters["rate_limited_log_count"] = (
+            self._logger.lost,
+            self._logger.throttled,
+        )
         try:
             self._metrics.flush()
         except CrackleError as error:

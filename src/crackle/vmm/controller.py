@@ -244,7 +244,10 @@ class Controller:
 
     def _flush_metrics(self) -> None:
         counters = self.metrics.counters["logger"]
-        counters["missed_log_count"], counters["rate_limited_log_count"] = self.logger.lost, self.logger.throttled
+        counters["missed_log_count"], counters["rate_limited_log_count"] = (
+            self.logger.lost,
+            self.logger.throttled,
+        )
         with context("Internal VMM error"):
             self.metrics.flush()
 
