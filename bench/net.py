@@ -64,13 +64,14 @@ class Network:
         self.path = f"/proc/{self.process.pid}/ns/net"
         while Path(self.path).readlink() == Path("/proc/self/ns/net").readlink():
             time.sleep(0.001)
+        no_ipv6 = f"/proc/sys/net/ipv6/conf/{TAP}/disable_ipv6"
         for command in (
             "ip link set lo up",
             f"ip tuntap add dev {TAP} mode tap vnet_hdr",
-            f"sysctl -q -w net.ipv6.conf.{TAP}.disable_ipv6=1",
+            f"[ ! -e {no_ipv6} ] || echo 1 > {no_ipv6}",
             f"ip link set {TAP} txqueuelen {queue} up",
         ):
-            subprocess.run(self.command(*command.split()), check=True)
+            subprocess.run(self.command("sh", "-c", command), check=True)
 
     def command(self, *arguments: str) -> list[str]:
         """The command line that runs `arguments` there."""

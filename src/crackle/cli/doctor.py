@@ -172,7 +172,7 @@ def _memory_features() -> Iterator[Row]:
     meminfo = dict(line.split(":", 1) for line in (_read("/proc/meminfo") or "").splitlines() if ":" in line)
     size, free = meminfo.get("Hugepagesize", "none").strip(), meminfo.get("HugePages_Free", "0").strip()
     state: State = "ok" if free != "0" else "info"
-    advice = "" if state == "ok" else "sysctl vm.nr_hugepages=N to back guests with them"
+    advice = "" if state == "ok" else "write a number to /proc/sys/vm/nr_hugepages to back guests with them"
     yield Row("memory", "hugepages", f"{free} free of {size}", state, advice)
     transparent = _read("/sys/kernel/mm/transparent_hugepage/enabled") or "not there"
     yield Row("memory", "transparent hugepages", transparent, "info")
