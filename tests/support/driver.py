@@ -242,6 +242,7 @@ class Bench:
 
     def settle(self) -> None:
         """Wait until the device has served all it was notified of."""
+        self.io.settle()
         self.io.pause()
         self.device.drain()
         self.io.resume()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -141,3 +142,144 @@ def test_a_device_that_is_refused_is_not_kept(bus: Bus) -> None:
     del device
     gc.collect()
     assert kept() is None
+
+
+# -- detaching -----------------------------------------------------------------------------------------------
+
+
+def test_a_detached_device_answers_no_more_and_is_let_go_of(bus: Bus) -> None:
+    devices = [Recorder(value=n) for n in range(3)]
+    for n, device in enumerate(devices):
+        bus.attach_python(0x1000 * n, 0x10, device)
+    gone = weakref.ref(devices[1])
+    bus.detach(0x1000)
+    assert [bus.read(0x1000 * n, 1) for n in range(3)] == [0, 0, 2]
+    assert bus.unclaimed == 1
+    del device, devices[1]
+    gc.collect()
+    assert gone() is None
+    bus.attach_python(0x1008, 0x10, Recorder(value=9))
+    assert bus.read(0x1010, 1) == 9
+
+
+@pytest.mark.parametrize("base", [0, 0x1001, 0x1010, 0xFFFFFFFFFFFFFFFF])
+def test_only_what_begins_there_is_detached(bus: Bus, base: int) -> None:
+    bus.attach_python(0x1000, 0x10, Recorder(value=7))
+    with pytest.raises(ConfigError, match=f"no mmio range begins at {base:#x}"):
+        bus.detach(base)
+    assert bus.read(0x1000, 1) == 7
+
+
+class Blocking(Recorder):
+    """A device whose read waits until it is told to return."""
+
+    def __init__(self) -> None:
+        super().__init__(value=5)
+        self.entered, self.go_on = threading.Event(), threading.Event()
+        self.returned = False
+
+    def read(self, offset: int, size: int) -> int:
+        self.entered.set()
+        assert self.go_on.wait(20)
+        self.returned = True
+        return super().read(offset, size)
+
+
+def attached(bus: Bus, device: Recorder) -> bool:
+    """Whether there was room for it at 0."""
+    try:
+        bus.attach_python(0, 8, device)
+    except ConfigError:
+        return False
+    return True
+
+
+def test_detaching_waits_for_the_handlers_that_are_running_and_for_no_others(bus: Bus) -> None:
+    device = Blocking()
+    bus.attach_python(0, 8, device)
+    reader = threading.Thread(target=bus.read, args=(0, 1))
+    reader.start()
+    assert device.entered.wait(20)
+    seen: list[bool] = []
+    detacher = threading.Thread(target=lambda: (bus.detach(0), seen.append(device.returned)))
+    detacher.start()
+    # What comes in its place answers at once, to others.
+    while not attached(bus, Recorder(value=8)):
+        pass
+    assert bus.read(0, 1) == 8
+    assert seen == []
+    device.go_on.set()
+    detacher.join(20)
+    reader.join(20)
+    assert seen == [True]
+
+
+def test_a_device_detaches_itself_and_others_from_inside_its_handler(bus: Bus) -> None:
+    class Leaving(Recorder):
+        def read(self, offset: int, size: int) -> int:
+            if self.value:
+                bus.detach(0x1000)
+                bus.detach(0x2000)
+            return super().read(offset, size)
+
+    device, other = Leaving(value=3), Recorder(value=4)
+    bus.attach_python(0x1000, 8, device)
+    bus.attach_python(0x2000, 8, other)
+    assert bus.read(0x1000, 1) == 3
+    assert bus.read(0x1000, 1) == bus.read(0x2000, 1) == 0
+    gone = [weakref.ref(device), weakref.ref(other)]
+    del device, other
+    # The next change finds nobody inside.
+    bus.attach_python(0x3000, 8, Recorder())
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
+def test_two_devices_that_detach_each_other_do_not_wait_for_each_other(bus: Bus) -> None:
+    meeting = threading.Barrier(2)
+
+    class Rival(Recorder):
+        def __init__(self, rival: int) -> None:
+            super().__init__()
+            self.rival = rival
+
+        def read(self, offset: int, size: int) -> int:
+            meeting.wait(20)
+            bus.detach(self.rival)
+            return super().read(offset, size)
+
+    bus.attach_python(0x1000, 8, Rival(0x2000))
+    bus.attach_python(0x2000, 8, Rival(0x1000))
+    readers = [threading.Thread(target=bus.read, args=(base, 1)) for base in (0x1000, 0x2000)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(20)
+    assert not any(reader.is_alive() for reader in readers)
+
+
+def test_devices_come_and_go_while_others_look() -> None:
+    bus, stop = Bus("pio"), threading.Event()
+    bus.attach_python(0x8000, 8, Recorder(value=1))
+    wrong: list[int] = []
+
+    def look(base: int) -> None:
+        while not stop.is_set():
+            if bus.read(base, 1) not in (0, base >> 8):
+                wrong.append(base)
+            if bus.read(0x8000, 1) != 1:
+                wrong.append(0)
+
+    bases = (0x100, 0x200, 0x300)
+    readers = [threading.Thread(target=look, args=(base,)) for base in bases]
+    for reader in readers:
+        reader.start()
+    for _ in range(300):
+        for base in bases:
+            bus.attach_python(base, 8, Recorder(value=base >> 8))
+        for base in bases:
+            bus.detach(base)
+    stop.set()
+    for reader in readers:
+        reader.join(20)
+    assert wrong == []

@@ -1,5 +1,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from crackle.runtime.threads cimport pthread_mutex_t
+
 # What a handler asks of the vCPU that called it.
 cdef enum:
     BUS_CONTINUE = 0
@@ -18,13 +20,30 @@ cdef struct bus_range:
 
 cdef struct bus_table:
     int count
-    bus_table *older        # kept until the bus is freed: a vCPU may still be looking at it
+    uint64_t number         # of changes before it
+    bus_table *older        # which somebody may still be looking at
     bus_range ranges[0]
+
+# A thread that looks things up, between `enter` and `leave`: which table it is in, NULL for none.
+cdef struct bus_reader:
+    bus_table *inside
+    bus_reader *next
 
 cdef class Bus:
     cdef bus_table *table
+    cdef pthread_mutex_t lock
+    cdef bus_reader *readers
     cdef readonly str name
-    cdef list owners
-    cdef readonly uint64_t unclaimed
+    cdef dict owners
+    cdef list retired
+    cdef uint64_t unclaimed_count
     cdef int attach(self, uint64_t base, uint64_t size, bus_handler handler, void *device, object owner) except -1
-    cdef int access(self, uint64_t address, uint8_t *data, uint32_t size, bint is_write) noexcept nogil
+    cdef void enter(self, bus_reader *reader) noexcept nogil
+    cdef void leave(self, bus_reader *reader) noexcept nogil
+    cdef int access(
+        self, bus_reader *reader, uint64_t address, uint8_t *data, uint32_t size, bint is_write
+    ) noexcept nogil
+    cdef bus_table *room(self, int count) except NULL
+    cdef void replace(self, bus_table *new, object owner)
+    cdef bint is_read(self, bus_table *table) noexcept nogil
+    cdef void let_go(self)

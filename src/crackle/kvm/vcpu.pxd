@@ -1,19 +1,8 @@
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 from crackle.includes.kvm cimport kvm_run
-from crackle.kvm.bus cimport Bus
-
-# What other threads ask of the vCPU thread, and where it is.
-cdef enum:
-    ASK_RUN = 0
-    ASK_PAUSE = 1
-    ASK_STOP = 2
-
-cdef enum:
-    IS_NEW = 0
-    IS_RUNNING = 1
-    IS_PAUSED = 2
-    IS_STOPPED = 3
+from crackle.kvm.bus cimport Bus, bus_reader
+from crackle.runtime.threads cimport worker
 
 # Why the run loop ended.
 cdef enum:
@@ -57,20 +46,16 @@ cdef class VcpuBase:
     cdef Bus pio
     cdef Bus mmio
     cdef int exit_fd
-    cdef void *sync         # struct thread_sync
-    cdef int ask
-    cdef int state
-    cdef bint joined
+    cdef bus_reader pio_reader
+    cdef bus_reader mmio_reader
+    cdef worker worker
+    cdef bint made
     cdef readonly bint profile
     cdef exit_counts counts
     cdef end_record end
-    cdef int loop(self) noexcept nogil
+    cdef void loop(self) noexcept nogil
     cdef int handle(self) noexcept nogil
     cdef int handle_pio(self) noexcept nogil
-    cdef bint is_current(self) noexcept nogil
-    cdef int check_waiter(self) except -1
-    cdef request(self, int what)
-    cdef join(self)
-    cdef bint wait_settled(self, uint64_t timeout_ns) noexcept nogil
-    cdef int obey(self) noexcept nogil
+    cdef void run_guest(self) noexcept nogil
+    cdef bint obey(self) noexcept nogil
     cdef int ioctl(self, unsigned long request, void *argument, str what) except -1

@@ -4,12 +4,12 @@ Owns the vCPU descriptor, the shared kvm_run page and the thread. The loop runs 
 is dispatched to the PIO or MMIO bus, then KVM_RUN again (Documentation/virt/kvm/api.rst, 4.10 and 5).
 
 A kick from another thread sets `immediate_exit` in the kvm_run page and sends the thread a signal. Whichever comes
-first, before KVM_RUN or inside it, makes the ioctl return EINTR; none can be lost.
+first, before KVM_RUN or inside it, makes the ioctl return EINTR. None can be lost: who kicks has said what it wants before,
+and the thread clears the flag before it looks for that.
 """
 
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
 from libc.string cimport strerror
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.unistd cimport close, write
@@ -18,18 +18,14 @@ from crackle.includes.kvm cimport *
 from crackle.runtime.threads cimport *
 from crackle.kvm.bus cimport BUS_CONTINUE, BUS_PANIC, BUS_RESET, Bus
 
-from _thread import start_new_thread
-
 from crackle.errors import KvmError, StateError
+from crackle.runtime.threads import Thread
 
 
 cdef extern from "<sys/ioctl.h>" nogil:
     int c_ioctl "ioctl" (int fd, unsigned long request, ...)
 
-cdef enum:
-    KICK_AGAIN_NS = 20_000_000
-
-install_kick_handler()
+_STATES = ("new", "running", "paused")
 
 END_NAMES = {
     END_NONE: "running",
@@ -52,6 +48,11 @@ cdef void *thread_entry(void *argument) noexcept nogil:
     return NULL
 
 
+cdef void kick_vcpu(void *argument) noexcept nogil:
+    set_flag(&(<VcpuBase> argument).run.immediate_exit)
+    kick_thread((<VcpuBase> argument).worker.thread)
+
+
 cdef long checked_ioctl(int fd, unsigned long request, void *argument, str what) except -1:
     cdef long result
     if fd < 0:
@@ -70,15 +71,12 @@ cdef class VcpuBase:
     """
 
     def __cinit__(self, int fd, int index, size_t run_size, *args):
-        # Nothing is ours before this succeeds: __dealloc__ looks at it first.
-        self.sync = calloc(1, sizeof(thread_sync))
-        if self.sync == NULL:
-            raise MemoryError
+        init_worker(&self.worker, kick_vcpu, <void *> self)
+        self.made = True
         self.fd = fd
         self.index = index
         self.exit_fd = -1
         self.run_size = run_size
-        init_sync(<thread_sync *> self.sync)
         cdef void *page = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
         if page == MAP_FAILED:
             raise KvmError(f"cannot map the kvm_run page of vCPU {index}: {strerror(errno).decode()}")
@@ -86,21 +84,20 @@ cdef class VcpuBase:
 
     def __del__(self):
         # Before the collector takes anything away that the thread still uses; it may run on that very thread.
-        if self.is_current():
-            start_new_thread(self.stop, ())
+        if is_worker(&self.worker):
+            Thread("reaper", self.stop)
         else:
             self.stop()
 
     def __dealloc__(self):
-        if self.sync == NULL:
+        if not self.made:
             return
         self.stop()
         if self.run != NULL:
             munmap(self.run, self.run_size)
         if self.fd >= 0:
             close(self.fd)
-        destroy_sync(<thread_sync *> self.sync)
-        free(self.sync)
+        destroy_worker(&self.worker)
 
     def close(self):
         """Stop the thread and give the descriptor and the kvm_run page back. Idempotent.
@@ -121,53 +118,46 @@ cdef class VcpuBase:
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
-    cdef int loop(self) noexcept nogil:
-        cdef thread_sync *sync = <thread_sync *> self.sync
-        cdef int result, error
+    cdef void loop(self) noexcept nogil:
         cdef uint64_t one = 1
+        self.pio.enter(&self.pio_reader)
+        self.mmio.enter(&self.mmio_reader)
+        self.run_guest()
+        self.mmio.leave(&self.mmio_reader)
+        self.pio.leave(&self.pio_reader)
+        end_worker(&self.worker)
+        if self.end.why != END_ASKED and self.exit_fd >= 0:
+            write(self.exit_fd, &one, sizeof(one))
+
+    cdef void run_guest(self) noexcept nogil:
+        """Until the guest ends, or somebody ends it; `end` says why."""
+        cdef int result, error
         while True:
             result = c_ioctl(self.fd, KVM_RUN, 0)
             if result >= 0:
                 if self.handle():
-                    break
+                    return
                 continue
             error = errno
             if error != EINTR and error != EAGAIN:
                 self.end.why, self.end.error = END_IOCTL, error
-                break
+                return
             # An access that exited is completed by the next KVM_RUN; EINTR says that has happened, so here, and only
-            # here, the registers are whole. Clear the flag before looking: a kick after the look sets it again.
+            # here, the registers are whole.
             self.counts.interrupted += 1
-            clear_flag(&self.run.immediate_exit)
-            if load_acquire(&self.ask) != ASK_RUN and self.obey():
-                break
-        pthread_mutex_lock(&sync.mutex)
-        self.state = IS_STOPPED
-        pthread_cond_broadcast(&sync.changed)
-        pthread_mutex_unlock(&sync.mutex)
-        if self.end.why != END_ASKED and self.exit_fd >= 0:
-            write(self.exit_fd, &one, sizeof(one))
-        return 0
+            if self.obey():
+                self.end.why = END_ASKED
+                return
 
-    cdef int obey(self) noexcept nogil:
-        """Do what another thread asked. Nonzero when the loop must end."""
-        cdef thread_sync *sync = <thread_sync *> self.sync
-        cdef bint stop
-        pthread_mutex_lock(&sync.mutex)
-        while self.ask == ASK_PAUSE:
-            if self.state != IS_PAUSED:
-                self.state = IS_PAUSED
-                pthread_cond_broadcast(&sync.changed)
-            pthread_cond_wait(&sync.changed, &sync.mutex)
-        self.run.immediate_exit = 0
-        stop = self.ask == ASK_STOP
-        if stop:
-            self.end.why = END_ASKED
-        else:
-            self.state = IS_RUNNING
-            pthread_cond_broadcast(&sync.changed)
-        pthread_mutex_unlock(&sync.mutex)
-        return stop
+    cdef bint obey(self) noexcept nogil:
+        """Do what another thread asks; whether the loop must end."""
+        while True:
+            # A kick after the look sets the flag again.
+            clear_flag(&self.run.immediate_exit)
+            if load_ordered(&self.worker.ask) == ASK_RUN:
+                return False
+            if rest(&self.worker):
+                return True
 
     cdef int handle(self) noexcept nogil:
         """Dispatch one exit. Nonzero when the loop must end; `end` then says why."""
@@ -187,7 +177,7 @@ cdef class VcpuBase:
                 self.counts.mmio_write += 1
             else:
                 self.counts.mmio_read += 1
-            action = self.mmio.access(run.mmio.phys_addr, run.mmio.data, run.mmio.len, run.mmio.is_write)
+            action = self.mmio.access(&self.mmio_reader, run.mmio.phys_addr, run.mmio.data, run.mmio.len, run.mmio.is_write)
             if self.profile:
                 self.counts.ns_mmio += now_ns() - start
         elif reason == KVM_EXIT_INTR or reason == KVM_EXIT_IRQ_WINDOW_OPEN:
@@ -234,7 +224,7 @@ cdef class VcpuBase:
         else:
             self.counts.pio_in += 1
         while count > 0:
-            action = self.pio.access(run.io.port, data, size, is_write)
+            action = self.pio.access(&self.pio_reader, run.io.port, data, size, is_write)
             if action != BUS_CONTINUE:
                 return action
             data += size
@@ -243,94 +233,33 @@ cdef class VcpuBase:
 
     # -- from other threads --------------------------------------------------------------------------------------
 
-    cdef bint is_current(self) noexcept nogil:
-        return (self.state != IS_NEW and not self.joined and is_ours(<thread_sync *> self.sync)
-                and (<thread_sync *> self.sync).thread == pthread_self())
-
-    cdef int check_waiter(self) except -1:
-        if self.is_current():
-            raise StateError(f"the thread of vCPU {self.index} cannot wait for itself")
-        return 0
-
-    @property
-    def ident(self):
-        """The thread, as threading.get_ident() names it; 0 without one."""
-        return 0 if self.state == IS_NEW or self.joined else (<thread_sync *> self.sync).thread
-
     def start(self, Bus pio not None, Bus mmio not None, int exit_fd=-1, bint paused=False, bint profile=False):
         """Start the thread. Exits go to the two buses; `exit_fd`, an eventfd, is written when the guest ends itself.
 
         paused: come up paused, as after `pause()`. profile: also sum the nanoseconds spent handling exits.
         """
-        cdef int error
-        if self.state != IS_NEW:
+        if self.worker.state != IS_NEW:
             raise StateError(f"vCPU {self.index} has been started already")
         if self.fd < 0:
             raise StateError(f"vCPU {self.index} is closed")
         self.pio, self.mmio, self.exit_fd, self.profile = pio, mmio, exit_fd, profile
-        self.ask = ASK_PAUSE if paused else ASK_RUN
         self.run.immediate_exit = paused
-        self.state = IS_RUNNING
-        name = f"vcpu {self.index}".encode()
-        error = start_thread(<thread_sync *> self.sync, thread_entry, <void *> self, name)
-        if error:
-            self.state = IS_NEW
-            raise KvmError(f"cannot start the thread of vCPU {self.index}: {strerror(error).decode()}")
-
-    cdef join(self):
-        cdef bint first = not self.joined
-        self.joined = True
-        self.request(ASK_STOP)
-        with nogil:
-            self.wait_settled(<uint64_t> -1 >> 1)
-            if first:
-                pthread_join((<thread_sync *> self.sync).thread, NULL)
-
-    cdef request(self, int what):
-        cdef thread_sync *sync = <thread_sync *> self.sync
-        if not is_ours(<thread_sync *> self.sync):
-            return
-        with nogil:
-            pthread_mutex_lock(&sync.mutex)
-            store_ordered(&self.ask, what)
-            if self.state != IS_STOPPED:
-                if what != ASK_RUN:
-                    self.run.immediate_exit = 1
-                    pthread_kill(sync.thread, KICK_SIGNAL)
-                pthread_cond_broadcast(&sync.changed)
-            pthread_mutex_unlock(&sync.mutex)
+        start_worker(&self.worker, "vcpu", f"vcpu {self.index}", thread_entry, paused)
 
     def request_pause(self):
         """Ask the thread to pause and return at once; `wait_paused` waits for it."""
-        if self.state != IS_NEW and self.ask != ASK_STOP:
-            self.request(ASK_PAUSE)
+        with nogil:
+            ask_worker(&self.worker, ASK_PAUSE)
 
     def wait_paused(self, double timeout=10.0):
-        """Wait until the vCPU is paused or has ended. KvmError after `timeout` seconds, StateError on its own thread."""
+        """Wait until the vCPU is paused or has ended. KvmError after `timeout` seconds: it is still asked to pause."""
+        cdef uint64_t until = now_ns() + <uint64_t> (max(timeout, 0.0) * 1e9)
         cdef bint done
-        cdef uint64_t timeout_ns = <uint64_t> (timeout * 1e9)
-        self.check_waiter()
+        check_waiter(&self.worker, f"thread of vCPU {self.index}")
         with nogil:
-            done = self.wait_settled(timeout_ns)
+            done = await_rest(&self.worker, until)
         if not done:
-            raise KvmError(f"vCPU {self.index} did not pause within {timeout:g} s")
-
-    cdef bint wait_settled(self, uint64_t timeout_ns) noexcept nogil:
-        """Wait until the vCPU is paused or has ended. False when `timeout_ns` passed first."""
-        cdef thread_sync *sync = <thread_sync *> self.sync
-        cdef uint64_t end = now_ns() + timeout_ns
-        cdef bint done
-        pthread_mutex_lock(&sync.mutex)
-        while True:
-            done = self.state == IS_PAUSED and self.ask == ASK_PAUSE or self.state in (IS_NEW, IS_STOPPED)
-            if done or now_ns() >= end:
-                break
-            # A kick may have come just before a device's write to a full pipe: kick again until it is heard.
-            if wait_changed(sync, KICK_AGAIN_NS):
-                self.run.immediate_exit = 1
-                pthread_kill(sync.thread, KICK_SIGNAL)
-        pthread_mutex_unlock(&sync.mutex)
-        return done
+            raise KvmError(f"vCPU {self.index} did not come out of the guest within {timeout:.3g} s")
 
     def pause(self, double timeout=10.0):
         """Pause and wait for it. The registers can then be read and written. Idempotent."""
@@ -338,29 +267,33 @@ cdef class VcpuBase:
         self.wait_paused(timeout)
 
     def resume(self):
-        """Let a paused vCPU run on. Idempotent."""
-        if self.state != IS_NEW and self.ask == ASK_PAUSE:
-            self.request(ASK_RUN)
+        """Let a paused vCPU run on, or one that is asked to pause. Idempotent."""
+        if self.worker.ask == ASK_PAUSE:
+            with nogil:
+                ask_worker(&self.worker, ASK_RUN)
 
     def request_stop(self):
         """Ask the thread to end and return at once; `stop` waits for it."""
-        if self.state != IS_NEW:
-            self.request(ASK_STOP)
+        with nogil:
+            ask_worker(&self.worker, ASK_STOP)
 
     def stop(self):
-        """End the thread, wherever it is, and wait for it. Idempotent; StateError on that thread itself."""
-        self.check_waiter()
-        if self.state != IS_NEW and is_ours(<thread_sync *> self.sync):
-            self.join()
+        """End the thread, wherever it is, and wait for it. Idempotent; StateError on the thread itself."""
+        check_waiter(&self.worker, f"thread of vCPU {self.index}")
+        with nogil:
+            join_worker(&self.worker)
+
+    @property
+    def ident(self):
+        """The thread, as threading.get_ident() names it; 0 without one."""
+        return <uint64_t> worker_ident(&self.worker)
 
     @property
     def status(self):
         """"new", "running", "paused", or why it ended: "stopped", "reset", "shutdown", "triple-fault", ..."""
         # Looked at once: the thread may end meanwhile.
-        cdef int state = load_acquire(&self.state)
-        if state == IS_STOPPED:
-            return END_NAMES[self.end.why]
-        return ("new", "running", "paused")[state]
+        cdef int state = load_acquire(&self.worker.state)
+        return END_NAMES[self.end.why] if state == IS_STOPPED else _STATES[state]
 
     @property
     def exits(self):
@@ -371,7 +304,7 @@ cdef class VcpuBase:
     def failure(self):
         """None, or why this vCPU could not go on, in words; the registers are added by the architecture."""
         cdef end_record *end = &self.end
-        if self.state != IS_STOPPED or end.why in (END_ASKED, END_RESET, END_SHUTDOWN, END_PANIC):
+        if load_acquire(&self.worker.state) != IS_STOPPED or end.why in (END_ASKED, END_RESET, END_SHUTDOWN, END_PANIC):
             return None
         if end.why == END_TRIPLE_FAULT:
             text = "the guest shut the CPU down (triple fault)"
@@ -399,7 +332,7 @@ cdef class VcpuBase:
         """
         cdef kvm_run *run = self.run
         cdef int result
-        if self.state != IS_NEW or self.fd < 0:
+        if self.worker.state != IS_NEW or self.fd < 0:
             raise StateError(f"vCPU {self.index} has a thread or is closed")
         with nogil:
             result = c_ioctl(self.fd, KVM_RUN, 0)
@@ -435,13 +368,13 @@ cdef class VcpuBase:
     def kick(self):
         """Make a `run_once` in another thread, present or next, return "interrupted" as soon as the guest exits."""
         if self.run != NULL:
-            self.run.immediate_exit = 1
+            set_flag(&self.run.immediate_exit)
 
     def time_exits(self, uint64_t count):
         """Nanoseconds for `count` KVM_RUN round trips that do nothing with the exit: the floor an exit can cost here."""
         cdef uint64_t _i, start
         cdef int result = 0
-        if self.state != IS_NEW or self.fd < 0:
+        if self.worker.state != IS_NEW or self.fd < 0:
             raise StateError(f"vCPU {self.index} has a thread or is closed")
         with nogil:
             start = now_ns()

@@ -7,20 +7,18 @@ poll, with a timeout only while a connection waits for something, so it costs no
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # the signal module drags in enum
-import contextlib
 import os
 import select
 import time
 
 # The C module itself: the socket module drags in selectors and enum.
 from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_SEQPACKET, socketpair
-from _thread import allocate_lock, get_ident, start_new_thread
 
 from crackle.mmds.http import Responder
 from crackle.mmds.packet import MAX_MESSAGE_SIZE, VNET_HEADER_SIZE
 from crackle.mmds.stack import COUNTERS, Stack
 from crackle.mmds.state import MmdsState
+from crackle.runtime.threads import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -99,8 +97,7 @@ class Mmds:
     """The metadata service of one microVM.
 
     config: version, address and formats. store: the document, which whoever writes it keeps. `connect` once for each
-    interface, then `start` once; `stop` ends it and may be called again. ident: its thread's, as threading.get_ident()
-    names it; 0 without one.
+    interface, then `start` once; `stop` ends it and may be called again.
     """
 
     def __init__(self, config: MmdsConfig, store: Store) -> None:
@@ -111,11 +108,9 @@ class Mmds:
         self._wires: list[_Wire] = []
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stopping = False
-        self._pid = os.getpid()
-        self.ident = 0
         # When the microVM was paused, if it is, and the seconds of earlier pauses: one object, read at once.
         self._clock: tuple[float | None, float] = (None, 0.0)
-        self._ended = allocate_lock()  # held while the thread runs
+        self._thread: Thread | None = None
 
     def connect(self) -> int:
         """Make a wire: the result is the device's end of it, which is the caller's and never waits."""
@@ -129,12 +124,7 @@ class Mmds:
 
     def start(self) -> None:
         """Begin to answer."""
-        self._ended.acquire()
-        try:
-            start_new_thread(self._run, ())
-        except BaseException:
-            self._ended.release()
-            raise
+        self._thread = Thread("mmds", self._run)
 
     def pause(self) -> None:
         """Let time stand still: a guest that is paused can acknowledge nothing. Idempotent."""
@@ -149,16 +139,20 @@ class Mmds:
             self._clock = (None, lost + time.monotonic() - paused_at)
             os.eventfd_write(self._wake_fd, 1)
 
+    @property
+    def ident(self) -> int:
+        """The thread, as threading.get_ident() names it; 0 without one."""
+        return 0 if self._thread is None else self._thread.ident
+
     def stop(self) -> None:
         """End the thread and close everything; in a forked child, the copies. Idempotent."""
         if self._stopping:
             return
         self._stopping = True
-        if self._pid == os.getpid():
+        if self._thread is not None and self._thread.is_ours:
             # Otherwise in a forked child, where there is no thread, and the wake-up is the parent's.
             os.eventfd_write(self._wake_fd, 1)
-            with self._ended:
-                pass
+            self._thread.join()
         os.close(self._wake_fd)
         for wire in self._wires:
             os.close(wire.fd)
@@ -183,36 +177,30 @@ class Mmds:
         )
 
     def _run(self) -> None:
-        self.ident = get_ident()
-        _settle_thread()
         poll = select.poll()
         poll.register(self._wake_fd, select.POLLIN)
         live = {wire.fd: wire for wire in self._wires}
         for wire in self._wires:
             poll.register(wire.fd, wire.events)
-        try:
+        busy = False
+        while True:
+            ready = poll.poll(0 if busy else self._timeout_ms(live))
+            if self._stopping:
+                return
+            now = self._now()
+            for fd, events in ready:
+                if fd == self._wake_fd:
+                    os.eventfd_read(fd)
+                elif events & ~select.POLLOUT and not live[fd].receive(now):
+                    # The device is gone; so are its connections.
+                    poll.unregister(fd)
+                    del live[fd]
             busy = False
-            while True:
-                ready = poll.poll(0 if busy else self._timeout_ms(live))
-                if self._stopping:
-                    return
-                now = self._now()
-                for fd, events in ready:
-                    if fd == self._wake_fd:
-                        os.eventfd_read(fd)
-                    elif events & ~select.POLLOUT and not live[fd].receive(now):
-                        # The device is gone; so are its connections.
-                        poll.unregister(fd)
-                        del live[fd]
-                busy = False
-                for fd, wire in live.items():
-                    before = wire.events
-                    busy |= wire.serve(now)
-                    if wire.events != before:
-                        poll.modify(fd, wire.events)
-        finally:
-            self.ident = 0
-            self._ended.release()
+            for fd, wire in live.items():
+                before = wire.events
+                busy |= wire.serve(now)
+                if wire.events != before:
+                    poll.modify(fd, wire.events)
 
     def _now(self) -> float:
         """Seconds of a clock that stands still while the microVM does."""
@@ -226,13 +214,3 @@ class Mmds:
             return None
         # Rounded up: a moment early would only be asked again.
         return max(0, int((min(deadlines) - self._now()) * 1000) + 1)
-
-
-def _settle_thread() -> None:
-    """Leave all signals to the main thread, and be called "mmds" where threads are listed."""
-    _signal.pthread_sigmask(_signal.SIG_BLOCK, _signal.valid_signals())
-    # A jail may have no /proc.
-    with contextlib.suppress(OSError):
-        fd = os.open("/proc/thread-self/comm", os.O_WRONLY | os.O_CLOEXEC)
-        os.write(fd, b"mmds")
-        os.close(fd)

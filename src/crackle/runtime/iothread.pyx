@@ -1,33 +1,25 @@
 """The I/O thread: one epoll loop, without the GIL, that runs the devices' handlers.
 
-A device adds a descriptor (the ioeventfd of a queue, a TAP, a timer, the console's input) with a native handler. Owns the
-epoll descriptor, the wake-up eventfd and the thread; the descriptors added stay their devices'.
+A device adds a descriptor (the ioeventfd of a queue, a TAP, a timer, the console's input) with a native handler, and may
+remove it again. Owns the epoll descriptor, the wake-up eventfd and the thread; the descriptors added stay their devices'.
 """
 
 from libc.errno cimport EINTR, EPERM, errno
 from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, realloc
+from libc.stdlib cimport calloc, free
 from libc.string cimport strerror
 from posix.unistd cimport close, read, write
 
 from crackle.includes.events cimport *
+from crackle.runtime.clock cimport MachineClock
 from crackle.runtime.threads cimport *
 
-from _thread import start_new_thread
-
 from crackle.errors import ConfigError, KvmError, StateError
+from crackle.runtime.threads import Thread
 
 
 cdef enum:
-    ASK_RUN = 0
-    ASK_PAUSE = 1
-    ASK_STOP = 2
-    IS_NEW = 0
-    IS_RUNNING = 1
-    IS_PAUSED = 2
-    IS_STOPPED = 3
     BATCH = 32
-    PAUSE_TIMEOUT_NS = 10_000_000_000
 
 
 cdef void *thread_entry(void *argument) noexcept nogil:
@@ -35,16 +27,22 @@ cdef void *thread_entry(void *argument) noexcept nogil:
     return NULL
 
 
-cdef class IoThread:
-    """An epoll loop on a thread of its own, called `name`; `start`, `pause`, `resume`, `stop` from any other thread."""
+cdef void wake_thread(void *argument) noexcept nogil:
+    (<IoThread> argument).wake()
 
-    def __cinit__(self, *args):
+
+cdef class IoThread:
+    """An epoll loop on a thread of its own: of kind "io", or "python" where handlers run Python.
+
+    clock: the machine's, for what its devices do after a time; by default one of its own.
+    `start`, `pause`, `resume` and `stop` are for any other thread.
+    """
+
+    def __cinit__(self, *args, **kwargs):
         self.epoll_fd = self.wake_fd = -1
-        self.owners = []
-        self.sync = calloc(1, sizeof(thread_sync))
-        if self.sync == NULL:
-            raise MemoryError
-        init_sync(<thread_sync *> self.sync)
+        self.owners = {}
+        init_worker(&self.worker, wake_thread, <void *> self)
+        self.made = True
         self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
         self.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
         if self.epoll_fd < 0 or self.wake_fd < 0:
@@ -54,54 +52,58 @@ cdef class IoThread:
         if epoll_ctl(self.epoll_fd, EPOLL_CTL_ADD, self.wake_fd, &event) < 0:
             raise KvmError(f"cannot watch the I/O thread's wake-up: {strerror(errno).decode()}")
 
-    def __init__(self, str name="io"):
-        self.name = name.encode()
+    def __init__(self, str name="io", MachineClock clock=None):
+        self.name = name
+        self.clock = MachineClock() if clock is None else clock
 
     def __del__(self):
         # Before the collector takes anything away that the thread still uses; it may run on that very thread.
-        if self.is_current():
-            start_new_thread(self.stop, ())
+        if is_worker(&self.worker):
+            Thread("reaper", self.stop)
         else:
             self.stop()
 
     def __dealloc__(self):
-        cdef int i
-        if self.sync != NULL:
-            self.stop()
-        for i in range(self.count):
-            free(self.sources[i])
-        free(self.sources)
+        cdef event_source *source
+        if not self.made:
+            return
+        self.stop()
+        while self.sources != NULL:
+            source, self.sources = self.sources, self.sources.following
+            free(source)
         if self.epoll_fd >= 0:
             close(self.epoll_fd)
         if self.wake_fd >= 0:
             close(self.wake_fd)
-        if self.sync != NULL:
-            destroy_sync(<thread_sync *> self.sync)
-            free(self.sync)
+        destroy_worker(&self.worker)
+
+    # -- what it watches -----------------------------------------------------------------------------------------
 
     cdef event_source *add(self, int fd, uint32_t events, event_handler handler, void *context, object owner) except NULL:
-        """Call `handler(context, events)` when `fd` is ready; `owner` is kept alive with the thread.
+        """Call `handler(context, events)` when `fd` is ready; `owner` is kept alive until the source is removed.
 
         The source's `live` says whether it is watched: the kernel refuses regular files, which are always ready.
         """
         cdef epoll_event event
         cdef event_source *source
-        cdef event_source **grown = <event_source **> realloc(
-            self.sources, (self.count + 1) * sizeof(event_source *))
-        if grown == NULL:
-            raise MemoryError
-        self.sources = grown
+        self.bury()
         source = <event_source *> calloc(1, sizeof(event_source))
         if source == NULL:
             raise MemoryError
         source.fd, source.handler, source.context = fd, handler, context
-        self.sources[self.count] = source
-        self.count += 1
-        self.owners.append(owner)
+        self.owners[<uint64_t> source] = owner
+        source.following, self.sources = self.sources, source
         event.events, event.data.ptr = events, source
-        source.live = epoll_ctl(self.epoll_fd, EPOLL_CTL_ADD, fd, &event) == 0
-        if not source.live and errno != EPERM:
-            raise ConfigError(f"cannot watch descriptor {fd}: {strerror(errno).decode()}")
+        # Before the thread can see it: a source that is `live` may be called at once.
+        source.live = True
+        if epoll_ctl(self.epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0:
+            source.live = False
+            if errno != EPERM:
+                reason = strerror(errno).decode()
+                self.sources = source.following
+                del self.owners[<uint64_t> source]
+                free(source)
+                raise ConfigError(f"cannot watch descriptor {fd}: {reason}")
         return source
 
     cdef int modify(self, event_source *source, uint32_t events) noexcept nogil:
@@ -109,6 +111,74 @@ cdef class IoThread:
         cdef epoll_event event
         event.events, event.data.ptr = events, source
         return epoll_ctl(self.epoll_fd, EPOLL_CTL_MOD, source.fd, &event)
+
+    cdef void remove(self, event_source *source) noexcept nogil:
+        """Never call its handler again. The descriptor is still open; nobody uses `source` afterwards.
+
+        When this returns the handler is not running, unless it is itself that removes, on the I/O thread: then it is not
+        called again, neither for what the present batch holds. Other threads wait for the end of that batch, and hold no
+        lock that a handler takes.
+        """
+        if is_worker(&self.worker):
+            self.take_out(source)
+            return
+        with gil:
+            with nogil:
+                self.take_out(source)
+                pthread_mutex_lock(&self.worker.sync.mutex)
+                if self.worker.state == IS_RUNNING:
+                    self.wake()
+                    while self.passed < source.ticket and self.worker.state == IS_RUNNING:
+                        pthread_cond_wait(&self.worker.sync.changed, &self.worker.sync.mutex)
+                pthread_mutex_unlock(&self.worker.sync.mutex)
+                if load_acquire(&self.worker.state) != IS_RUNNING:
+                    self.between_batches()
+            self.bury()
+
+    cdef void take_out(self, event_source *source) noexcept nogil:
+        if source.live:
+            epoll_ctl(self.epoll_fd, EPOLL_CTL_DEL, source.fd, NULL)
+        pthread_mutex_lock(&self.worker.sync.mutex)
+        store_ordered(&source.removed, True)
+        self.removals += 1
+        source.ticket = self.removals
+        source.next, self.removed = self.removed, source
+        pthread_mutex_unlock(&self.worker.sync.mutex)
+
+    cdef void between_batches(self) noexcept nogil:
+        """Nobody looks at what was removed before now."""
+        cdef event_source *source
+        pthread_mutex_lock(&self.worker.sync.mutex)
+        if self.removed != NULL:
+            while self.removed != NULL:
+                source, self.removed = self.removed, self.removed.next
+                source.next, self.gone = self.gone, source
+            self.passed = self.removals
+            pthread_cond_broadcast(&self.worker.sync.changed)
+        pthread_mutex_unlock(&self.worker.sync.mutex)
+
+    cdef void bury(self):
+        """Free the memory of sources that nobody looks at, and let go of their owners."""
+        cdef event_source *source
+        cdef event_source *next
+        cdef event_source **place
+        pthread_mutex_lock(&self.worker.sync.mutex)
+        source, self.gone = self.gone, NULL
+        pthread_mutex_unlock(&self.worker.sync.mutex)
+        owners = []
+        while source != NULL:
+            next = source.next
+            place = &self.sources
+            while place[0] != source:
+                place = &place[0].following
+            place[0] = source.following
+            owners.append(self.owners.pop(<uint64_t> source))
+            free(source)
+            source = next
+        # Last, for their end may run any code.
+        del owners
+
+    # -- on the thread -------------------------------------------------------------------------------------------
 
     cdef int look(self, int timeout) noexcept nogil:
         """Wait up to `timeout` milliseconds and serve what is ready; how many handlers ran, -1 when it cannot go on."""
@@ -122,132 +192,112 @@ cdef class IoThread:
             source = <event_source *> events[i].data.ptr
             if source == NULL:
                 read(self.wake_fd, &ticks, sizeof(ticks))
-            else:
+            elif not load_ordered(&source.removed):
                 served += 1
                 source.handler(source.context, events[i].events)
         return served
 
     cdef void loop(self) noexcept nogil:
-        cdef thread_sync *sync = <thread_sync *> self.sync
-        cdef bint resting
+        cdef bint settling
         cdef int served
         while True:
-            # Who asks for a pause has stopped the guest. A look that begins after that and finds nothing ready says that
-            # all that the guest submitted has been served.
-            resting = load_acquire(&self.ask) == ASK_PAUSE
-            served = self.look(0 if resting else -1)
+            settling = load_acquire(&self.settling)
+            served = self.look(0 if settling else -1)
             if served < 0:
                 break
-            self.wakeups += not resting
-            if resting and not served:
-                pthread_mutex_lock(&sync.mutex)
-                if self.ask == ASK_PAUSE:
-                    self.state = IS_PAUSED
-                    pthread_cond_broadcast(&sync.changed)
-                    # Who lets it go on sets the state: a pause soon after finds it running, and waits for it to be
-                    # at rest anew.
-                    while self.state == IS_PAUSED:
-                        pthread_cond_wait(&sync.changed, &sync.mutex)
-                pthread_mutex_unlock(&sync.mutex)
-            if load_acquire(&self.ask) == ASK_STOP:
+            self.wakeups += not settling
+            self.between_batches()
+            if settling and not served:
+                pthread_mutex_lock(&self.worker.sync.mutex)
+                store_ordered(&self.settling, False)
+                pthread_cond_broadcast(&self.worker.sync.changed)
+                pthread_mutex_unlock(&self.worker.sync.mutex)
+            if load_acquire(&self.worker.ask) != ASK_RUN and rest(&self.worker):
                 break
-        pthread_mutex_lock(&sync.mutex)
-        self.state = IS_STOPPED
-        pthread_cond_broadcast(&sync.changed)
-        pthread_mutex_unlock(&sync.mutex)
+        self.between_batches()
+        end_worker(&self.worker)
 
-    cdef bint is_current(self) noexcept nogil:
-        return (self.state != IS_NEW and not self.joined and is_ours(<thread_sync *> self.sync)
-                and (<thread_sync *> self.sync).thread == pthread_self())
+    # -- from other threads --------------------------------------------------------------------------------------
 
-    cdef int check_waiter(self) except -1:
-        if self.is_current():
-            raise StateError(f"the {self.name.decode()} thread cannot wait for itself")
-        return 0
+    cdef void wake(self) noexcept nogil:
+        cdef uint64_t one = 1
+        write(self.wake_fd, &one, sizeof(one))
+
+    def start(self):
+        """Start the thread."""
+        if self.worker.state != IS_NEW:
+            raise StateError("the I/O thread has been started already")
+        if self.epoll_fd < 0:
+            raise StateError("the I/O thread is closed")
+        start_worker(&self.worker, self.name, self.name, thread_entry, False)
+
+    def request_pause(self):
+        """Ask the thread to stand still after the turn of whatever it serves, and return at once; `wait_paused` waits."""
+        with nogil:
+            ask_worker(&self.worker, ASK_PAUSE)
+
+    def wait_paused(self, double timeout=10.0):
+        """Wait until it stands still or has ended. KvmError after `timeout` seconds: it is still asked to pause."""
+        cdef uint64_t until = now_ns() + <uint64_t> (max(timeout, 0.0) * 1e9)
+        cdef bint done
+        check_waiter(&self.worker, f"{self.name} thread")
+        with nogil:
+            done = await_rest(&self.worker, until)
+        if not done:
+            raise KvmError(f"the {self.name} thread did not come to rest within {timeout:.3g} s")
+
+    def pause(self, double timeout=10.0):
+        """Stand still. What is ready then is served after `resume`. Idempotent."""
+        self.request_pause()
+        self.wait_paused(timeout)
+
+    def resume(self):
+        """Go on after `pause`, or one that was only asked for. Idempotent."""
+        if self.worker.ask == ASK_PAUSE:
+            with nogil:
+                ask_worker(&self.worker, ASK_RUN)
+
+    def stop(self):
+        """End the thread and wait for it. Idempotent; StateError on the thread itself."""
+        check_waiter(&self.worker, f"{self.name} thread")
+        with nogil:
+            join_worker(&self.worker)
 
     @property
     def ident(self):
         """The thread, as threading.get_ident() names it; 0 without one."""
-        return 0 if self.state == IS_NEW or self.joined else (<thread_sync *> self.sync).thread
+        return <uint64_t> worker_ident(&self.worker)
 
-    cdef wake(self, int ask):
-        cdef thread_sync *sync = <thread_sync *> self.sync
-        cdef uint64_t one = 1
-        with nogil:
-            pthread_mutex_lock(&sync.mutex)
-            store_ordered(&self.ask, ask)
-            if ask != ASK_PAUSE and self.state == IS_PAUSED:
-                self.state = IS_RUNNING
-            pthread_cond_broadcast(&sync.changed)
-            pthread_mutex_unlock(&sync.mutex)
-            write(self.wake_fd, &one, sizeof(one))
+    # -- for tests -----------------------------------------------------------------------------------------------
 
-    def start(self):
-        """Start the thread."""
-        cdef int error
-        if self.state != IS_NEW:
-            raise StateError("the I/O thread has been started already")
-        if self.epoll_fd < 0:
-            raise StateError("the I/O thread is closed")
-        self.state = IS_RUNNING
-        error = start_thread(<thread_sync *> self.sync, thread_entry, <void *> self, self.name)
-        if error:
-            self.state = IS_NEW
-            raise KvmError(f"cannot start the I/O thread: {strerror(error).decode()}")
-
-    def pause(self):
-        """Serve everything that is ready, then stand still. The vCPUs are paused first. Idempotent.
-
-        StateError on the thread itself.
-        """
-        cdef thread_sync *sync = <thread_sync *> self.sync
-        cdef uint64_t end
-        cdef bint done
-        if self.state == IS_NEW or self.joined or not is_ours(<thread_sync *> self.sync):
+    def settle(self):
+        """Wait until a look has found nothing ready: all that was ready before has been served."""
+        if self.worker.state != IS_RUNNING:
             return
-        self.check_waiter()
-        self.wake(ASK_PAUSE)
         with nogil:
-            end = now_ns() + PAUSE_TIMEOUT_NS
-            pthread_mutex_lock(&sync.mutex)
-            while self.state == IS_RUNNING and now_ns() < end:
-                wait_changed(sync, PAUSE_TIMEOUT_NS)
-            done = self.state != IS_RUNNING
-            pthread_mutex_unlock(&sync.mutex)
-        if not done:
-            raise KvmError("the I/O thread did not come to rest within 10 s")
-
-    def resume(self):
-        """Go on after `pause`. Idempotent."""
-        if self.state != IS_NEW and not self.joined and self.ask == ASK_PAUSE and is_ours(<thread_sync *> self.sync):
-            self.wake(ASK_RUN)
-
-    def stop(self):
-        """End the thread and wait for it. Idempotent; StateError on that thread itself."""
-        cdef thread_sync *sync = <thread_sync *> self.sync
-        cdef bint first = not self.joined
-        if self.state == IS_NEW or not is_ours(<thread_sync *> self.sync):
-            return
-        self.check_waiter()
-        self.joined = True
-        self.wake(ASK_STOP)
-        with nogil:
-            if first:
-                pthread_join(sync.thread, NULL)
-            else:
-                pthread_mutex_lock(&sync.mutex)
-                while self.state != IS_STOPPED:
-                    pthread_cond_wait(&sync.changed, &sync.mutex)
-                pthread_mutex_unlock(&sync.mutex)
+            pthread_mutex_lock(&self.worker.sync.mutex)
+            store_ordered(&self.settling, True)
+            self.wake()
+            while self.settling and self.worker.state == IS_RUNNING:
+                pthread_cond_wait(&self.worker.sync.changed, &self.worker.sync.mutex)
+            pthread_mutex_unlock(&self.worker.sync.mutex)
 
     def step(self):
-        """For tests: serve what is ready once, on the calling thread instead of the I/O thread; how many handlers ran."""
+        """Serve what is ready once, on the calling thread instead of the I/O thread; how many handlers ran."""
         cdef int served
-        if self.state != IS_NEW or self.epoll_fd < 0:
+        if self.worker.state != IS_NEW or self.epoll_fd < 0:
             raise StateError("the I/O thread has been started already")
+        # For as long, the caller is the thread.
+        self.worker.thread, self.worker.state = pthread_self(), IS_RUNNING
         with nogil:
             served = self.look(0)
+            self.between_batches()
+        self.worker.state = IS_NEW
         return served
+
+    def watch(self, int fd, call):
+        """Call `call()` under the GIL when `fd` is readable; the `Watch` is for its removal."""
+        return Watch(self, fd, call)
 
     def close(self):
         """Stop, and give the descriptors back. Idempotent."""
@@ -256,3 +306,27 @@ cdef class IoThread:
             close(self.epoll_fd)
             close(self.wake_fd)
             self.epoll_fd = self.wake_fd = -1
+
+
+cdef class Watch:
+    """A descriptor that a loop watches for Python code."""
+
+    cdef IoThread io
+    cdef event_source *source
+    cdef object call
+
+    def __init__(self, IoThread io not None, int fd, call):
+        self.io, self.call = io, call
+        self.source = io.add(fd, EPOLLIN, watched, <void *> self, self)
+
+    def remove(self):
+        """IoThread.remove(). Idempotent."""
+        cdef event_source *source = self.source
+        self.source = NULL
+        if source != NULL:
+            with nogil:
+                self.io.remove(source)
+
+
+cdef void watched(void *context, uint32_t events) noexcept with gil:
+    (<Watch> context).call()

@@ -11,8 +11,11 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from _thread import get_ident, start_new_thread
+from _thread import get_ident
 from _weakref import ref
+
+from crackle.errors import KvmError
+from crackle.runtime.threads import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,8 +62,8 @@ def end_dropped(owner: Owner) -> None:
         owner.end()
         return
     try:
-        start_new_thread(owner.end, ())
-    except RuntimeError:
+        Thread("reaper", owner.end)
+    except KvmError:
         _left.append(owner.end)
 
 

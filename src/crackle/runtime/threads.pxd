@@ -1,4 +1,4 @@
-"""POSIX threads as the core uses them: small stacks, and no signal but the kick that interrupts a vCPU."""
+"""Threads as the core uses them: one place that starts them, and one state machine for those that pause and stop."""
 
 from libc.stdint cimport uint8_t, uint64_t
 from posix.time cimport timespec
@@ -13,83 +13,16 @@ cdef extern from * nogil:
     #include <time.h>
     #include <unistd.h>
 
-    /* The one signal this package uses: it does nothing but make a blocking system call return. */
-    #define KICK_SIGNAL (SIGRTMIN + 1)
-
-    struct thread_sync {
-        pthread_mutex_t mutex;
-        pthread_cond_t changed;
-        pthread_t thread;
-        pid_t pid;  /* of the process that made it: a forked child has a copy, and none of the threads */
-    };
-
-    static void kick_handler(int signal) { (void) signal; }
-
-    static void install_kick_handler(void) {
-        struct sigaction action = { .sa_handler = kick_handler };
-        sigemptyset(&action.sa_mask);
-        sigaction(KICK_SIGNAL, &action, NULL);
-    }
-
-    static void init_sync(struct thread_sync *sync) {
-        pthread_condattr_t attributes;
-        sync->pid = getpid();
-        pthread_mutex_init(&sync->mutex, NULL);
-        pthread_condattr_init(&attributes);
-        pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-        pthread_cond_init(&sync->changed, &attributes);
-        pthread_condattr_destroy(&attributes);
-    }
-
-    static inline int is_ours(struct thread_sync *sync) { return sync->pid == getpid(); }
-
-    /* In a forked child it would wait for threads that are not there. */
-    static void destroy_sync(struct thread_sync *sync) {
-        if (!is_ours(sync))
-            return;
-        pthread_cond_destroy(&sync->changed);
-        pthread_mutex_destroy(&sync->mutex);
-    }
-
-    /* Every other signal stays blocked in the new thread, so that the process's signals reach its main thread; but not
-       those that a fault raises in the thread itself, or whoever reports crashes would never hear of it. */
-    static int start_thread(struct thread_sync *sync, void *(*entry)(void *), void *argument, const char *name) {
-        pthread_attr_t attributes;
-        sigset_t blocked, before;
-        int error;
-        sigfillset(&blocked);
-        sigdelset(&blocked, KICK_SIGNAL);
-        sigdelset(&blocked, SIGSEGV);
-        sigdelset(&blocked, SIGBUS);
-        sigdelset(&blocked, SIGILL);
-        sigdelset(&blocked, SIGFPE);
-        sigdelset(&blocked, SIGSYS);
-        pthread_attr_init(&attributes);
-        pthread_attr_setstacksize(&attributes, 512 << 10);
-        pthread_sigmask(SIG_SETMASK, &blocked, &before);
-        error = pthread_create(&sync->thread, &attributes, entry, argument);
-        pthread_sigmask(SIG_SETMASK, &before, NULL);
-        if (!error)
-            pthread_setname_np(sync->thread, name);
-        pthread_attr_destroy(&attributes);
-        return error;
-    }
-
     static inline uint64_t now_ns(void) {
         struct timespec t;
         clock_gettime(CLOCK_MONOTONIC, &t);
         return (uint64_t) t.tv_sec * 1000000000u + (uint64_t) t.tv_nsec;
     }
 
-    /* Waits for a change for at most `ns` nanoseconds; the mutex is held. */
-    static int wait_changed(struct thread_sync *sync, uint64_t ns) {
-        uint64_t end = now_ns() + ns;
-        struct timespec until = { .tv_sec = end / 1000000000u, .tv_nsec = end % 1000000000u };
-        return pthread_cond_timedwait(&sync->changed, &sync->mutex, &until);
-    }
-
     #define load_acquire(place) __atomic_load_n(place, __ATOMIC_ACQUIRE)
+    #define load_ordered(place) __atomic_load_n(place, __ATOMIC_SEQ_CST)
     #define store_ordered(place, value) __atomic_store_n(place, value, __ATOMIC_SEQ_CST)
+    #define set_flag(place) __atomic_store_n(place, 1, __ATOMIC_RELEASE)
     #define clear_flag(place) __atomic_store_n(place, 0, __ATOMIC_SEQ_CST)
     #endif
     """
@@ -98,29 +31,83 @@ cdef extern from * nogil:
     ctypedef struct pthread_cond_t:
         int _
     ctypedef unsigned long pthread_t
-    struct thread_sync:
-        pthread_mutex_t mutex
-        pthread_cond_t changed
-        pthread_t thread
-    enum:
-        KICK_SIGNAL
-    void install_kick_handler()
-    void init_sync(thread_sync *sync)
-    void destroy_sync(thread_sync *sync)
-    bint is_ours(thread_sync *sync)
-    int start_thread(thread_sync *sync, void *(*entry)(void *) noexcept nogil, void *argument, const char *name)
     int pthread_mutex_init(pthread_mutex_t *, void *)
     int pthread_mutex_lock(pthread_mutex_t *)
     int pthread_mutex_unlock(pthread_mutex_t *)
     int pthread_mutex_destroy(pthread_mutex_t *)
     int pthread_cond_wait(pthread_cond_t *, pthread_mutex_t *)
+    int pthread_cond_timedwait(pthread_cond_t *, pthread_mutex_t *, const timespec *)
     int pthread_cond_broadcast(pthread_cond_t *)
+    pthread_t pthread_self()
+    int pthread_equal(pthread_t, pthread_t)
     int pthread_kill(pthread_t, int)
     int pthread_join(pthread_t, void **)
-    pthread_t pthread_self()
+    int pthread_detach(pthread_t)
     int sched_yield()
     uint64_t now_ns()
-    int wait_changed(thread_sync *sync, uint64_t ns)
     int load_acquire(int *place)
+    int load_ordered(int *place)
     void store_ordered(int *place, int value)
+    void set_flag(uint8_t *place)       # release: who sees it sees what was stored before
     void clear_flag(uint8_t *place)
+
+# A mutex, and what waits for something that it guards to change.
+cdef struct thread_sync:
+    pthread_mutex_t mutex
+    pthread_cond_t changed
+    int pid                 # of the process whose it is
+
+cdef void init_sync(thread_sync *sync) noexcept nogil
+cdef void destroy_sync(thread_sync *sync) noexcept nogil
+# False in a forked child, which has a copy, and none of the threads that may have had the mutex.
+cdef bint is_ours(thread_sync *sync) noexcept nogil
+# Waits for a change until `until`, of `now_ns`, with the mutex held; nonzero when that came first.
+cdef int wait_changed(thread_sync *sync, uint64_t until) noexcept nogil
+
+# What others ask of a worker, and where it is.
+cdef enum:
+    ASK_RUN = 0
+    ASK_PAUSE = 1
+    ASK_STOP = 2
+
+cdef enum:
+    IS_NEW = 0
+    IS_RUNNING = 1
+    IS_PAUSED = 2
+    IS_STOPPED = 3
+
+# Makes a worker come to `rest` soon, wherever it is; called with the mutex held, again and again until it is there.
+ctypedef void (*kicker)(void *owner) noexcept nogil
+
+# A native thread that others pause, resume and stop: a vCPU's, an I/O loop's. `ask` and `state` are the machine, guarded
+# by the mutex; the thread itself may look at `ask` without it. In a forked child it is not there: nothing is asked of it.
+cdef struct worker:
+    thread_sync sync
+    pthread_t thread
+    kicker kick
+    void *owner
+    int ask
+    int state
+    bint joined             # somebody has taken on to join it
+
+cdef void init_worker(worker *w, kicker kick, void *owner) noexcept nogil
+cdef void destroy_worker(worker *w) noexcept nogil
+# Starts `entry(owner)` on a thread of `kind`; KvmError when that cannot be, and the worker is new again.
+cdef int start_worker(worker *w, str kind, str name, void *(*entry)(void *) noexcept nogil, bint paused) except -1
+# Asks, kicks, and returns at once. A worker that was asked to stop cannot be asked for anything else.
+cdef void ask_worker(worker *w, int what) noexcept nogil
+# Waits until it is paused or has ended, kicking it every now and then; False when `until`, of `now_ns`, came first.
+cdef bint await_rest(worker *w, uint64_t until) noexcept nogil
+# Asks it to stop and waits for its end, however many do so, but not itself.
+cdef void join_worker(worker *w) noexcept nogil
+# By the worker itself, where it may stand still: does so for as long as it is asked to; whether it is to end.
+cdef bint rest(worker *w) noexcept nogil
+# By the worker itself: the last that others see of it.
+cdef void end_worker(worker *w) noexcept nogil
+# Whether the caller is the worker; and StateError if it is, for whoever would wait.
+cdef bint is_worker(worker *w) noexcept nogil
+cdef int check_waiter(worker *w, str name) except -1
+# The thread as threading.get_ident() names it, 0 without one.
+cdef pthread_t worker_ident(worker *w) noexcept nogil
+# Make a blocking system call of `thread` return EINTR.
+cdef void kick_thread(pthread_t thread) noexcept nogil

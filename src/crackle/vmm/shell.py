@@ -6,7 +6,7 @@ milliseconds, nearly all of them KVM waiting for grace periods, so it is done ah
 
 from __future__ import annotations
 
-from _thread import allocate_lock, start_new_thread
+from _thread import allocate_lock
 
 import msgspec
 
@@ -14,6 +14,7 @@ from crackle.arch import layout, memory_layout, prepare_vcpu
 from crackle.errors import ConfigError
 from crackle.kvm import Kvm, Vcpu, Vm
 from crackle.memory import GuestMemory
+from crackle.runtime.threads import Thread
 from crackle.vmm.slots import MemorySlots
 
 TYPE_CHECKING = False
@@ -58,7 +59,7 @@ class Shell:
         self._error: BaseException | None = None
         self._made = allocate_lock()
         self._made.acquire()
-        start_new_thread(self._run, ())
+        Thread("shell", self._run)
 
     def _run(self) -> None:
         try:
@@ -87,7 +88,7 @@ class Shell:
 
     def abandon(self) -> None:
         """Give everything back in the background: closing a VM takes as long as making one."""
-        start_new_thread(self.close, ())
+        Thread("reaper", self.close)
 
     def _release(self) -> Parts:
         with self._made:
