@@ -412,15 +412,18 @@ def test_a_rate_limiter_that_limits_nothing_is_as_good_as_none(
     assert bench.controller.config.drives[0].rate_limiter is None
 
 
-def test_a_limit_without_a_refill_time_is_refused(bench: Bench) -> None:
+def test_a_limit_without_a_refill_time_limits_nothing_and_the_log_says_so(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(bench.controller._configuration, "_warn", warned.append)
     limiter = schema.RateLimiter(ops=schema.TokenBucket(5, 0))
-    with pytest.raises(ConfigError, match="The ops bucket of 5 tokens has a refill_time of 0 ms"):
-        bench.do("put_drive", bench.drive("data", rate_limiter=limiter))
-    bench.do("put_drive", bench.drive("data"))
+    bench.do("put_drive", bench.drive("data", rate_limiter=limiter))
+    assert bench.controller.config.drives[0].rate_limiter is None
     bench.start()
-    with pytest.raises(ConfigError, match="The ops bucket of 5 tokens has a refill_time of 0 ms"):
-        bench.do("patch_drive", schema.DriveUpdate("data", rate_limiter=limiter))
-    assert bench.machines[0].told == ["start"]
+    bench.do("patch_drive", schema.DriveUpdate("data", rate_limiter=limiter))
+    assert bench.controller.config.drives[0].rate_limiter == schema.RateLimiter()
+    assert warned == ["The ops bucket of 5 tokens has a refill_time of 0 ms: it limits nothing."] * 2
 
 
 def test_the_limits_of_a_running_drive_change_bucket_by_bucket(bench: Bench) -> None:

@@ -2,11 +2,14 @@ from libc.stdint cimport int64_t, uint64_t
 
 cdef struct bucket:
     uint64_t size           # tokens that it holds; 0 for no limit
-    uint64_t refill_ns      # time from empty to full
+    uint64_t rate_tokens    # it gets so many tokens
+    uint64_t rate_ns        # in so many nanoseconds
     uint64_t burst_size
     uint64_t burst          # tokens left that are given once
     int64_t level           # tokens; below zero after a request larger than the bucket
     uint64_t filled_at      # when the level was right, CLOCK_MONOTONIC
+    uint64_t given_size     # as it was configured
+    uint64_t refill_ms
 
 cdef class RateLimiter:
     cdef bucket bandwidth
@@ -22,5 +25,5 @@ cdef class RateLimiter:
     cdef void acknowledge(self) noexcept nogil
     cdef void replace(self, bucket *bandwidth, bucket *operations) noexcept nogil
 
-# Fill `b` in from a schema.TokenBucket or None, full; ConfigError when its numbers mean nothing.
+# Fill `b` in from a schema.TokenBucket or None, full; ConfigError for numbers beyond 64 bits.
 cdef configure_bucket(bucket *b, config, str name)

@@ -1,7 +1,7 @@
 """Two token buckets, for bytes and for operations, and the timer that says when to try again.
 
-A bucket holds `size` tokens and fills at a steady rate, from empty to full in `refill_time` milliseconds; a one-time burst
-is spent first and never comes back. A request takes its tokens from both buckets or from none. One that is larger than
+A bucket holds `size` tokens and fills at a steady rate, from empty to full in `refill_time` milliseconds, each of them any
+number of 64 bits; one of no tokens or no time limits nothing. A one-time burst is spent first and never comes back. A request takes its tokens from both buckets or from none. One that is larger than
 the bucket passes when the bucket is full and leaves a debt, so that the rate is kept whatever the sizes are.
 
 Whoever uses a limiter holds the lock of its device; only the timer is the kernel's. Owns the timerfd.
@@ -15,6 +15,8 @@ from posix.unistd cimport close, read
 
 from crackle.includes.events cimport CLOCK_MONOTONIC, TFD_CLOEXEC, TFD_NONBLOCK, timerfd_create, timerfd_settime
 from crackle.runtime.threads cimport now_ns
+
+from math import gcd
 
 from crackle.errors import ConfigError
 from crackle.ratelimit.state import BucketState, LimiterState
@@ -46,13 +48,13 @@ cdef void refill(bucket *b, uint64_t now) noexcept nogil:
     if room == 0 or now <= b.filled_at:
         b.filled_at = max(now, b.filled_at)
         return
-    gained = scale(now - b.filled_at, b.size, b.refill_ns, False, room)
+    gained = scale(now - b.filled_at, b.rate_tokens, b.rate_ns, False, room)
     if gained == room:
         b.level, b.filled_at = <int64_t> b.size, now
     else:
         b.level += <int64_t> gained
         # The time of a part of a token stays to be counted.
-        b.filled_at += scale(gained, b.refill_ns, b.size, True, now - b.filled_at)
+        b.filled_at += scale(gained, b.rate_ns, b.rate_tokens, True, now - b.filled_at)
 
 
 cdef uint64_t wait_for(bucket *b, uint64_t tokens, uint64_t now) noexcept nogil:
@@ -67,8 +69,8 @@ cdef uint64_t wait_for(bucket *b, uint64_t tokens, uint64_t now) noexcept nogil:
     refill(b, now)
     if needed <= b.level:
         return 0
-    wait = scale(<uint64_t> (needed - b.level), b.refill_ns, b.size, True, MOST)
-    full = scale(<uint64_t> (<int64_t> b.size - b.level), b.refill_ns, b.size, True, MOST)
+    wait = scale(<uint64_t> (needed - b.level), b.rate_ns, b.rate_tokens, True, MOST)
+    full = scale(<uint64_t> (<int64_t> b.size - b.level), b.rate_ns, b.rate_tokens, True, MOST)
     return max(max(wait, min(<uint64_t> QUANTUM_NS, full)), <uint64_t> 1)
 
 
@@ -83,23 +85,28 @@ cdef void give_back(bucket *b, uint64_t tokens) noexcept nogil:
     cdef uint64_t kept = <uint64_t> min(<int64_t> min(tokens, MOST), <int64_t> b.size - b.level)
     if b.size:
         b.level += <int64_t> kept
-        b.burst = min(b.burst + (tokens - kept), b.burst_size)
+        b.burst += min(tokens - kept, b.burst_size - b.burst)
 
 
 cdef configure_bucket(bucket *b, config, str name):
-    """Fill `b` in, full; ConfigError when the numbers mean nothing."""
+    """Fill `b` in, full; ConfigError for numbers beyond 64 bits."""
     memset(b, 0, sizeof(bucket))
-    if config is None or config.size == 0:
+    if config is None:
         return
-    if config.refill_time == 0:
-        raise ConfigError(
-            f"The {name} bucket of {config.size} tokens has a refill_time of 0 ms, at least 1 is needed; "
-            "give a size of 0 for no limit."
-        )
     burst = config.one_time_burst or 0
-    if max(config.size, burst, config.refill_time * NS_PER_MS) > MOST:
-        raise ConfigError(f"The {name} bucket is too large: its size, burst and refill_time must stay below 2^42 or so.")
-    b.size, b.refill_ns, b.burst_size, b.burst = config.size, config.refill_time * NS_PER_MS, burst, burst
+    for what, value in ("size", config.size), ("refill_time", config.refill_time), ("one_time_burst", burst):
+        if not 0 <= value < 1 << 64:
+            raise ConfigError(f"The {name} bucket has a {what} of {value}; it must be from 0 to {(1 << 64) - 1}.")
+    if config.size == 0 or config.refill_time == 0:
+        return
+    tokens, ns = config.size, config.refill_time * NS_PER_MS
+    divisor = gcd(tokens, ns)
+    tokens, ns = tokens // divisor, ns // divisor
+    # What is left over of numbers this large makes no difference in anybody's lifetime.
+    excess = max(0, max(tokens, ns).bit_length() - 62)
+    b.rate_tokens, b.rate_ns = max(tokens >> excess, 1), max(ns >> excess, 1)
+    b.given_size, b.refill_ms, b.burst_size, b.burst = config.size, config.refill_time, burst, burst
+    b.size = min(b.given_size, MOST)
     b.level, b.filled_at = <int64_t> b.size, now_ns()
 
 
@@ -107,8 +114,8 @@ cdef save_bucket(bucket *b, uint64_t now):
     if b.size == 0:
         return None
     return BucketState(
-        size=b.size,
-        refill_time=b.refill_ns // NS_PER_MS,
+        size=b.given_size,
+        refill_time=b.refill_ms,
         one_time_burst=b.burst_size,
         burst_left=b.burst,
         level=b.level,
@@ -127,7 +134,7 @@ cdef restore_bucket(bucket *b, state, uint64_t now, str name):
 cdef class RateLimiter:
     """The limits of a `schema.RateLimiter`; none where a bucket is absent or has size 0.
 
-    ConfigError when a bucket with a size has no refill time.
+    ConfigError when a bucket's numbers have more than 64 bits.
     """
 
     def __cinit__(self, *args):

@@ -13,8 +13,16 @@ import msgspec
 U8 = Annotated[int, msgspec.Meta(ge=0, le=0xFF)]
 U16 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
 U32 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFF)]
-# JSON integers beyond 2^63 - 1 are not met in practice; msgspec's bounds are signed 64-bit.
-U64 = Annotated[int, msgspec.Meta(ge=0, le=0x7FFF_FFFF_FFFF_FFFF)]
+# The upper bound is `check_u64`'s, because msgspec's bounds are signed.
+U64 = Annotated[int, msgspec.Meta(ge=0)]
+
+
+def check_u64(resource: object, *names: str) -> None:
+    """ValueError, which msgspec gives a place in the JSON, for a field that does not fit 64 bits."""
+    for name in names:
+        value = getattr(resource, name)
+        if isinstance(value, int) and value > 0xFFFF_FFFF_FFFF_FFFF:
+            raise ValueError(f"`{name}` must be an `int` <= {0xFFFF_FFFF_FFFF_FFFF} (given: {value})")
 
 
 class Resource(msgspec.Struct, forbid_unknown_fields=True):

@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from crackle.errors import ConfigError
-from crackle.schema._base import U8, U64, Resource
+from crackle.schema._base import U8, U64, Resource, check_u64
 
 MAX_VCPUS = 32
 DEFAULT_MEM_SIZE_MIB = 128
@@ -26,6 +26,9 @@ class MachineConfig(Resource):
     track_dirty_pages: bool = False
     huge_pages: HugePages = "None"
 
+    def __post_init__(self) -> None:
+        check_u64(self, "mem_size_mib")
+
 
 class MachineConfigUpdate(Resource):
     """The fields of :class:`MachineConfig` that a ``PATCH`` changes; the others stay as they are."""
@@ -36,6 +39,9 @@ class MachineConfigUpdate(Resource):
     cpu_template: CpuTemplate | None = None
     track_dirty_pages: bool | None = None
     huge_pages: HugePages | None = None
+
+    def __post_init__(self) -> None:
+        check_u64(self, "mem_size_mib")
 
 
 def default_machine_config() -> MachineConfig:

@@ -61,11 +61,12 @@ class context:  # noqa: N801 - reads as a statement
 class Configuration:
     """Everything configured so far, `config`, and what stays open from then on, `held`, by kind and identifier.
 
-    lock_drives: whether the files of drives that do not say are locked.
+    warn: is told what is accepted and may surprise. lock_drives: whether files of drives that do not say are locked.
     """
 
-    def __init__(self, config: VmConfig, *, lock_drives: bool = True) -> None:
+    def __init__(self, config: VmConfig, warn: Callable[[str], None], *, lock_drives: bool = True) -> None:
         self.config = config
+        self._warn = warn
         self.held: dict[tuple[str, str], Held] = {}
         self._lock_drives = lock_drives
 
@@ -125,7 +126,7 @@ class Configuration:
                 )
             with context("Unable to create the virtio block device"):
                 if drive.socket is None:
-                    complete = _complete_file_drive(drive)
+                    complete = _complete_file_drive(drive, self._limits(drive.rate_limiter))
                     self._hold("block", drive.drive_id, self._open_disk(complete, complete.path_on_host))
                     self._hold("vhost_user_block", drive.drive_id, None)
                 else:
@@ -153,7 +154,8 @@ class Configuration:
                     raise ConfigError(f"MTU {interface.mtu} is out of range [{MTU_RANGE[0]}, {MTU_RANGE[1]}]")
                 if interface.drop_spoofed_mac is True and mac is None:
                     raise ConfigError("drop_spoofed_mac needs a guest_mac to compare with")
-                rx_limiter, tx_limiter = limits(interface.rx_rate_limiter), limits(interface.tx_rate_limiter)
+                rx_limiter = self._limits(interface.rx_rate_limiter)
+                tx_limiter = self._limits(interface.tx_rate_limiter)
                 for other in others:
                     if other.host_dev_name == interface.host_dev_name:
                         raise ConfigError(
@@ -223,6 +225,29 @@ class Configuration:
             self._hold("vhost_user_block", drive.drive_id, open_vhost_user_block(drive))
         return drive
 
+    def _check_limiter(self, limiter: RateLimiter | None) -> None:
+        """ConfigError when a bucket's numbers mean nothing; one that limits nothing is told of in the log."""
+        if limiter is None:
+            return
+        from crackle.ratelimit.limiter import RateLimiter as Buckets
+
+        Buckets(limiter).close()
+        for name, bucket in (("bandwidth", limiter.bandwidth), ("ops", limiter.ops)):
+            if bucket is not None and bucket.size and not bucket.refill_time:
+                self._warn(
+                    f"The {name} bucket of {bucket.size} tokens has a refill_time of 0 ms: it limits nothing."
+                )
+
+    def _limits(self, limiter: RateLimiter | None) -> RateLimiter | None:
+        """What of it limits anything, None for nothing; ConfigError as `_check_limiter`."""
+        self._check_limiter(limiter)
+        if limiter is None:
+            return None
+        bandwidth, ops = _bucket_after(None, limiter.bandwidth), _bucket_after(None, limiter.ops)
+        if bandwidth is None and ops is None:
+            return None
+        return msgspec.structs.replace(limiter, bandwidth=bandwidth, ops=ops)
+
     def _disks(self) -> list[Any]:
         """What is open for drives with a file."""
         return [held for (kind, _), held in self.held.items() if kind == "block"]
@@ -247,7 +272,7 @@ class Configuration:
             raise ConfigError(
                 f"Running method expected different backend: {what}. Please verify the request arguments."
             )
-        check_limiter(update.rate_limiter)
+        self._check_limiter(update.rate_limiter)
         return drive
 
     def update_drive(self, drive: Drive, update: DriveUpdate, change: Callable[..., None]) -> None:
@@ -275,8 +300,8 @@ class Configuration:
             raise ConfigError(
                 f"There is no network interface {update.iface_id!r}. Please verify the request arguments."
             )
-        check_limiter(update.rx_rate_limiter)
-        check_limiter(update.tx_rate_limiter)
+        self._check_limiter(update.rx_rate_limiter)
+        self._check_limiter(update.tx_rate_limiter)
         return interface
 
 
@@ -299,7 +324,7 @@ def merge(resource: Any, update: Any) -> None:
 def _bucket_after(before: Any, given: Any) -> Any:
     if given is None:
         return before
-    return given if given.size else None
+    return given if given.limits else None
 
 
 # -- what several check --------------------------------------------------------------------------------------------
@@ -314,26 +339,7 @@ def _check_tracking(wanted: bool, shared: bool) -> None:
         )
 
 
-def check_limiter(limiter: RateLimiter | None) -> None:
-    """ConfigError when a bucket's numbers mean nothing."""
-    if limiter is not None:
-        from crackle.ratelimit.limiter import RateLimiter as Buckets
-
-        Buckets(limiter).close()
-
-
-def limits(limiter: RateLimiter | None) -> RateLimiter | None:
-    """What of it limits anything, None for nothing. ConfigError when a bucket's numbers mean nothing."""
-    check_limiter(limiter)
-    if limiter is None:
-        return None
-    bandwidth, ops = _bucket_after(None, limiter.bandwidth), _bucket_after(None, limiter.ops)
-    if bandwidth is None and ops is None:
-        return None
-    return msgspec.structs.replace(limiter, bandwidth=bandwidth, ops=ops)
-
-
-def _complete_file_drive(drive: Drive) -> Drive:
+def _complete_file_drive(drive: Drive, limiter: RateLimiter | None) -> Drive:
     if drive.path_on_host is None:
         raise ConfigError("Invalid block config. path_on_host is missing.")
     engine = drive.io_engine or "Sync"
@@ -345,7 +351,7 @@ def _complete_file_drive(drive: Drive) -> Drive:
         drive,
         is_read_only=bool(drive.is_read_only),
         io_engine=engine,
-        rate_limiter=limits(drive.rate_limiter),
+        rate_limiter=limiter,
     )
     return complete
 

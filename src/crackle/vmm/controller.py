@@ -114,6 +114,7 @@ class Controller:
                 boot_source=BootSource(kernel_image_path=""),
                 machine_config=default_machine_config(),
             ),
+            self.logger.warning,
             lock_drives=lock_drives,
         )
         self.state = NOT_STARTED
