@@ -41,5 +41,5 @@ if __name__ == "__main__":
     with crackle.MicroVM(sys.argv[1], sys.argv[2], devices=[rng]) as vm:
         vm.console.expect(" # ", 60)
         vm.console.write("cat /sys/class/misc/hw_random/rng_current; head -c 32 /dev/hwrng | od -An -tx1\n")
-        print(vm.console.expect(" # ", 60))
+        print(vm.console.expect(" # ", 60).before.decode())
     print(f"{(1 << 20) - rng.budget} bytes given")
