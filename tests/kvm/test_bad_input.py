@@ -107,7 +107,6 @@ CONFIGURATIONS = {
         {"rootfs": "disk", "drives": [Drive("second", True, path_on_host="disk")]},
         "already exists! It is 'rootfs'; 'second' cannot be another",
     ),
-    "20 drives": ({"drives": ["disk"] * 20}, "room for 19 devices"),
 }
 
 

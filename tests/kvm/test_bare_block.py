@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from crackle.schema import DriveUpdate, RateLimiter, TokenBucket
+from crackle.schema import Drive, DriveUpdate, RateLimiter, TokenBucket
 
 WORD = 0x9E3779B97F4A7C15
 MASK = (1 << 64) - 1
@@ -188,3 +188,30 @@ def test_vmm_process_serves_the_guest_its_disk(vmm, image):
     assert process.returncode == 0, printed
     assert "FAIL" not in printed
     assert path.read_bytes() == pattern(2 * MIB, 11)
+
+
+def test_devices_beyond_the_interrupt_lines_share_them(run, tmp_path):
+    drives = []
+    for n in range(40):
+        (tmp_path / f"{n}").write_bytes(pattern(65536, n))
+        drives.append({"path_on_host": str(tmp_path / f"{n}")})
+    # Windows 5 and 24 have the same line, and so do 0, 19 and 38.
+    for n in (5, 24, 38, 39):
+        run("blk", f"device={n} {'irq' if n % 19 < 10 else ''} seed={n} t=check,4096,8", drives=drives)
+
+
+def test_the_place_of_a_device_that_was_removed_is_free(machine, tmp_path):
+    drives = []
+    for n in range(3):
+        (tmp_path / f"{n}").write_bytes(pattern(65536, n))
+        drives.append({"path_on_host": str(tmp_path / f"{n}")})
+    # The guest's second window, its notification and its interrupt are another disk's now.
+    running = machine("blk", "device=1 irq seed=9 t=check,4096,8", drives=drives)
+    running.machine.remove("block", "drive1")
+    (tmp_path / "9").write_bytes(pattern(65536, 9))
+    running.machine.add(
+        "block", "new", Drive("new", False, path_on_host=str(tmp_path / "9"), is_read_only=True)
+    )
+    assert list(running.machine.devices) == [("block", "drive0"), ("block", "drive2"), ("block", "new")]
+    assert running.start().wait_end().exit_code == 0
+    assert "blk check" in running.text

@@ -74,6 +74,23 @@ def test_another_file_can_be_put_behind_a_running_drive(boot: Boot, rootfs: Path
     assert guest.sh("dd if=/dev/vdb bs=512 count=1 iflag=direct 2>/dev/null | head -c 5") == "large"
 
 
+def test_more_devices_than_interrupt_lines_work_at_the_same_time(
+    boot: Boot, rootfs: Path, tmp_path: Path
+) -> None:
+    disks = [disk(tmp_path / f"disk{n:02}", MIB, f"disk{n:02}".encode() + bytes(506)) for n in range(40)]
+    guest = boot(rootfs=rootfs, drives=disks).wait_shell()
+    guest.sh(
+        "cd /dev && for d in $(ls -d vd? vd?? | grep -v vda); do "
+        "(for i in 1 2 3 4; do dd if=$d of=/dev/null bs=4k iflag=direct 2>/dev/null; done; "
+        "dd if=$d bs=6 count=1 of=/tmp/$d 2>/dev/null) & done; wait",
+        timeout=150,
+    )
+    found = guest.sh("cat /tmp/vd? /tmp/vd??")
+    assert found == "".join(f"disk{n:02}" for n in range(40))
+    shared = [line for line in guest.sh("cat /proc/interrupts").splitlines() if line.count("virtio") > 1]
+    assert len(shared) == 19
+
+
 def test_a_paused_guest_stands_still_and_goes_on_where_it_was(boot: Boot, rootfs: Path) -> None:
     guest = boot(rootfs=rootfs, cpus=2).wait_shell()
     guest.console.write("i=0; while [ $i -lt 100000 ]; do echo tick $i; i=$((i + 1)); done\n")

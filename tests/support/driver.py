@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from crackle.kvm.bus import Bus
+from crackle.kvm.line import Line
 from crackle.memory import GuestMemory
 from crackle.runtime.iothread import IoThread
 from crackle.virtio.device import VirtioDevice
@@ -212,10 +213,10 @@ class Bench:
     def __init__(self, device: VirtioDevice, io: IoThread | None = None) -> None:
         self.device, self.memory = device, device.memory
         self.bus = Bus("mmio")
-        self.transport = MmioTransport(device, self.ADDRESS, 5)
-        self.transport.attach(self.bus)
+        self.line = Line(5)
+        self.transport = MmioTransport(device, self.ADDRESS, self.line)
         self.io = IoThread() if io is None else io
-        device.attach(self.io)
+        self.transport.plug(self.bus, self.io)
         self.registers = Registers(self.bus, self.ADDRESS)
         if io is None:
             self.io.start()
@@ -258,6 +259,7 @@ class Bench:
         self.io.close()
         self.device.close()
         self.transport.close()
+        self.line.close()
         self.memory.close()
 
     def __enter__(self) -> Bench:

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from crackle.kvm.line import Line
 from crackle.memory import GuestMemory
 from crackle.runtime.iothread import IoThread
 from crackle.virtio.block.device import Block
@@ -423,13 +424,13 @@ def test_a_state_that_does_not_fit_is_refused(bench: Bench, disk: Path) -> None:
     good = saved.device
 
     def restored(**changes: object) -> None:
-        transport = MmioTransport(Block(GuestMemory([(0, MEMORY)]), str(disk)), Bench.ADDRESS, 5)
+        transport = MmioTransport(Block(GuestMemory([(0, MEMORY)]), str(disk)), Bench.ADDRESS, Line(5))
         transport.restore(msgspec.structs.replace(saved, device=msgspec.structs.replace(good, **changes)))
 
     restored()
     for address, gsi in ((Bench.ADDRESS, 6), (0, 5)):
         with pytest.raises(ValueError, match="saved registers at 0xc0001000 with interrupt 5, these are at"):
-            MmioTransport(Block(GuestMemory([(0, MEMORY)]), str(disk)), address, gsi).restore(saved)
+            MmioTransport(Block(GuestMemory([(0, MEMORY)]), str(disk)), address, Line(gsi)).restore(saved)
     for features in (F_VERSION_1 | 0x80, F_EVENT_IDX):
         with pytest.raises(
             ValueError, match=f"saved features {features:#x} are none that this device offers"
@@ -449,8 +450,8 @@ def test_a_state_that_does_not_fit_is_refused(bench: Bench, disk: Path) -> None:
 def test_a_closed_device_writes_to_no_descriptor_that_was_its_own(disk: Path) -> None:
     memory = GuestMemory([(0, MEMORY)])
     device = Block(memory, str(disk))
-    transport = MmioTransport(device, 0, 5)
-    old = (*device.notify_fds, transport.irq_fd)
+    transport = MmioTransport(device, 0, Line(5))
+    old = device.notify_fds
     for _ in range(2):
         device.close()
         transport.close()
@@ -491,9 +492,9 @@ def test_a_transport_that_has_gone_is_not_signalled(bench: Bench, disk: Path) ->
     bench.device.update(str(disk))
     assert bench.transport.save().interrupt_status == before.interrupt_status
     # Another may have the device now, and only one at a time.
-    other = MmioTransport(bench.device, 0, 6)
+    other = MmioTransport(bench.device, 0, Line(6))
     with pytest.raises(ValueError, match="has a transport already"):
-        MmioTransport(bench.device, 0, 7)
+        MmioTransport(bench.device, 0, Line(7))
     bench.device.update(str(disk))
     assert os.eventfd_read(other.irq_fd) == 1
     other.close()

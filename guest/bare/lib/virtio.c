@@ -6,9 +6,9 @@ static void set(struct virtio *device, u32 offset, u32 value) { mmio_write32(dev
 
 bool virtio_find(struct virtio *device, u32 device_id, u32 skip)
 {
-    for (u32 window = 0; window < 19; window++) {
+    for (u32 window = 0; window < 1000; window++) {
         device->base = VIRTIO_MMIO_BASE + window * VIRTIO_MMIO_STEP;
-        device->gsi = 5 + window;
+        device->gsi = 5 + window % 19;
         if (get(device, MMIO_MAGIC) != VIRTIO_MAGIC)
             return 0; /* windows are handed out in order */
         if (get(device, MMIO_VERSION) == 2 && get(device, MMIO_DEVICE_ID) == device_id && !skip--)

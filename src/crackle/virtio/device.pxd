@@ -1,6 +1,6 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from crackle.runtime.iothread cimport IoThread
+from crackle.runtime.iothread cimport IoThread, event_handler, event_source
 from crackle.runtime.threads cimport pthread_mutex_t
 from crackle.memory.guest cimport GuestMemory
 from crackle.ratelimit.limiter cimport RateLimiter
@@ -10,6 +10,7 @@ cdef enum:
     MAX_QUEUES = 8
     MAX_LIMITERS = 2
     MAX_NEEDS = 16
+    MAX_WATCHED = MAX_QUEUES + MAX_LIMITERS + 4
     CONFIG_SPACE = 256
     # A device's turn: a driver that never stops submitting must not keep the I/O thread from other devices, and from
     # who wants to stop it. What is left is served in the next turn (`notify_again`).
@@ -64,6 +65,9 @@ cdef class VirtioDevice:
     cdef int queue_count
     cdef void *table[MAX_QUEUES]     # `queues`, borrowed, for code without the GIL
     cdef queue_source sources[MAX_QUEUES]
+    cdef IoThread io                # that serves it, while it is attached
+    cdef event_source *watched[MAX_WATCHED]
+    cdef int watched_count
     cdef readonly tuple limiters
     cdef limiter_source limiter_sources[MAX_LIMITERS]
     cdef uint8_t config[CONFIG_SPACE]
@@ -73,6 +77,7 @@ cdef class VirtioDevice:
     cdef set_up(self, uint32_t device_id, uint64_t features, queue_sizes, needs=*)
     cdef bint acceptable(self, uint64_t features) noexcept nogil
     cdef add_limiter(self, RateLimiter limiter, int queue)
+    cdef watch(self, int fd, uint32_t events, event_handler handler, void *context)
     cdef connect(self, const driver_link *link)
     cdef void disconnect(self) noexcept
     cdef void close_fds(self) noexcept

@@ -12,7 +12,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset, strerror
 from posix.unistd cimport close, getpid, write
 
-from crackle.runtime.iothread cimport IoThread
+from crackle.runtime.iothread cimport IoThread, event_handler
 from crackle.includes.events cimport EFD_CLOEXEC, EFD_NONBLOCK, EPOLLET, EPOLLIN, eventfd
 from crackle.runtime.threads cimport *
 from crackle.includes.virtio cimport *
@@ -106,13 +106,33 @@ cdef class VirtioDevice:
             limiter.close()
 
     def attach(self, IoThread io not None):
-        """Serve the queues on `io` when they are notified, and when a limiter lets them go on."""
+        """Serve the queues on `io` when they are notified, and when a limiter lets them go on. Until `detach`."""
         cdef int index
+        if self.io is not None:
+            raise ValueError("this device is attached already")
+        self.io = io
         for index in range(self.queue_count):
             # Each notification is an edge: the eventfd need not be read, which would be a system call for each.
-            io.add(self.sources[index].fd, EPOLLIN | EPOLLET, queue_notified, &self.sources[index], self)
+            self.watch(self.sources[index].fd, EPOLLIN | EPOLLET, queue_notified, &self.sources[index])
         for index, limiter in enumerate(self.limiters):
-            io.add(limiter.timer_fd, EPOLLIN, limiter_ready, &self.limiter_sources[index], self)
+            self.watch(limiter.timer_fd, EPOLLIN, limiter_ready, &self.limiter_sources[index])
+
+    cdef watch(self, int fd, uint32_t events, event_handler handler, void *context):
+        """Have `handler(context, events)` called on the I/O thread that the device is attached to."""
+        if self.watched_count == MAX_WATCHED:
+            raise ValueError(f"a device watches at most {MAX_WATCHED} descriptors")
+        self.watched[self.watched_count] = self.io.add(fd, events, handler, context, self)
+        self.watched_count += 1
+
+    def detach(self):
+        """The reverse of `attach`: when it returns nothing of the device runs on the I/O thread any more. Idempotent.
+
+        Whoever calls holds no lock of the device's; the I/O thread may run.
+        """
+        while self.watched_count:
+            self.watched_count -= 1
+            self.io.remove(self.watched[self.watched_count])
+        self.io = None
 
     # -- the driver's life (3.1.1) -------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from crackle.telemetry.names import PER_DEVICE
 from crackle.virtio.transport.mmio import SIZE as MMIO_SIZE
 from crackle.virtio.transport.mmio import MmioTransport
 from crackle.vmm.devices import KINDS, make
+from crackle.vmm.places import Places
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,8 +48,6 @@ _CLEAN = {"reset": "the guest asked for a reset", "shutdown": "the guest switche
 PANIC = "panic"
 EXIT_OK = 0
 EXIT_ERROR = 1
-
-_MAX_DEVICES = layout.GSI_LAST - layout.GSI_FIRST + 1
 
 
 class BuildOptions(msgspec.Struct, kw_only=True):
@@ -101,9 +100,8 @@ class Machine:
         self.mmio = Bus("mmio")
         self.io = IoThread()
         self._python_io: IoThread | None = None
-        self.transports: list[MmioTransport] = []
-        self.device_infos: list[DeviceInfo] = []
-        self.devices: dict[tuple[str, str], VirtioDevice] = {}
+        self.places = Places()
+        self.transports: dict[tuple[str, str], MmioTransport] = {}
         self.mmds: Mmds | None = None
         self.serial = Serial()
         self.i8042 = I8042()
@@ -156,7 +154,7 @@ class Machine:
 
     def add(self, kind: str, identifier: str, resource: Any, held: Held | None = None) -> None:
         """Make a virtio device of a kind out of the registry, and attach it. ConfigError when it cannot be had."""
-        self._attach(kind, identifier, make(self.memory, kind, resource, held), self.io)
+        self._plug(kind, identifier, make(self.memory, kind, resource, held), self.io)
 
     def add_custom(self, identifier: str, device: CustomDevice) -> None:
         """Attach a device written in Python; all of them share a thread, apart from the other devices'."""
@@ -164,7 +162,7 @@ class Machine:
 
         if self._python_io is None:
             self._python_io = IoThread("python")
-        self._attach("custom", identifier, PythonDevice(self.memory, device), self._python_io)
+        self._plug("custom", identifier, PythonDevice(self.memory, device), self._python_io)
 
     def serve_metadata(self, config: MmdsConfig, store: Store) -> None:
         """Answer the guest's requests for the document in `store`, on the interfaces that `config` names."""
@@ -175,22 +173,52 @@ class Machine:
             net: Any = self.devices["net", name]
             net.detour(self.mmds.connect(), self.mmds.address)
 
-    def _attach(self, kind: str, identifier: str, device: VirtioDevice, io: IoThread) -> None:
+    def _plug(self, kind: str, identifier: str, device: VirtioDevice, io: IoThread) -> None:
         """Give a virtio device its window, its interrupt, and its place on the I/O thread. The machine closes it."""
-        index = len(self.transports)
-        if index == _MAX_DEVICES:
+        try:
+            transport = self._transport(device)
+            try:
+                transport.plug(self.mmio, io, self.vm)
+            except BaseException:
+                self._take_back(transport)
+                raise
+        except BaseException:
             device.close()
-            raise ConfigError(f"a microVM has room for {_MAX_DEVICES} devices; remove one")
-        address = layout.VIRTIO_MMIO_START + index * MMIO_SIZE
-        transport = MmioTransport(device, address, layout.GSI_FIRST + index)
-        self.transports.append(transport)
-        self.devices[kind, identifier] = device
-        transport.attach(self.mmio)
-        self.vm.irqfd(transport.irq_fd, transport.gsi)
-        for queue, fd in enumerate(device.notify_fds):
-            self.vm.ioeventfd(fd, transport.notify_address, 4, datamatch=queue)
-        device.attach(io)
-        self.device_infos.append(DeviceInfo(address, MMIO_SIZE, transport.gsi))
+            raise
+        self.transports[kind, identifier] = transport
+
+    def _transport(self, device: VirtioDevice) -> MmioTransport:
+        line = self.places.lines.take()
+        try:
+            return MmioTransport(device, self.places.windows.take(), line)
+        except BaseException:
+            self.places.lines.release(line)
+            raise
+
+    def _take_back(self, transport: MmioTransport) -> None:
+        transport.close()
+        self.places.windows.release(transport.address)
+        self.places.lines.release(transport.line)
+
+    def remove(self, kind: str, identifier: str) -> None:
+        """Take a virtio device away, and let others have its window and its interrupt. The guest is not asked.
+
+        KeyError when there is none.
+        """
+        transport = self.transports.pop((kind, identifier))
+        transport.unplug()
+        transport.device.close()
+        self._take_back(transport)
+
+    @property
+    def devices(self) -> dict[tuple[str, str], VirtioDevice]:
+        """The virtio devices by kind and identifier, in the order in which the guest numbers them."""
+        return {key: transport.device for key, transport in self.transports.items()}
+
+    @property
+    def device_infos(self) -> list[DeviceInfo]:
+        """Where the guest finds them, in the same order."""
+        return [DeviceInfo(each.address, MMIO_SIZE, each.gsi) for each in self.transports.values()]
 
     def _io_threads(self) -> list[IoThread]:
         return [self.io] if self._python_io is None else [self.io, self._python_io]
@@ -351,9 +379,10 @@ class Machine:
             io.close()
         if self.mmds is not None:
             self.mmds.stop()
-        for transport in self.transports:
+        for transport in self.transports.values():
             transport.device.close()
             transport.close()
+        self.places.lines.close()
         self.serial.close()
         with self._closing:
             while self._fds:

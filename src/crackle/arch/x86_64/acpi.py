@@ -170,14 +170,18 @@ def dsdt(devices: Sequence[DeviceInfo], *, power_gsi: int | None, sleep_port: in
     )
     if power_gsi is not None:
         terms.extend(_power_button(power_gsi))
+    gsis = [info.gsi for info in devices]
     for index, info in enumerate(devices):
+        shared = gsis.count(info.gsi) > 1
         terms.append(
             aml.device(
                 f"V{index:03d}",
                 aml.name("_HID", aml.string("LNRO0005")),
                 aml.name("_UID", aml.integer(index)),
                 aml.name("_CCA", aml.integer(1)),
-                _resources(aml.memory32_fixed(info.address, info.size), aml.interrupt(info.gsi)),
+                _resources(
+                    aml.memory32_fixed(info.address, info.size), aml.interrupt(info.gsi, shared=shared)
+                ),
             )
         )
     body = aml.scope("\\_SB", *terms)

@@ -117,12 +117,20 @@ def build(
 
     boot_args: the user's, or None for DEFAULT_BOOT_ARGS. root: there is a root block device (`partuuid` and
     `read_only` describe it). devices: the virtio-mmio windows, in the order in which the guest is to number
-    them.
+    them. Those that share an interrupt line with an earlier one are left out where there is no room for them: so
+    many are found by kernels that read ACPI.
     """
     line = Cmdline(DEFAULT_BOOT_ARGS if boot_args is None else boot_args)
     line.append("pci=off")
     if root:
         line.append_root(partuuid=partuuid, read_only=read_only)
+    lines: set[int] = set()
     for device in devices:
-        line.append_device(device.address, device.size, device.gsi)
+        try:
+            line.append_device(device.address, device.size, device.gsi)
+        except ConfigError:
+            if device.gsi not in lines:
+                raise
+            break
+        lines.add(device.gsi)
     return bytes(line)

@@ -63,6 +63,8 @@ ADDRESS_LIMIT = 1 << 40
 BOOT_TIMER_ADDR = MMIO32_START
 MMIO_WINDOW_SIZE = 0x1000
 VIRTIO_MMIO_START = BOOT_TIMER_ADDR + MMIO_WINDOW_SIZE
+VIRTIO_MMIO_LAST = VIRTIO_MMIO_START + 999 * MMIO_WINDOW_SIZE
+"""The last window: ACPI names devices with three digits."""
 IOAPIC_ADDR = 0xFEC0_0000
 APIC_ADDR = 0xFEE0_0000
 KVM_TSS_ADDRESS = 0xFFFB_D000
@@ -77,7 +79,7 @@ there is no COM2.
 GSI_COM1 = 4
 GSI_FIRST = 5
 GSI_LAST = 23
-"""Interrupt lines for devices, inclusive. 23 is the IOAPIC's last pin."""
+"""Interrupt lines for devices, inclusive. 23 is the IOAPIC's last pin. More devices than lines share them."""
 GSI_MSI_FIRST = 24
 GSI_MSI_LAST = 4095
 

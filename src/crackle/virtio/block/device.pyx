@@ -97,7 +97,7 @@ cdef class Block(BlockQueue):
         """Serve the queue and the engine on `io`."""
         VirtioDevice.attach(self, io)
         if self.engine.event_fd >= 0:
-            io.add(self.engine.event_fd, EPOLLIN | EPOLLET, engine_ready, <void *> self, self)
+            self.watch(self.engine.event_fd, EPOLLIN | EPOLLET, engine_ready, <void *> self)
 
     # -- the backing file ----------------------------------------------------------------------------------------
 

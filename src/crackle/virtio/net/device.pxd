@@ -18,7 +18,6 @@ cdef class Net(Receiver):
     cdef readonly RateLimiter tx_limiter
     cdef uint8_t own_mac[6]
     cdef uint8_t wire_ip[4]
-    cdef IoThread io
     cdef bint has_mac, has_wire
     cdef uint64_t offloads          # the driver's features that the TAP was last told of
     cdef chain outgoing

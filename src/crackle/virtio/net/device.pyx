@@ -159,14 +159,13 @@ cdef class Net(Receiver):
             self.watch_wire()
 
     cdef watch_wire(self):
-        self.io.add(self.wire_fd, EPOLLIN | EPOLLET, wire_readable, <void *> self, self)
+        self.watch(self.wire_fd, EPOLLIN | EPOLLET, wire_readable, <void *> self)
 
     def attach(self, IoThread io not None):
         """Serve the queues, the TAP and the wire on `io`."""
         VirtioDevice.attach(self, io)
         # Told once of each arrival: while the guest has no room, what waits in the TAP wakes nobody.
-        io.add(self.tap_fd, EPOLLIN | EPOLLET, tap_ready, <void *> self, self)
-        self.io = io
+        self.watch(self.tap_fd, EPOLLIN | EPOLLET, tap_ready, <void *> self)
         if self.has_wire:
             self.watch_wire()
 

@@ -6,8 +6,9 @@ from crackle.virtio.queue cimport Virtqueue
 cdef class MmioTransport:
     cdef readonly VirtioDevice device
     cdef readonly uint64_t address
-    cdef readonly uint32_t gsi
-    cdef readonly int irq_fd
+    cdef readonly object line       # a crackle.kvm.line.Line
+    cdef readonly int irq_fd        # the line's
+    cdef list steps                 # what `unplug` takes back
     cdef int interrupt_status       # changed by atomic operations only
     cdef bint lent                  # another process raises interrupts too, and cannot set the bit
     cdef uint32_t device_features_select, driver_features_select, queue_select

@@ -3,17 +3,17 @@
 Register accesses run on a vCPU thread without the GIL. Queue notifications do not come here at all: KVM turns the write
 to QueueNotify into a write to the queue's eventfd (`notify_address`). All queues, and the configuration space, share one
 interrupt (4.2.3.4); `interrupt_status` says why, and lies outside the device's lock: a vCPU that only acknowledges an
-interrupt must not wait for a queue that is being served. Owns the eventfd that raises it.
-"""
+interrupt must not wait for a queue that is being served. """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
-from posix.unistd cimport close, write
+from posix.unistd cimport write
 
 from crackle.runtime.threads cimport *
 from crackle.includes.virtio cimport *
+from crackle.runtime.iothread cimport IoThread
 from crackle.kvm.bus cimport BUS_CONTINUE, Bus
-from crackle.virtio.device cimport VirtioDevice, driver_link, new_eventfd
+from crackle.virtio.device cimport VirtioDevice, driver_link
 from crackle.virtio.queue cimport Virtqueue
 
 from crackle.virtio.state import MmioState
@@ -40,35 +40,74 @@ cdef void set_high(uint64_t *field, uint32_t value) noexcept nogil:
 
 
 cdef class MmioTransport:
-    """The registers of `device`, at guest physical `address`, which interrupt at line `gsi`. Until `close` the device is this
-    transport's alone. ConfigError when the process is out of descriptors."""
+    """The registers of `device`, at guest physical `address`; it interrupts at `line`, a `crackle.kvm.line.Line`.
 
-    def __cinit__(self, VirtioDevice device not None, uint64_t address, uint32_t gsi):
+    Until `close` the device is this transport's alone; the line may be others' too. `plug` makes them reachable.
+    """
+
+    def __cinit__(self, VirtioDevice device not None, uint64_t address, line not None):
         cdef driver_link link
         self.irq_fd = -1
         self.address = address
-        self.gsi = gsi
-        self.irq_fd = new_eventfd()
+        self.line = line
+        self.steps = []
         link.transport = <void *> self
         link.queues_used, link.config_changed, link.call_fd = queues_used, config_changed, call_fd
         device.connect(&link)
         self.device = device
+        self.irq_fd = line.fd
 
     def __del__(self):
         self.close()
 
+    def plug(self, Bus bus not None, IoThread io not None, vm=None):
+        """Let the guest have the device: its registers on the MMIO `bus`, its queues served on `io`.
+
+        vm: the crackle.kvm.Vm, for notifications and interrupts; without one whoever tests writes and reads their eventfds.
+        On an error nothing is plugged.
+        """
+        if self.steps:
+            raise ValueError("this device is plugged already")
+        device = self.device
+        try:
+            self.steps.append((device.detach, {}))
+            device.attach(io)
+            if vm is not None:
+                self.line.connect(vm)
+                self.steps.append((self.line.disconnect, {"vm": vm}))
+                for queue, fd in enumerate(device.notify_fds):
+                    match = {"fd": fd, "address": self.notify_address, "length": 4, "datamatch": queue}
+                    vm.ioeventfd(**match)
+                    self.steps.append((vm.ioeventfd, {**match, "assign": False}))
+            # Last, and so the first to go: before it nobody can reach the device.
+            bus.attach(self.address, SIZE, mmio_access, <void *> self, self)
+            self.steps.append((bus.detach, {"base": self.address}))
+        except BaseException:
+            self.unplug()
+            raise
+
+    def unplug(self):
+        """The reverse: when it returns, neither a vCPU nor the I/O thread is in the device any more. Idempotent.
+
+        Whoever calls holds no lock of the device's. The driver is not asked.
+        """
+        while self.steps:
+            step, arguments = self.steps.pop()
+            step(**arguments)
+
     def close(self):
-        """Let go of the device, and give the descriptor back; nobody accesses the registers any more. Idempotent."""
+        """Let go of the device and of the line: nobody accesses the registers any more. Idempotent."""
         if self.irq_fd < 0:
             return
-        if self.device is not None:
-            self.device.disconnect()
-        close(self.irq_fd)
+        self.device.disconnect()
         self.irq_fd = -1
+        # What was plugged and is not taken back goes as a whole, with the machine.
+        self.steps.clear()
 
-    def attach(self, Bus bus not None):
-        """Answer at `address` on the MMIO bus."""
-        bus.attach(self.address, SIZE, mmio_access, <void *> self, self)
+    @property
+    def gsi(self):
+        """The number of the interrupt line."""
+        return self.line.gsi
 
     @property
     def notify_address(self):

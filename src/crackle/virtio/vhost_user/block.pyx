@@ -107,7 +107,8 @@ cdef class VhostUserBlock(VirtioDevice):
     def attach(self, IoThread io not None):
         """Let `io` look out for the end of the connection. The queue is none of its business."""
         # Once is enough: a connection that has ended stays so.
-        io.add(self.backend.fileno(), EPOLLRDHUP | EPOLLONESHOT, hung_up, <void *> self, self)
+        self.io = io
+        self.watch(self.backend.fileno(), EPOLLRDHUP | EPOLLONESHOT, hung_up, <void *> self)
 
     @property
     def read_only(self):

@@ -105,7 +105,7 @@ cdef class Vsock(VirtioDevice):
     def attach(self, IoThread io not None):
         """Serve the queues, and the host's sockets, on `io`."""
         VirtioDevice.attach(self, io)
-        io.add(self.host.epoll_fd, EPOLLIN, host_ready, <void *> self, self)
+        self.watch(self.host.epoll_fd, EPOLLIN, host_ready, <void *> self)
 
     def close(self):
         """End all connections, remove the socket's file, give the descriptors back; the I/O thread is stopped. Idempotent."""
