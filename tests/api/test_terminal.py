@@ -76,6 +76,18 @@ def test_a_signal_leaves_the_terminal_as_it_was(terminal: OnTerminal, number: in
     assert terminal.local_mode() == terminal.before
 
 
+def test_continued_the_terminal_is_raw_again(terminal: OnTerminal) -> None:
+    terminal.wait_for(lambda: terminal.local_mode() & RAW == 0)
+    mode = termios.tcgetattr(terminal.master)
+    mode[3] = terminal.before
+    termios.tcsetattr(terminal.master, termios.TCSANOW, mode)
+    os.kill(terminal.pid, signal.SIGCONT)
+    terminal.wait_for(lambda: terminal.local_mode() & RAW == 0)
+    os.kill(terminal.pid, signal.SIGTERM)
+    terminal.wait()
+    assert terminal.local_mode() == terminal.before
+
+
 def test_a_guest_that_ends_leaves_the_terminal_as_it_was(terminal: OnTerminal) -> None:
     terminal.wait_for(lambda: terminal.local_mode() & RAW == 0)
     with socket.socket(socket.AF_UNIX) as client:

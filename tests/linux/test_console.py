@@ -127,10 +127,12 @@ def test_crackle_run_restores_the_terminal_when_the_guest_process_is_killed(
         terminal.close()
 
 
-def test_the_escape_key_ends_crackle_run(boot: Boot, kernels: dict[str, Path], rootfs: Path) -> None:
+def test_the_escape_key_pressed_twice_ends_crackle_run(
+    boot: Boot, kernels: dict[str, Path], rootfs: Path
+) -> None:
     terminal = crackle_run(kernels["acpi"], rootfs)
     try:
-        terminal.type("\x1d")
+        terminal.type("\x1d\x1d")
         assert terminal.process.wait(30) == 128 + signal.SIGTERM
         assert terminal.is_restored()
     finally:

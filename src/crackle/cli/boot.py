@@ -8,18 +8,19 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from crackle.errors import ConfigError, os_reason
+from crackle.telemetry.sink import Sink
 
 if TYPE_CHECKING:
     from _socket import socket
     from collections.abc import Iterator, Sequence
 
     from crackle import MicroVM
+    from crackle.runtime.loop import Loop
     from crackle.schema.config import VmConfig
     from crackle.schema.net import NetworkInterface
 
@@ -155,50 +156,24 @@ def _arguments(config: VmConfig) -> dict[str, Any]:
     return found
 
 
-def boot(
-    arguments: dict[str, Any],
-    interfaces: Sequence[NetworkInterface],
-    listener: socket | None,
-    console: tuple[int, int],
-) -> None:
-    """Run the guest to its end; serve the API on `listener` meanwhile, if there is one."""
+def make(
+    arguments: dict[str, Any], interfaces: Sequence[NetworkInterface], console: tuple[int, int]
+) -> MicroVM:
+    """The microVM, not started yet. Raises CrackleError."""
     from crackle import MicroVM
 
     interfaces = [*arguments.get("interfaces", ()), *interfaces]
-    with MicroVM(**arguments | {"interfaces": interfaces}, console=console) as vm:
-        if listener is not None:
-            _serve(vm, listener)
-        else:
-            _wait(vm)
-        vm.wait()
+    return MicroVM(**arguments | {"interfaces": interfaces}, console=console)
 
 
-def _wait(vm: MicroVM) -> None:
-    """Until the guest ends, or has been heard for long enough."""
-    seen = 0
-    for _ in range(_LOOKS):
-        with contextlib.suppress(TimeoutError):
-            vm.wait(_LOOK_S)
-            return
-        if (said := _said(vm)) == seen:
-            _tell_silence()
-            return
-        seen = said
+@contextlib.contextmanager
+def attending(listener: socket | None, vm: MicroVM, loop: Loop) -> Iterator[None]:
+    """While the guest runs: the API on `listener`, if there is one, and an ear for silence that has a reason."""
+    server = None
+    if listener is not None:
+        from crackle.api.server import DEFAULT_PAYLOAD_LIMIT, ApiServer
 
-
-def _serve(vm: MicroVM, listener: socket) -> None:
-    """Serve the API until the guest ends."""
-    from crackle.api.server import DEFAULT_PAYLOAD_LIMIT, ApiServer
-    from crackle.runtime.loop import Loop
-
-    loop = Loop()
-    machine = vm._machine()
-    server = ApiServer(loop, listener, vm._controller, DEFAULT_PAYLOAD_LIMIT)
-
-    def ended(_events: int) -> None:
-        if machine.exit_status() is not None:
-            loop.forget(machine.exit_fd)
-            loop.stop()
+        server = ApiServer(loop, listener, vm._controller, DEFAULT_PAYLOAD_LIMIT)
 
     def look(seen: int = 0, left: int = _LOOKS) -> None:
         said = _said(vm)
@@ -207,13 +182,12 @@ def _serve(vm: MicroVM, listener: socket) -> None:
         elif left:
             loop.call_later(_LOOK_S, lambda: look(said, left - 1))
 
+    loop.call_later(_LOOK_S, look)
     try:
-        loop.watch(machine.exit_fd, ended)
-        loop.call_later(_LOOK_S, look)
-        loop.run()
+        yield
     finally:
-        server.close()
-        loop.close()
+        if server is not None:
+            server.close()
 
 
 def _said(vm: MicroVM) -> int:
@@ -225,11 +199,10 @@ def _tell_silence() -> None:
 
     if (reason := why_no_linux()) is not None:
         # The terminal is raw.
-        print(
-            f"\r\ncrackle: the guest has said nothing for {_LOOK_S:g} s. {reason}\r",
-            file=sys.stderr,
-            flush=True,
-        )
+        text = f"\r\ncrackle: the guest has said nothing for {_LOOK_S:g} s. {reason}\r\n"
+        messages = Sink(2)
+        messages.write(text.encode(errors="backslashreplace"))
+        messages.close()
 
 
 @contextlib.contextmanager

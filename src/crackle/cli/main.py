@@ -11,6 +11,7 @@ import typer
 from crackle.cli import net as network_commands
 from crackle.errors import ConfigError, CrackleError
 from crackle.hostnet import DEFAULT_NETWORK
+from crackle.runtime.stream import open_standard_streams
 
 if TYPE_CHECKING:
     from crackle.schema.net import NetworkInterface
@@ -104,9 +105,10 @@ def run(
     allow_lan: network_commands.AllowLan = False,
     allow: network_commands.Allow = None,
 ) -> None:
-    """Boot a microVM with its console on this terminal. Ctrl-] ends it.
+    """Boot a microVM with its console on this terminal. Ctrl-] asks it to shut down; twice pulls the plug.
 
-    The exit status is 0 when the guest shut itself down, 1 when it failed or could not be started.
+    The exit status is 0 when the guest shut down, 1 when it failed or could not be started, 143 when the plug was
+    pulled.
     """
     from crackle.cli import boot
     from crackle.cli.run import run as run_microvm
@@ -132,14 +134,15 @@ def run(
         raise ConfigError("--metadata is for guests with a network: give --net as well.")
     interfaces: list[NetworkInterface] = []
     with boot.listening(api_sock) as listener:
+        attending = functools.partial(boot.attending, listener)
         if not net:
-            status = run_microvm(functools.partial(boot.boot, arguments, interfaces, listener))
+            status = run_microvm(functools.partial(boot.make, arguments, interfaces), attending)
         else:
             allowed = network_commands.openings(allow_host, allow_lan, allow)
             with network_commands.attached(name, network, allowed) as place:
                 arguments["boot_args"] = f"{arguments['boot_args']} {place.boot_argument()}"
                 interfaces = [network_commands.interface(place)]
-                status = run_microvm(functools.partial(boot.boot, arguments, interfaces, listener))
+                status = run_microvm(functools.partial(boot.make, arguments, interfaces), attending)
     raise typer.Exit(status)
 
 
@@ -174,6 +177,7 @@ def version() -> None:
 
 def main() -> None:
     """The console script."""
+    open_standard_streams()
     try:
         app()
     except CrackleError as error:

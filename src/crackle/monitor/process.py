@@ -158,7 +158,7 @@ class VmmProcess:
     def _started(self, machine: Machine) -> None:
         self._loop.watch(machine.exit_fd, self._ended, essential=True)
         # The guest runs: what follows can be done without.
-        self._loop.attempt(self._terminal.set_raw)
+        self._loop.attempt(self._terminal.follow, self._loop)
         self._loop.attempt(self._flush)
         self._loop.call_every(FLUSH_PERIOD_S, self._flush)
         self._loop.call_later(_SETTLED_S, give_back)

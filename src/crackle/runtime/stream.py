@@ -59,6 +59,18 @@ def _open_again(fd: int, flags: int, status: os.stat_result) -> int | None:
     return None
 
 
+def take(fd: int, how: int, size: int) -> bytes:
+    """Read from a pipe or terminal as `borrow` said. Raises OSError: BlockingIOError where nothing is there to read."""
+    if how != OWN:
+        import select
+
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        if not poll.poll(0):
+            raise BlockingIOError
+    return os.read(fd, size)
+
+
 def put(fd: int, how: int, data: bytes | memoryview) -> int:
     """Write to a descriptor as `borrow` said; how many bytes it took without waiting. Raises OSError."""
     try:

@@ -207,6 +207,10 @@ class MicroVM:
             raise GuestError(status.message)
         return status
 
+    def fileno(self) -> int:
+        """A descriptor for `select` and its like, readable once the guest has ended. StateError when it does not run."""
+        return self._machine().exit_fd
+
     def stop(self) -> None:
         """End the guest, however it is, and give everything back. Idempotent."""
         if self._console is not None:
