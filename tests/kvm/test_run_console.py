@@ -33,7 +33,10 @@ if job == 0:
         while os.tcgetpgrp(0) != os.getpgrp():
             pass
     os.execv(sys.argv[2], sys.argv[2:])
-os.setpgid(job, job)
+try:
+    os.setpgid(job, job)
+except PermissionError:
+    pass  # it has done so itself, and gone on
 if sys.argv[1] == "fg":
     os.tcsetpgrp(0, job)
 os.write(4, b"%d\n" % job)
@@ -156,16 +159,15 @@ def test_it_says_how_to_get_out_and_why_the_guest_ended(shell: Start) -> None:
     assert terminal.mode() == terminal.before
 
 
-def test_without_a_terminal_it_says_why_the_guest_ended_on_standard_error(guests: Path) -> None:
-    for guest, status, why in (("hello", 0, "the guest asked for a reset"), ("faults", 1, "rip=0x")):
+def test_without_a_terminal_it_says_why_the_guest_failed_and_nothing_of_a_good_end(guests: Path) -> None:
+    for guest, status, lines, why in (("hello", 0, 0, ""), ("faults", 1, 1, "rip=0x")):
         command = [*COMMAND, str(guests / f"{guest}.elf"), "--boot-args", "f=triple"]
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE
         )
         assert done.returncode == status
-        assert done.stderr.startswith("crackle: ")
+        assert len(re.findall("^crackle: .*", done.stderr, re.MULTILINE)) == lines
         assert why in done.stderr
-        assert done.stderr.count("\n") == 1
         assert "crackle:" not in done.stdout
 
 
@@ -290,4 +292,4 @@ def test_closed_standard_streams_are_nothing_else(guests: Path, closed: str) -> 
     )
     assert done.returncode == 0
     assert ("hello" in done.stdout) is (">&-" not in closed.split())
-    assert done.stderr == ("" if "2>&-" in closed else "crackle: the guest asked for a reset\n")
+    assert done.stderr == ""

@@ -17,6 +17,7 @@ import pytest
 from crackle import MicroVM
 from crackle.cli import boot
 from crackle.errors import GuestError
+from crackle.runtime.loop import Loop
 from crackle.vmm import probe
 
 COMMAND = (sys.executable, "-m", "crackle.cli.main", "run")
@@ -74,18 +75,26 @@ def test_the_api_is_served_as_well_and_its_socket_goes_with_the_guest(guests: Pa
     assert not path.exists()
 
 
+def attend(vm: MicroVM) -> None:
+    loop = Loop()
+    loop.call_later(1, loop.stop)
+    with boot.attending(None, vm, loop):
+        loop.run()
+    loop.close()
+
+
 def test_a_guest_that_fell_silent_is_told_of_where_kvm_runs_no_linux(
-    guests: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    guests: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(boot, "_LOOK_S", 0.3)
     monkeypatch.setattr(probe, "why_no_linux", lambda: "This host's KVM is to blame.")
     with MicroVM(guests / "idle.elf", memory=32, console=(-1, -1)) as vm:
-        boot._wait(vm)
-    assert "the guest has said nothing for 0.3 s. This host's KVM is to blame." in capsys.readouterr().err
+        attend(vm)
+    assert "the guest has said nothing for 0.3 s. This host's KVM is to blame." in capfd.readouterr().err
     monkeypatch.setattr(probe, "why_no_linux", lambda: None)
     with MicroVM(guests / "idle.elf", memory=32, console=(-1, -1)) as vm:
-        boot._wait(vm)
-    assert capsys.readouterr().err == ""
+        attend(vm)
+    assert capfd.readouterr().err == ""
 
 
 def test_what_fails_where_kvm_runs_no_linux_says_so_first(

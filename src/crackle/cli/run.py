@@ -208,7 +208,9 @@ class _Attendant:
             message = f"the process that ran the guest was killed ({signal.Signals(-code).name})"
         elif self._escapes > 1 and code == 128 + signal.SIGTERM:
             message = "the plug was pulled (Ctrl-])"
-        self._say(message or f"the guest ended with status {code}")
+        # A program that runs this, without a terminal, reads the status; what went wrong is said in any case.
+        if code or self._keys is not None or os.isatty(2):
+            self._say(message or f"the guest ended with status {code}")
         return code if code >= 0 else 128 - code
 
     def _say(self, message: str) -> None:

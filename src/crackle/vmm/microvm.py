@@ -208,7 +208,7 @@ class MicroVM:
         return status
 
     def fileno(self) -> int:
-        """A descriptor for `select` and its like, readable once the guest has ended. StateError when it does not run."""
+        """For `select` and its like: readable once the guest has ended. StateError when it does not run."""
         return self._machine().exit_fd
 
     def stop(self) -> None:
