@@ -326,3 +326,32 @@ def test_a_socket_that_cannot_be_had_leaves_nothing_behind(run_to_end: Run, tmp_
         done = run_to_end("--api-sock", name)
         assert (done.returncode, message in done.stderr) == (1, True), done.stderr
     assert os.listdir(tmp_path) == ["taken"]
+
+
+def test_what_is_wrong_with_a_file_is_told_with_its_place_and_name(run_to_end: Run, tmp_path: Path) -> None:
+    config = tmp_path / "vm.json"
+    config.write_text('{"drives": [],\n "boot-source": {"kernel_image_path": 5}}')
+    done = run_to_end("--no-api", "--config-file", "vm.json")
+    assert done.returncode == 1
+    assert "Invalid JSON: Expected `str`, got `int`" in done.stderr
+    assert done.stderr.endswith("at line 2 column 39: vm.json\n")
+    config.write_text('{"key": [1,\n}')
+    done = run_to_end("--metadata", "vm.json", "--api-sock", "socket")
+    assert done.returncode == 1
+    assert done.stderr.endswith("at line 2 column 1: vm.json\n")
+
+
+def test_a_section_that_nobody_knows_is_named_in_the_log(start: Callable[..., Vmm], kernel: Path) -> None:
+    config = kernel.with_name("vm.json")
+    config.write_text(
+        json.dumps({"boot-source": {"kernel_image_path": str(kernel)}, "drives": [], "gpu": {"id": 1}})
+    )
+    vmm = start("--config-file", str(config), fake=True)
+    assert vmm.request("GET", "/").json["state"] == "Running"
+    assert "The configuration file's section `gpu` is unknown, and ignored." in vmm.log.read_text()
+
+
+def test_an_option_that_would_do_nothing_is_refused(run_to_end: Run) -> None:
+    done = run_to_end("--seccomp-filter", "filter.bpf", "--api-sock", "socket")
+    assert done.returncode == 1
+    assert "Argument 'seccomp-filter': Crackle does not support seccomp filters yet." in done.stderr

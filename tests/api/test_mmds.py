@@ -169,7 +169,7 @@ def test_an_address_that_is_none_is_refused_in_one_sentence(networked: Vmm, addr
     config = {"network_interfaces": ["eth0"], "ipv4_address": address}
     assert networked.request("PUT", "/mmds/config", config).fault == (
         "An error occurred when deserializing the json body of a request: invalid syntax, at `$.ipv4_address` "
-        f'(given: "{address}").'
+        f'(given: "{address}") at line 1 column 50.'
     )
 
 

@@ -165,7 +165,7 @@ def test_a_tap_that_did_not_exist_is_there_to_be_set_up_before_the_start(
         (lambda _: {"host_dev_name": "name-that-is-too-long"}, "21 bytes"),
         (lambda _: {"host_dev_name": "lo"}, "os error 22.*is no TAP"),
         (lambda _: {"drop_spoofed_mac": True}, "guest_mac"),
-        (lambda _: {"rx_rate_limiter": schema.RateLimiter(schema.TokenBucket(1, 0))}, "refill_time"),
+        (lambda _: {"rx_rate_limiter": schema.RateLimiter(schema.TokenBucket(1, -1))}, "refill_time"),
     ],
 )
 def test_what_cannot_be_had_is_refused_in_one_sentence_and_changes_nothing(
@@ -210,6 +210,6 @@ def test_a_change_that_cannot_be_is_refused(bench: Bench) -> None:
     with pytest.raises(ConfigError, match="refill_time"):
         bench.patch(
             rx_rate_limiter=schema.RateLimiter(BUCKET),
-            tx_rate_limiter=schema.RateLimiter(schema.TokenBucket(1, 0)),
+            tx_rate_limiter=schema.RateLimiter(schema.TokenBucket(1, -1)),
         )
     assert bench.interfaces[0]["rx_rate_limiter"] is None

@@ -18,7 +18,7 @@ from crackle.errors import CrackleError
 from crackle.runtime.housekeeping import give_back
 from crackle.runtime.loop import Loop
 from crackle.runtime.terminal import Terminal
-from crackle.schema.codec import decode, explain
+from crackle.schema.codec import decode, explain, unknown_fields
 from crackle.schema.config import VmConfig
 from crackle.telemetry.metrics import FLUSH_PERIOD_S, Metrics
 from crackle.vmm import builder, shell
@@ -118,9 +118,12 @@ class VmmProcess:
     def _put_metadata(self, text: bytes) -> None:
         problem = "Populating MMDS from file failed"
         try:
-            self._controller.execute(Command("put_mmds", msgspec.json.decode(text)))
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise CrackleError(f"{problem}: metadata provided not valid json: {error}.") from None
+            self._controller.execute(Command("put_mmds", decode(text, object)))
+        except msgspec.DecodeError as error:
+            where = self._options.value("metadata")
+            raise CrackleError(
+                f"{problem}: metadata provided not valid json: {explain(error, None, text)}: {where}"
+            ) from None
         except CrackleError as error:
             raise CrackleError(f"{problem}: {error}") from error
         self._logger.info("Successfully added metadata to mmds from file")
@@ -132,8 +135,10 @@ class VmmProcess:
         except msgspec.DecodeError as error:
             raise CrackleError(
                 f"{problem}: Configuration for VMM from one single json failed: Invalid JSON: "
-                f"{explain(error, VmConfig, text)}"
+                f"{explain(error, VmConfig, text)}: {self._options.value('config-file')}"
             ) from None
+        for name in unknown_fields(text, VmConfig):
+            self._logger.warning(f"The configuration file's section `{name}` is unknown, and ignored.")
         try:
             self._controller.configure(config)
         except CrackleError as error:

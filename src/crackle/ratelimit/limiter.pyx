@@ -1,8 +1,9 @@
 """Two token buckets, for bytes and for operations, and the timer that says when to try again.
 
 A bucket holds `size` tokens and fills at a steady rate, from empty to full in `refill_time` milliseconds, each of them any
-number of 64 bits; one of no tokens or no time limits nothing. A one-time burst is spent first and never comes back. A request takes its tokens from both buckets or from none. One that is larger than
-the bucket passes when the bucket is full and leaves a debt, so that the rate is kept whatever the sizes are.
+number of 64 bits; one of no tokens or no time limits nothing. A one-time burst is spent first and never comes back. A
+request takes its tokens from both buckets or from none. One that is larger than the bucket passes when the bucket is full
+and leaves a debt, so that the rate is kept whatever the sizes are.
 
 Whoever uses a limiter holds the lock of its device; only the timer is the kernel's. Owns the timerfd.
 """

@@ -39,6 +39,12 @@ def decode(data: bytes, resource: type[T]) -> T:
     return value
 
 
+def unknown_fields(data: bytes, resource: type[msgspec.Struct]) -> list[str]:
+    """The keys of an object that decodes as a `resource`, one that ignores them, and are no fields of it."""
+    given: dict[str, Any] = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+    return [name for name in given if name not in resource.__struct_encode_fields__]
+
+
 _NO_MAC = (
     "The provided MAC address is invalid: six pairs of hexadecimal digits with colons between them are one"
 )
@@ -47,8 +53,19 @@ _NO_MAC = (
 def explain(error: msgspec.DecodeError, resource: type | None = None, data: bytes = b"") -> str:
     """One phrase without a final stop: the field, what is wrong with it, and what is allowed there.
 
-    With `data`, the text that did not decode, it also says which value was given.
+    With `data`, the text that did not decode, it also says which value was given, and where.
     """
+    phrase = _phrase(error, resource, data)
+    at = _offset(error, data) if data else None
+    if at is None:
+        return phrase
+    from crackle.schema.position import line_and_column
+
+    line, column = line_and_column(data, at)
+    return f"{phrase.partition(' (byte ')[0]} at line {line} column {column}"
+
+
+def _phrase(error: msgspec.DecodeError, resource: type | None, data: bytes) -> str:
     text, _, path = str(error).partition(" - at ")
     if text.startswith(_PATTERN):
         text = _NO_MAC if MAC_PATTERN in text else "invalid syntax"
@@ -62,6 +79,26 @@ def explain(error: msgspec.DecodeError, resource: type | None = None, data: byte
         if path and data:
             return f"{text}, at {path}{_given(data, path.strip('`'))}"
     return f"{text}, at {path}" if path else text
+
+
+def _offset(error: msgspec.DecodeError, data: bytes) -> int | None:
+    """Where in `data` it is."""
+    from crackle.schema.position import offset_of
+
+    text, _, path = str(error).partition(" - at ")
+    if "truncated" in text:
+        return len(data)
+    _, _, byte = text.partition(" (byte ")
+    if byte:
+        return int(byte.rstrip(")"))
+    if text.startswith("JSON is malformed"):
+        try:
+            data.decode()
+        except UnicodeDecodeError as where:
+            return where.start
+        return None
+    unknown = text.startswith("Object contains unknown field ")
+    return offset_of(data, path.strip("`") or "$", text.split("`")[1] if unknown else None)
 
 
 def _given(data: bytes, path: str) -> str:
