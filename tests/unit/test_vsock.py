@@ -189,6 +189,28 @@ def test_a_guest_that_does_not_answer_loses_the_connection_after_two_seconds(gue
     assert guest.packet(RST).dst_port == 9
 
 
+def test_deadlines_stand_still_while_the_machine_is_paused(guest: Guest) -> None:
+    host = host_socket(10)
+    host.connect(guest.vsock.uds_path)
+    host.sendall(b"CONNECT 9\n")
+    request = guest.packet(REQUEST)
+    guest.io.pause()
+    guest.io.clock.pause()
+    time.sleep(2.5)
+    guest.io.clock.resume()
+    guest.io.resume()
+    guest.settle()
+    assert guest.quiet()
+    guest.send(RESPONSE, 9, request.src_port)
+    assert host.recv(32) == b"OK %d\n" % request.src_port
+    # And one that goes on being silent still has its two seconds, which end.
+    late = host_socket(10)
+    late.connect(guest.vsock.uds_path)
+    late.sendall(b"CONNECT 10\n")
+    guest.packet(REQUEST)
+    assert ended(late)
+
+
 def test_a_host_program_that_gives_up_before_it_is_accepted_is_reset(guest: Guest) -> None:
     host = host_socket()
     host.connect(guest.vsock.uds_path)

@@ -105,6 +105,7 @@ cdef class Vsock(VirtioDevice):
     def attach(self, IoThread io not None):
         """Serve the queues, and the host's sockets, on `io`."""
         VirtioDevice.attach(self, io)
+        self.host.clock = io.clock
         self.watch(self.host.epoll_fd, EPOLLIN, host_ready, <void *> self)
 
     def close(self):

@@ -1,6 +1,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from crackle.includes.io cimport iovec
+from crackle.runtime.clock cimport MachineClock
 from crackle.virtio.vsock.listener cimport Listener
 from crackle.virtio.vsock.streams cimport Streams
 from crackle.virtio.vsock.table cimport Table, connection
@@ -15,6 +16,7 @@ cdef class HostSockets:
     cdef Streams streams
     cdef Table table                # the streams'
     cdef Listener listener
+    cdef MachineClock clock         # the machine's, once there is one
     cdef readonly int epoll_fd
     cdef int timer_fd
     cdef bint wanted                # there is a driver: host programs may come

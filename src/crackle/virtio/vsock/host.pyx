@@ -20,8 +20,8 @@ from posix.unistd cimport close, read
 from crackle.includes.events cimport *
 from crackle.includes.io cimport iovec
 from crackle.includes.vsock cimport *
+from crackle.runtime.clock cimport MachineClock
 from crackle.runtime.descriptors cimport give_descriptor, has_descriptor, take_descriptor
-from crackle.runtime.threads cimport now_ns
 from crackle.virtio.vsock.listener cimport NOBODY, Listener, parse_greeting
 from crackle.virtio.vsock.streams cimport Streams
 from crackle.virtio.vsock.table cimport *
@@ -64,6 +64,7 @@ cdef class HostSockets:
             raise ValueError("these sockets are set up already")
         self.streams, self.listener = streams, listener
         self.table = streams.table
+        self.clock = MachineClock()
         self.last_port = last_port or FIRST_PORT - 1
         self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
         self.timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
@@ -90,8 +91,8 @@ cdef class HostSockets:
     # -- the device's life ---------------------------------------------------------------------------------------
 
     cdef uint64_t now(self) noexcept nogil:
-        """Nanoseconds of the clock of all deadlines."""
-        return now_ns()
+        """Nanoseconds of the clock of all deadlines, which stands still while the machine is paused."""
+        return self.clock.now()
 
     cdef bint start(self) noexcept nogil:
         """The guest's driver is there: let host programs in."""
@@ -411,12 +412,15 @@ cdef class HostSockets:
         self.set_alarm(first)
 
     cdef void set_alarm(self, uint64_t when) noexcept nogil:
-        """UINT64_MAX for never: nobody waits for nothing."""
+        """UINT64_MAX for never: nobody waits for nothing. After a pause it rings too early, and is set again."""
         cdef itimerspec value
+        cdef uint64_t now, left
         if when == self.armed:
             return
         self.armed = when
         memset(&value, 0, sizeof(value))
         if when != UINT64_MAX:
-            value.it_value.tv_sec, value.it_value.tv_nsec = when // SECOND, when % SECOND
-        timerfd_settime(self.timer_fd, TFD_TIMER_ABSTIME, &value, NULL)
+            now = self.now()
+            left = when - now if when > now else 1
+            value.it_value.tv_sec, value.it_value.tv_nsec = left // SECOND, left % SECOND
+        timerfd_settime(self.timer_fd, 0, &value, NULL)
