@@ -16,9 +16,9 @@ import pytest
 
 from crackle import MicroVM
 from crackle.cli import boot
-from crackle.errors import GuestError
+from crackle.errors import CrackleError, GuestError
 from crackle.runtime.loop import Loop
-from crackle.vmm import probe
+from crackle.vmm import console, probe
 
 COMMAND = (sys.executable, "-m", "crackle.cli.main", "run")
 
@@ -106,3 +106,46 @@ def test_what_fails_where_kvm_runs_no_linux_says_so_first(
         pytest.raises(GuestError, match=r"^This host.s KVM is to blame\. vCPU 0: .*rip"),
     ):
         vm.wait(60)
+
+
+def test_waiting_in_vain_names_the_host_that_is_to_blame(
+    guests: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_LONG", 0.2)
+    monkeypatch.setattr(probe, "why_no_linux", lambda: "This host's KVM is to blame.")
+    with (
+        MicroVM(guests / "idle.elf", memory=32) as vm,
+        pytest.raises(CrackleError, match=r"nothing in 0\.2 s\. This host's KVM is to blame\."),
+    ):
+        vm.console.expect("login", 0.2)
+
+
+@pytest.mark.parametrize("door", ["run", "vmm", "library"])
+def test_without_a_kvm_every_door_says_what_to_do(guests: Path, tmp_path: Path, door: str) -> None:
+    kernel = guests / "hello.elf"
+    config = {"boot-source": {"kernel_image_path": os.fspath(kernel)}, "drives": []}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    program = f"from crackle import MicroVM\nMicroVM({os.fspath(kernel)!r}).start()"
+    command = {
+        "run": [*COMMAND, kernel],
+        "vmm": [
+            sys.executable,
+            "-m",
+            "crackle.cli.vmm",
+            "--no-api",
+            "--config-file",
+            tmp_path / "config.json",
+        ],
+        "library": [sys.executable, "-c", program],
+    }[door]
+    hidden = 'mount --make-rprivate / && mount --bind /dev/null /dev/kvm && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", hidden, "sh", *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode
+    assert "`crackle doctor` tells more; tools/emuhost is a host that has a KVM" in done.stdout

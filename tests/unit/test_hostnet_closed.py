@@ -132,6 +132,18 @@ def test_what_is_opened_is_open_and_nothing_else(
     listener.close()
 
 
+def test_the_hosts_services_are_not_its_loopback_and_not_metadata_that_it_serves(
+    site: Site, namespaces: Callable[[], Namespace]
+) -> None:
+    guest = namespaces()
+    site.host.ip(f"addr add {METADATA}/32 dev lo")
+    site.guest(guest, Openings(host=True))
+    site.host.switch("net/ipv4/conf/crackle/route_localnet", 1)
+    guest.ip("addr del 127.0.0.1/8 dev lo")
+    guest.ip("route add 127.0.0.0/8 via 10.213.0.1")
+    assert open_ones(guest, [*HOST, METADATA, "127.0.0.1"]) == set(HOST)
+
+
 def test_what_is_opened_for_a_network_is_open_for_all_on_it(
     site: Site, namespaces: Callable[[], Namespace]
 ) -> None:

@@ -34,10 +34,10 @@ LAN = [
     IPv4Network(text)
     for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "198.18.0.0/15")
 ]
-# RFC 6890: nobody's, or nobody's over a router: "this network", loopback, protocol assignments, multicast, reserved.
-SPECIAL = [
-    IPv4Network(text) for text in ("0.0.0.0/8", "127.0.0.0/8", "192.0.0.0/24", "224.0.0.0/4", "240.0.0.0/4")
-]
+# A host's own, whatever its kernel lets in (route_localnet); so is metadata that the host itself serves.
+LOOPBACK = [IPv4Network("127.0.0.0/8")]
+# RFC 6890: nobody's, or nobody's over a router: "this network", protocol assignments, multicast, reserved.
+SPECIAL = [IPv4Network(text) for text in ("0.0.0.0/8", "192.0.0.0/24", "224.0.0.0/4", "240.0.0.0/4")]
 
 
 class Ranges(NamedTuple):
@@ -138,10 +138,11 @@ def _judging(
     """What guests send through the host or to it."""
     lan = collapse_addresses([*LAN, *connected])
     guarded = collapse_addresses([mark.range, *METADATA])
-    closed = collapse_addresses([mark.range, *METADATA, *LAN, *SPECIAL, *connected])
+    closed = collapse_addresses([mark.range, *METADATA, *LAN, *LOOPBACK, *SPECIAL, *connected])
     yield _set("resolvers", "ipv4_addr", {text for each in members for text in each.mark.resolvers})
     yield _set("lan", "ipv4_addr; flags interval", lan)
     yield _set("guarded", "ipv4_addr; flags interval", guarded)
+    yield _set("own", "ipv4_addr; flags interval", [*METADATA, *LOOPBACK])
     yield _set("closed", "ipv4_addr; flags interval", closed)
     for_all, sets = _door("", mark.host, mark.lan, ranges)
     yield from sets
@@ -185,7 +186,7 @@ def _door(address: str, host: bool, lan: bool, ranges: Ranges) -> tuple[list[str
     elsewhere = "        fib daddr type unicast ip daddr"
     rules = [
         (bool(ranges.single), f"        ip daddr @single{suffix} accept"),
-        (host, "        fib daddr type { local, broadcast, multicast } accept"),
+        (host, "        fib daddr type { local, broadcast, multicast } ip daddr != @own accept"),
         (bool(ranges.special), f"{elsewhere} @special{suffix} accept"),
         (bool(ranges.wide), f"{elsewhere} != @guarded ip daddr @wide{suffix} accept"),
         (lan, f"{elsewhere} != @guarded ip daddr @lan accept"),

@@ -24,6 +24,7 @@ DEFAULT_LIMIT = 4 << 20
 _CHUNK = 1 << 16
 _CHUNKS = 16  # read in one go, before others get the lock
 _TAIL = 2000  # bytes of output shown in a message
+_LONG = 10.0  # seconds of silence after which it is asked whether the host is to blame
 
 # A match is looked for at once where it begins at most so many bytes before what is new.
 _WINDOW = 1024
@@ -225,6 +226,10 @@ class Console:
         kind, why = (
             (CrackleError, f"nothing in {timeout:g} s") if ended is None else (type(ended), str(ended))
         )
+        if ended is None and timeout >= _LONG:
+            from crackle.vmm.probe import why_no_linux
+
+            why = ". ".join(filter(None, (why, why_no_linux())))
         raise kind(f"the console did not show {pattern!r}: {why}. It ends with:\n{tail}")
 
     def _near(self, start: int, looked: int) -> int:

@@ -11,7 +11,7 @@ from _thread import allocate_lock
 import msgspec
 
 from crackle.arch import layout, memory_layout, prepare_vcpu
-from crackle.errors import ConfigError
+from crackle.errors import ConfigError, KvmError
 from crackle.kvm import Kvm, Vcpu, Vm
 from crackle.memory import GuestMemory
 from crackle.runtime.threads import Thread
@@ -104,7 +104,11 @@ def prepare(config: MachineConfig, shared: bool = False) -> Shell:
 def _make(config: MachineConfig, shared: bool, parts: Parts) -> None:
     backing = (_SHARED_BACKINGS if shared else _BACKINGS)[config.huge_pages]
     parts.memory = memory = GuestMemory(memory_layout(config.mem_size_mib << 20), backing=backing)
-    parts.kvm = kvm = Kvm()
+    try:
+        parts.kvm = kvm = Kvm()
+    except KvmError as error:
+        advice = "`crackle doctor` tells more; tools/emuhost is a host that has a KVM"
+        raise KvmError(f"{error}. {advice}") from None
     missing = kvm.missing()
     if missing:
         raise ConfigError(f"this host's KVM lacks {', '.join(missing)}; `crackle doctor` tells more")
