@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from crackle.arch import DeviceInfo, build_cmdline, layout
-from crackle.arch.x86_64 import acpi, aml
+from crackle.arch import DeviceInfo
+from crackle.arch.x86_64 import acpi, aml, build_cmdline, layout
 from crackle.errors import ConfigError, KvmError
 from crackle.kvm import Bus
 from crackle.memory import GuestMemory

@@ -12,6 +12,7 @@ from crackle.cli import net as network_commands
 from crackle.errors import ConfigError, CrackleError
 from crackle.hostnet import DEFAULT_NETWORK
 from crackle.runtime.stream import open_standard_streams
+from crackle.schema.machine import MAX_VCPUS
 
 if TYPE_CHECKING:
     from crackle.schema.net import NetworkInterface
@@ -63,7 +64,7 @@ def run(
     initrd: Annotated[str | None, typer.Option(help="Initial RAM disk.")] = None,
     drive: Annotated[list[str] | None, typer.Option(help="Another disk image; may be repeated.")] = None,
     cpus: Annotated[
-        int | None, typer.Option(min=1, max=32, help="Number of vCPUs.", show_default="1")
+        int | None, typer.Option(min=1, max=MAX_VCPUS, help="Number of vCPUs.", show_default="1")
     ] = None,
     memory: Annotated[
         str | None,

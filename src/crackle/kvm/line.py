@@ -14,7 +14,7 @@ from crackle.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from crackle.kvm.vm import Vm
+    from crackle.kvm import Vm
 
 
 class Line:

@@ -55,7 +55,7 @@ cdef class VcpuBase:
     cdef end_record end
     cdef void loop(self) noexcept nogil
     cdef int handle(self) noexcept nogil
-    cdef int handle_pio(self) noexcept nogil
+    cdef bint handle_own(self, uint32_t reason, int *action) noexcept nogil
     cdef void run_guest(self) noexcept nogil
     cdef bint obey(self) noexcept nogil
     cdef int ioctl(self, unsigned long request, void *argument, str what) except -1

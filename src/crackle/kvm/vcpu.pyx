@@ -168,11 +168,7 @@ cdef class VcpuBase:
         cdef uint64_t start = 0
         if self.profile:
             start = now_ns()
-        if reason == KVM_EXIT_IO:
-            action = self.handle_pio()
-            if self.profile:
-                self.counts.ns_pio += now_ns() - start
-        elif reason == KVM_EXIT_MMIO:
+        if reason == KVM_EXIT_MMIO:
             if run.mmio.is_write:
                 self.counts.mmio_write += 1
             else:
@@ -182,6 +178,9 @@ cdef class VcpuBase:
                 self.counts.ns_mmio += now_ns() - start
         elif reason == KVM_EXIT_INTR or reason == KVM_EXIT_IRQ_WINDOW_OPEN:
             pass
+        elif self.handle_own(reason, &action):
+            if self.profile:
+                self.counts.ns_pio += now_ns() - start
         else:
             self.end.exit_reason = reason
             if reason == KVM_EXIT_SHUTDOWN:
@@ -212,24 +211,9 @@ cdef class VcpuBase:
             return 1
         return 0
 
-    cdef int handle_pio(self) noexcept nogil:
-        # A string instruction (rep outsb) delivers `count` items of `size` bytes at once.
-        cdef kvm_run *run = self.run
-        cdef uint32_t count = run.io.count, size = run.io.size
-        cdef bint is_write = run.io.direction == KVM_EXIT_IO_OUT
-        cdef uint8_t *data = <uint8_t *> run + run.io.data_offset
-        cdef int action
-        if is_write:
-            self.counts.pio_out += 1
-        else:
-            self.counts.pio_in += 1
-        while count > 0:
-            action = self.pio.access(&self.pio_reader, run.io.port, data, size, is_write)
-            if action != BUS_CONTINUE:
-                return action
-            data += size
-            count -= 1
-        return BUS_CONTINUE
+    cdef bint handle_own(self, uint32_t reason, int *action) noexcept nogil:
+        """Dispatch an exit that only this architecture has; whether it is one."""
+        return False
 
     # -- from other threads --------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """/dev/kvm and the virtual machines made from it (Documentation/virt/kvm/api.rst, 4.1 to 4.77).
 
-`Kvm` owns the /dev/kvm descriptor, `Vm` the machine's. Memory slots name host addresses of a GuestMemory: unmap that
-only after the Vm is closed.
+What every architecture shares: `KvmBase` owns the /dev/kvm descriptor, `VmBase` the machine's. `crackle.kvm.x86_64` adds
+its own. Memory slots name host addresses of a GuestMemory: unmap that only after the Vm is closed.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
@@ -14,10 +14,8 @@ from posix.unistd cimport close
 
 from crackle.includes.kvm cimport *
 from crackle.kvm.vcpu cimport checked_ioctl
-from crackle.kvm.x86_64 cimport cpuid_list
 
 from crackle.errors import KvmError
-from crackle.kvm.x86_64 import Vcpu
 
 
 cdef extern from "<fcntl.h>" nogil:
@@ -100,30 +98,15 @@ CAPABILITIES = {
     "SPLIT_IRQCHIP": KVM_CAP_SPLIT_IRQCHIP,
 }
 
-# Without these no microVM runs.
-REQUIRED = (
-    "IRQCHIP", "USER_MEMORY", "SET_TSS_ADDR", "EXT_CPUID", "MP_STATE", "IRQ_ROUTING", "VCPU_EVENTS", "DEBUGREGS", "XSAVE",
-    "XCRS", "PIT2", "PIT_STATE2", "IRQFD", "IOEVENTFD", "ADJUST_CLOCK", "IMMEDIATE_EXIT",
-)
-
 MEM_LOG_DIRTY_PAGES = KVM_MEM_LOG_DIRTY_PAGES
 MEM_READONLY = KVM_MEM_READONLY
 
 cdef enum:
-    MAX_LIST = 1024
-    IRQCHIP_SIZE = 520      # sizeof(struct kvm_irqchip): asserted below
     MAX_ROUTES = 4096
-
-cdef extern from *:
-    """
-    _Static_assert(sizeof(struct kvm_irqchip) == 520, "struct kvm_irqchip");
-    """
 
 
 cdef class _Descriptor:
     """An owned descriptor that takes ioctls."""
-
-    cdef readonly int fd
 
     def __cinit__(self, *args, **kwargs):
         self.fd = -1
@@ -148,8 +131,13 @@ cdef class _Descriptor:
         self.close()
 
 
-cdef class Kvm(_Descriptor):
-    """The KVM of this host. KvmError when it cannot be opened or speaks another API version."""
+cdef class KvmBase(_Descriptor):
+    """The KVM of this host. KvmError when it cannot be opened or speaks another API version.
+
+    required: names of the capabilities without which no microVM runs, which the architecture gives.
+    """
+
+    required = ()
 
     def __init__(self, path="/dev/kvm"):
         cdef bytes name = path.encode() if isinstance(path, str) else path
@@ -177,84 +165,24 @@ cdef class Kvm(_Descriptor):
 
     def missing(self):
         """Names of the required capabilities that this KVM lacks."""
-        return [name for name in REQUIRED if not self.check_extension(CAPABILITIES[name])]
+        return [name for name in self.required if not self.check_extension(CAPABILITIES[name])]
 
-    def supported_cpuid(self):
-        """The CPUID leaves this KVM can give a guest, as a list of CpuidEntry (api.rst 4.46)."""
-        cdef kvm_cpuid2 *table
-        table = <kvm_cpuid2 *> calloc(1, sizeof(kvm_cpuid2) + MAX_LIST * sizeof(kvm_cpuid_entry2))
-        if table == NULL:
-            raise MemoryError
-        try:
-            table.nent = MAX_LIST
-            self.ioctl(KVM_GET_SUPPORTED_CPUID, table, "ask KVM for its CPUID leaves")
-            return cpuid_list(table)
-        finally:
-            free(table)
-
-    def msr_index_list(self):
-        """Numbers of the MSRs that make up a vCPU's state (api.rst 4.3)."""
-        return self._msr_list(KVM_GET_MSR_INDEX_LIST)
-
-    def msr_feature_index_list(self):
-        """Numbers of the MSRs that describe features of the host (api.rst 4.3)."""
-        return self._msr_list(KVM_GET_MSR_FEATURE_INDEX_LIST)
-
-    cdef list _msr_list(self, unsigned long request):
-        cdef kvm_msr_list *table = <kvm_msr_list *> calloc(1, sizeof(kvm_msr_list) + MAX_LIST * sizeof(uint32_t))
-        cdef uint32_t i
-        if table == NULL:
-            raise MemoryError
-        try:
-            table.nmsrs = MAX_LIST
-            self.ioctl(request, table, "ask KVM for its MSRs")
-            return [table.indices[i] for i in range(table.nmsrs)]
-        finally:
-            free(table)
-
-    def create_vm(self):
-        """A new, empty Vm (api.rst 4.2)."""
-        cdef Vm vm = Vm.__new__(Vm)
+    cdef int new_vm(self, VmBase vm) except -1:
+        """Make `vm`, which is empty, a new virtual machine (api.rst 4.2)."""
         vm.run_size = self.vcpu_mmap_size
-        # The value is the size of the XSAVE area, at least 4096, or 0 on kernels without KVM_GET_XSAVE2.
-        vm.xsave_size = self.check_extension(KVM_CAP_XSAVE2)
         vm.fd = self.ioctl(KVM_CREATE_VM, NULL, "create a VM")
-        return vm
+        return 0
 
 
-cdef class Vm(_Descriptor):
+cdef class VmBase(_Descriptor):
     """One virtual machine. Made by `Kvm.create_vm`."""
-
-    cdef size_t run_size
-    cdef size_t xsave_size
-    cdef dict slots
 
     def __cinit__(self):
         self.slots = {}
 
-    def create_irqchip(self):
-        """The PICs, the IOAPIC and a LAPIC for each vCPU, in the kernel; before the first vCPU (api.rst 4.24)."""
-        self.ioctl(KVM_CREATE_IRQCHIP, NULL, "create the interrupt controllers")
-
-    def create_pit2(self):
-        """The i8254 timer in the kernel, with a dummy speaker port at 0x61 (api.rst 4.71)."""
-        cdef kvm_pit_config config
-        memset(&config, 0, sizeof(config))
-        config.flags = KVM_PIT_SPEAKER_DUMMY
-        self.ioctl(KVM_CREATE_PIT2, &config, "create the timer")
-
-    def set_tss_addr(self, unsigned long address):
-        """Where KVM may keep three pages for real mode on Intel hosts, below 4 GiB (api.rst 4.36)."""
-        self.ioctl(KVM_SET_TSS_ADDR, <void *> address, "set the TSS address")
-
-    def set_identity_map_addr(self, uint64_t address):
-        """Where KVM may keep an identity page table, below 4 GiB; before the first vCPU (api.rst 4.40)."""
-        self.ioctl(KVM_SET_IDENTITY_MAP_ADDR, &address, "set the identity map address")
-
-    def create_vcpu(self, unsigned long index):
-        """A Vcpu with APIC id `index` (api.rst 4.7)."""
-        cdef int fd = self.ioctl(KVM_CREATE_VCPU, <void *> index, f"create vCPU {index}")
-        return Vcpu(fd, index, self.run_size, self.xsave_size)
+    cdef int new_vcpu(self, unsigned long index) except -1:
+        """The descriptor of a new vCPU (api.rst 4.7)."""
+        return <int> self.ioctl(KVM_CREATE_VCPU, <void *> index, f"create vCPU {index}")
 
     def check_extension(self, unsigned long capability):
         """As Kvm.check_extension, for this VM."""
@@ -355,42 +283,3 @@ cdef class Vm(_Descriptor):
             self.ioctl(KVM_SET_GSI_ROUTING, table, "set the interrupt routes")
         finally:
             free(table)
-
-    # -- saved and restored as they are --------------------------------------------------------------------------
-
-    cdef bytes _get(self, unsigned long request, bytes data, str what):
-        # `data` was just made here and is not shared: the kernel may write into it.
-        self.ioctl(request, PyBytes_AS_STRING(data), "get the " + what)
-        return data
-
-    def get_irqchip(self, uint32_t chip):
-        """struct kvm_irqchip of 0 (PIC 1), 1 (PIC 2) or 2 (IOAPIC) (api.rst 4.26)."""
-        return self._get(KVM_GET_IRQCHIP, int(chip).to_bytes(4, "little") + bytes(IRQCHIP_SIZE - 4), "interrupt controllers")
-
-    def set_irqchip(self, bytes state not None):
-        if len(state) != IRQCHIP_SIZE:
-            raise ValueError(f"struct kvm_irqchip is {IRQCHIP_SIZE} bytes, not {len(state)}")
-        self.ioctl(KVM_SET_IRQCHIP, PyBytes_AS_STRING(state), "set the interrupt controllers")
-
-    def get_pit2(self):
-        """struct kvm_pit_state2 (api.rst 4.72)."""
-        return self._get(KVM_GET_PIT2, bytes(bytearray(sizeof(kvm_pit_state2))), "timer")
-
-    def set_pit2(self, bytes state not None):
-        if len(state) != sizeof(kvm_pit_state2):
-            raise ValueError(f"struct kvm_pit_state2 is {sizeof(kvm_pit_state2)} bytes, not {len(state)}")
-        self.ioctl(KVM_SET_PIT2, PyBytes_AS_STRING(state), "set the timer")
-
-    def get_clock(self):
-        """(nanoseconds of the guest's kvmclock, flags) (api.rst 4.29)."""
-        cdef kvm_clock_data clock
-        memset(&clock, 0, sizeof(clock))
-        self.ioctl(KVM_GET_CLOCK, &clock, "get the clock")
-        return clock.clock, clock.flags
-
-    def set_clock(self, uint64_t nanoseconds):
-        """Set the guest's kvmclock (api.rst 4.30)."""
-        cdef kvm_clock_data clock
-        memset(&clock, 0, sizeof(clock))
-        clock.clock = nanoseconds
-        self.ioctl(KVM_SET_CLOCK, &clock, "set the clock")

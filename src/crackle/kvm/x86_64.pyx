@@ -1,4 +1,5 @@
-"""The register state of an x86_64 vCPU (Documentation/virt/kvm/api.rst, 4.11 to 4.43).
+"""What of KVM is x86_64: chips, timers, port I/O and the register state of a vCPU (Documentation/virt/kvm/api.rst, 4.3 to
+4.77).
 
 Structures that the boot code edits are dicts with the kernel's field names; structures that are only saved and restored
 are bytes, exactly as KVM gives them.
@@ -10,7 +11,9 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from crackle.includes.kvm cimport *
+from crackle.kvm.bus cimport BUS_CONTINUE
 from crackle.kvm.vcpu cimport VcpuBase
+from crackle.kvm.vm cimport KvmBase, VmBase
 
 from collections import namedtuple
 
@@ -19,7 +22,18 @@ from crackle.errors import KvmError
 CpuidEntry = namedtuple("CpuidEntry", "function index flags eax ebx ecx edx")
 CPUID_FLAG_SIGNIFICANT_INDEX = KVM_CPUID_FLAG_SIGNIFCANT_INDEX
 
+cdef extern from "<linux/kvm.h>" nogil:
+    enum:
+        KVM_CAP_XSAVE2
+
+cdef extern from *:
+    """
+    _Static_assert(sizeof(struct kvm_irqchip) == 520, "struct kvm_irqchip");
+    """
+
 cdef enum:
+    MAX_LIST = 1024
+    IRQCHIP_SIZE = 520      # sizeof(struct kvm_irqchip): asserted above
     MAX_CPUID = 256         # KVM_MAX_CPUID_ENTRIES
     MAX_MSRS = 512
     FPU_AREA = 128          # fpr[8][16]
@@ -36,6 +50,124 @@ cdef list cpuid_list(kvm_cpuid2 *table):
     return entries
 
 
+cdef class Kvm(KvmBase):
+    """The KVM of this host."""
+
+    required = (
+        "IRQCHIP", "USER_MEMORY", "SET_TSS_ADDR", "EXT_CPUID", "MP_STATE", "IRQ_ROUTING", "VCPU_EVENTS", "DEBUGREGS", "XSAVE",
+        "XCRS", "PIT2", "PIT_STATE2", "IRQFD", "IOEVENTFD", "ADJUST_CLOCK", "IMMEDIATE_EXIT",
+    )
+
+    def supported_cpuid(self):
+        """The CPUID leaves this KVM can give a guest, as a list of CpuidEntry (api.rst 4.46)."""
+        cdef kvm_cpuid2 *table
+        table = <kvm_cpuid2 *> calloc(1, sizeof(kvm_cpuid2) + MAX_LIST * sizeof(kvm_cpuid_entry2))
+        if table == NULL:
+            raise MemoryError
+        try:
+            table.nent = MAX_LIST
+            self.ioctl(KVM_GET_SUPPORTED_CPUID, table, "ask KVM for its CPUID leaves")
+            return cpuid_list(table)
+        finally:
+            free(table)
+
+    def msr_index_list(self):
+        """Numbers of the MSRs that make up a vCPU's state (api.rst 4.3)."""
+        return self._msr_list(KVM_GET_MSR_INDEX_LIST)
+
+    def msr_feature_index_list(self):
+        """Numbers of the MSRs that describe features of the host (api.rst 4.3)."""
+        return self._msr_list(KVM_GET_MSR_FEATURE_INDEX_LIST)
+
+    cdef list _msr_list(self, unsigned long request):
+        cdef kvm_msr_list *table = <kvm_msr_list *> calloc(1, sizeof(kvm_msr_list) + MAX_LIST * sizeof(uint32_t))
+        cdef uint32_t i
+        if table == NULL:
+            raise MemoryError
+        try:
+            table.nmsrs = MAX_LIST
+            self.ioctl(request, table, "ask KVM for its MSRs")
+            return [table.indices[i] for i in range(table.nmsrs)]
+        finally:
+            free(table)
+
+    def create_vm(self):
+        """A new, empty Vm (api.rst 4.2)."""
+        cdef Vm vm = Vm.__new__(Vm)
+        # The value is the size of the XSAVE area, at least 4096, or 0 on kernels without KVM_GET_XSAVE2.
+        vm.xsave_size = self.check_extension(KVM_CAP_XSAVE2)
+        self.new_vm(vm)
+        return vm
+
+
+cdef class Vm(VmBase):
+    """One virtual machine with the chips of a PC. Made by `Kvm.create_vm`."""
+
+    cdef size_t xsave_size
+
+    def create_irqchip(self):
+        """The PICs, the IOAPIC and a LAPIC for each vCPU, in the kernel; before the first vCPU (api.rst 4.24)."""
+        self.ioctl(KVM_CREATE_IRQCHIP, NULL, "create the interrupt controllers")
+
+    def create_pit2(self):
+        """The i8254 timer in the kernel, with a dummy speaker port at 0x61 (api.rst 4.71)."""
+        cdef kvm_pit_config config
+        memset(&config, 0, sizeof(config))
+        config.flags = KVM_PIT_SPEAKER_DUMMY
+        self.ioctl(KVM_CREATE_PIT2, &config, "create the timer")
+
+    def set_tss_addr(self, unsigned long address):
+        """Where KVM may keep three pages for real mode on Intel hosts, below 4 GiB (api.rst 4.36)."""
+        self.ioctl(KVM_SET_TSS_ADDR, <void *> address, "set the TSS address")
+
+    def set_identity_map_addr(self, uint64_t address):
+        """Where KVM may keep an identity page table, below 4 GiB; before the first vCPU (api.rst 4.40)."""
+        self.ioctl(KVM_SET_IDENTITY_MAP_ADDR, &address, "set the identity map address")
+
+    def create_vcpu(self, unsigned long index):
+        """A Vcpu with APIC id `index` (api.rst 4.7)."""
+        return Vcpu(self.new_vcpu(index), index, self.run_size, self.xsave_size)
+
+    # -- saved and restored as they are --------------------------------------------------------------------------
+
+    cdef bytes _get(self, unsigned long request, bytes data, str what):
+        # `data` was just made here and is not shared: the kernel may write into it.
+        self.ioctl(request, PyBytes_AS_STRING(data), "get the " + what)
+        return data
+
+    def get_irqchip(self, uint32_t chip):
+        """struct kvm_irqchip of 0 (PIC 1), 1 (PIC 2) or 2 (IOAPIC) (api.rst 4.26)."""
+        return self._get(KVM_GET_IRQCHIP, int(chip).to_bytes(4, "little") + bytes(IRQCHIP_SIZE - 4), "interrupt controllers")
+
+    def set_irqchip(self, bytes state not None):
+        if len(state) != IRQCHIP_SIZE:
+            raise ValueError(f"struct kvm_irqchip is {IRQCHIP_SIZE} bytes, not {len(state)}")
+        self.ioctl(KVM_SET_IRQCHIP, PyBytes_AS_STRING(state), "set the interrupt controllers")
+
+    def get_pit2(self):
+        """struct kvm_pit_state2 (api.rst 4.72)."""
+        return self._get(KVM_GET_PIT2, bytes(bytearray(sizeof(kvm_pit_state2))), "timer")
+
+    def set_pit2(self, bytes state not None):
+        if len(state) != sizeof(kvm_pit_state2):
+            raise ValueError(f"struct kvm_pit_state2 is {sizeof(kvm_pit_state2)} bytes, not {len(state)}")
+        self.ioctl(KVM_SET_PIT2, PyBytes_AS_STRING(state), "set the timer")
+
+    def get_clock(self):
+        """(nanoseconds of the guest's kvmclock, flags) (api.rst 4.29)."""
+        cdef kvm_clock_data clock
+        memset(&clock, 0, sizeof(clock))
+        self.ioctl(KVM_GET_CLOCK, &clock, "get the clock")
+        return clock.clock, clock.flags
+
+    def set_clock(self, uint64_t nanoseconds):
+        """Set the guest's kvmclock (api.rst 4.30)."""
+        cdef kvm_clock_data clock
+        memset(&clock, 0, sizeof(clock))
+        clock.clock = nanoseconds
+        self.ioctl(KVM_SET_CLOCK, &clock, "set the clock")
+
+
 cdef class Vcpu(VcpuBase):
     """A vCPU with x86_64 registers. Set and get them only before `start`, while paused, or after the end."""
 
@@ -43,6 +175,33 @@ cdef class Vcpu(VcpuBase):
 
     def __cinit__(self, int fd, int index, size_t run_size, size_t xsave_size=4096):
         self.xsave_size = xsave_size
+
+    # -- exits ---------------------------------------------------------------------------------------------------
+
+    cdef bint handle_own(self, uint32_t reason, int *action) noexcept nogil:
+        if reason != KVM_EXIT_IO:
+            return False
+        action[0] = self.handle_pio()
+        return True
+
+    cdef int handle_pio(self) noexcept nogil:
+        # A string instruction (rep outsb) delivers `count` items of `size` bytes at once.
+        cdef kvm_run *run = self.run
+        cdef uint32_t count = run.io.count, size = run.io.size
+        cdef bint is_write = run.io.direction == KVM_EXIT_IO_OUT
+        cdef uint8_t *data = <uint8_t *> run + run.io.data_offset
+        cdef int action
+        if is_write:
+            self.counts.pio_out += 1
+        else:
+            self.counts.pio_in += 1
+        while count > 0:
+            action = self.pio.access(&self.pio_reader, run.io.port, data, size, is_write)
+            if action != BUS_CONTINUE:
+                return action
+            data += size
+            count -= 1
+        return BUS_CONTINUE
 
     # -- edited by the boot code ---------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from crackle.arch import LoadedKernel, build_cmdline, configure_system, enter_kernel, load_initrd, load_kernel
+from crackle.arch import platform
 from crackle.errors import ConfigError, os_reason
 from crackle.memory import GuestMemory, huge_pages_missing
 from crackle.vmm.devices import is_read_only, kind_of_drive
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from crackle.arch import LoadedKernel
     from crackle.schema.config import VmConfig
     from crackle.schema.drive import Drive
     from crackle.vmm.devices import Held
@@ -62,7 +63,7 @@ def _furnish(
     """Add the devices and the kernel."""
     if options.logger is not None and (why := huge_pages_missing(machine.memory.backing)):
         options.logger.warning(f"Guest memory gets no transparent huge pages: {why}.")
-    machine.add_legacy_devices(_console_output(machine, config, options))
+    machine.add_board(_console_output(machine, config, options))
     root: Drive | None = None
     read_only = False
     for drive in config.drives:
@@ -78,23 +79,22 @@ def _furnish(
     for index, custom in enumerate(options.devices):
         machine.add_custom(f"{type(custom).__name__.lower()}{index}", custom)
     kernel, initrd = _load(machine.memory, config, held)
-    cmdline = build_cmdline(
+    cmdline = platform.build_cmdline(
         config.boot_source.boot_args,
         root=root is not None,
         partuuid=None if root is None else root.partuuid,
         read_only=read_only,
         devices=machine.device_infos,
     )
-    configure_system(
+    platform.describe(
         machine.memory,
         kernel=kernel,
         cmdline=cmdline,
         initrd=initrd,
         vcpu_count=len(machine.vcpus),
         devices=machine.device_infos,
-        sleep_port=machine.sleep_port,
     )
-    enter_kernel(machine.vcpus[0], kernel)
+    platform.enter_kernel(machine.vcpus[0], kernel)
 
 
 def _console_output(machine: Machine, config: VmConfig, options: BuildOptions) -> int:
@@ -118,11 +118,11 @@ def _load(
 ) -> tuple[LoadedKernel, tuple[int, int] | None]:
     source = config.boot_source
     with _BootFile(held, source.kernel_image_path, "kernel") as fd:
-        kernel = load_kernel(memory, fd)
+        kernel = platform.load_kernel(memory, fd)
     if source.initrd_path is None:
         return kernel, None
     with _BootFile(held, source.initrd_path, "initrd") as fd:
-        return kernel, load_initrd(memory, fd, kernel)
+        return kernel, platform.load_initrd(memory, fd, kernel)
 
 
 class _BootFile:

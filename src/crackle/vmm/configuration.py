@@ -364,11 +364,11 @@ def _is_link_local(address: str) -> bool:
 
 def _check_boot_args(text: str) -> None:
     """What Firecracker refuses at once; the rest is the builder's."""
-    from crackle.arch import layout
+    from crackle.arch import platform
 
     size = len(text.strip().encode(errors="surrogatepass"))
-    if size >= layout.CMDLINE_MAX_SIZE:
+    if size >= platform.CMDLINE_MAX_SIZE:
         raise ConfigError(
             f"The kernel command line is invalid: Invalid cmdline capacity provided. It has {size} bytes, "
-            f"{layout.CMDLINE_MAX_SIZE - 1} is the most."
+            f"{platform.CMDLINE_MAX_SIZE - 1} is the most."
         )

@@ -10,12 +10,7 @@ from _thread import RLock, get_ident
 
 import msgspec
 
-from crackle.arch import DeviceInfo, layout
-from crackle.devices.boot_timer import SIZE as BOOT_TIMER_SIZE
-from crackle.devices.boot_timer import BootTimer
-from crackle.devices.i8042 import I8042
-from crackle.devices.power import SleepControl
-from crackle.devices.pvpanic import PvPanic
+from crackle.arch import DeviceInfo, platform
 from crackle.devices.serial import Serial
 from crackle.errors import ConfigError, CrackleError, StateError
 from crackle.kvm import Bus
@@ -33,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from crackle.arch import Board
     from crackle.kvm import Vcpu
     from crackle.mmds.service import Mmds
     from crackle.mmds.store import Store
@@ -104,14 +100,9 @@ class Machine:
         self.transports: dict[tuple[str, str], MmioTransport] = {}
         self.mmds: Mmds | None = None
         self.serial = Serial()
-        self.i8042 = I8042()
-        report = _untold if options.logger is None else options.logger.error
-        self.pvpanic = PvPanic(report, ends=options.ends_on_panic)
-        self.boot_timer: BootTimer | None = None
-        self.sleep_port = layout.SLEEP_PORT
+        self.board: Board | None = None
         self._options = options
         self._fds: list[int] = []
-        self._power_fd = -1
         self._paused = False
         self._ended: ExitStatus | None = None
         self._stopping = RLock()
@@ -131,26 +122,24 @@ class Machine:
     def _eventfd(self) -> int:
         return self.own_fd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
 
-    def _interrupt(self, gsi: int) -> int:
+    def interrupt(self, line: int) -> int:
+        """An eventfd that raises interrupt `line`; the machine closes it."""
         fd = self._eventfd()
-        self.vm.irqfd(fd, gsi)
+        self.vm.irqfd(fd, line)
         return fd
 
-    def add_legacy_devices(self, console_out: int) -> None:
-        """Serial console, keyboard controller, sleep registers, power button and, if asked for, the boot timer."""
+    def add_board(self, console_out: int) -> None:
+        """Attach what the platform has whatever is configured: console, power, and if asked for the boot timer."""
         options = self._options
-        self.serial = Serial(
-            options.console_in, console_out, self._interrupt(layout.GSI_COM1), options.console_waits
+        self.board = platform.make_board(
+            self,
+            console=(options.console_in, console_out),
+            console_waits=options.console_waits,
+            ends_on_panic=options.ends_on_panic,
+            report=_untold if options.logger is None else options.logger.error,
+            report_boot_time=_boot_time_reporter(options.logger) if options.boot_timer else None,
         )
-        self.serial.attach(self.pio, layout.COM1_PORT, self.io)
-        self.i8042 = I8042(self._interrupt(layout.GSI_KEYBOARD))
-        self.pio.attach_python(layout.I8042_PORT, layout.I8042_PORT_COUNT, self.i8042)
-        self.pio.attach_python(self.sleep_port, layout.SLEEP_PORT_COUNT, SleepControl(layout.S5_SLEEP_TYPE))
-        self.pio.attach_python(layout.PVPANIC_PORT, layout.PVPANIC_PORT_COUNT, self.pvpanic)
-        self._power_fd = self._interrupt(layout.GSI_POWER)
-        if self._options.boot_timer:
-            self.boot_timer = BootTimer(_boot_time_reporter(self._options.logger))
-            self.mmio.attach_python(layout.BOOT_TIMER_ADDR, BOOT_TIMER_SIZE, self.boot_timer)
+        self.serial = self.board.serial
 
     def add(self, kind: str, identifier: str, resource: Any, held: Held | None = None) -> None:
         """Make a virtio device of a kind out of the registry, and attach it. ConfigError when it cannot be had."""
@@ -227,8 +216,8 @@ class Machine:
 
     def start(self) -> None:
         """Run the guest."""
-        if self.boot_timer is not None:
-            self.boot_timer.start()
+        if self.board is not None:
+            self.board.start()
         for io in self._io_threads():
             io.start()
         if self.mmds is not None:
@@ -271,13 +260,11 @@ class Machine:
 
     def send_ctrl_alt_del(self) -> None:
         """Press Ctrl-Alt-Del on the guest's keyboard."""
-        self._check_alive()
-        self.i8042.send_ctrl_alt_del()
+        self._alive_board().send_ctrl_alt_del()
 
     def press_power_button(self) -> None:
         """Press the ACPI power button: a guest with ACPI shuts down as its init is set up to."""
-        self._check_alive()
-        os.eventfd_write(self._power_fd, 1)
+        self._alive_board().press_power_button()
 
     def update(self, kind: str, identifier: str, resource: Any, held: Held | None = None) -> None:
         """Change a device while the guest runs, as the registry says; held: what is open for it already.
@@ -290,6 +277,11 @@ class Machine:
         if device is None or update is None:
             raise ConfigError(f"there is no {kind} device {identifier!r} that can be changed")
         update(device, resource, *(() if held is None else (held,)))
+
+    def _alive_board(self) -> Board:
+        self._check_alive()
+        assert self.board is not None, "a built machine has one"
+        return self.board
 
     def _check_alive(self) -> None:
         if self._stopped:
@@ -320,7 +312,7 @@ class Machine:
     @property
     def panicked(self) -> bool:
         """Whether the guest's kernel has said that it panicked: its end, now or later, is no good one."""
-        return self.pvpanic.panicked
+        return self.board is not None and self.board.panicked
 
     def exit_status(self) -> ExitStatus | None:
         """Why the guest ended, or None while it has not. A failure outweighs a clean end on another vCPU.
@@ -424,9 +416,9 @@ class Machine:
                 "exit_mmio_write": sum(e["mmio_write"] for e in exits),
                 "failures": sum(vcpu.failure is not None for vcpu in self.vcpus),
             },
-            "uart": _counters(self.serial, _UART),
-            "i8042": _counters(self.i8042, _I8042),
         }
+        if self.board is not None:
+            tree.update(self.board.counters())
         if self.mmds is not None:
             tree["mmds"] = self.mmds.counters()
         for (kind, identifier), device in self.devices.items():
@@ -436,17 +428,6 @@ class Machine:
 
 def _untold(_message: str) -> None:
     """Where nothing is logged."""
-
-
-_UART = ("error_count", "flush_count", "missed_read_count", "missed_write_count", "read_count", "write_count")
-_I8042 = (
-    "error_count",
-    "missed_read_count",
-    "missed_write_count",
-    "read_count",
-    "reset_count",
-    "write_count",
-)
 
 
 def _boot_time_reporter(logger: Logger | None) -> Callable[[int, int], None]:
@@ -463,7 +444,3 @@ def _boot_time_reporter(logger: Logger | None) -> Callable[[int, int], None]:
             )
 
     return report
-
-
-def _counters(device: object, names: tuple[str, ...]) -> dict[str, int]:
-    return {name: getattr(device, name) for name in names}

@@ -6,7 +6,7 @@ device has; each device gets one of its own as long as there are any, and then o
 
 from __future__ import annotations
 
-from crackle.arch import layout
+from crackle.arch import platform
 from crackle.errors import ConfigError
 from crackle.kvm.line import Line
 
@@ -88,8 +88,7 @@ class Places:
     """What a machine's devices are given: `windows`, `lines`, and `routes`: numbers of message-signalled interrupts."""
 
     def __init__(self) -> None:
-        self.windows = Pool(
-            "devices", layout.VIRTIO_MMIO_START, layout.VIRTIO_MMIO_LAST, layout.MMIO_WINDOW_SIZE
-        )
-        self.lines = Lines(layout.GSI_FIRST, layout.GSI_LAST)
-        self.routes = Pool("message-signalled interrupts", layout.GSI_MSI_FIRST, layout.GSI_MSI_LAST)
+        windows, lines, routes = platform.DEVICE_WINDOWS, platform.DEVICE_LINES, platform.DEVICE_ROUTES
+        self.windows = Pool("devices", windows[0], windows[-1], windows.step)
+        self.lines = Lines(lines[0], lines[-1])
+        self.routes = Pool("message-signalled interrupts", routes[0], routes[-1])

@@ -10,7 +10,7 @@ from _thread import allocate_lock
 
 import msgspec
 
-from crackle.arch import layout, memory_layout, prepare_vcpu
+from crackle.arch import platform
 from crackle.errors import ConfigError, KvmError
 from crackle.kvm import Kvm, Vcpu, Vm
 from crackle.memory import GuestMemory
@@ -103,7 +103,7 @@ def prepare(config: MachineConfig, shared: bool = False) -> Shell:
 
 def _make(config: MachineConfig, shared: bool, parts: Parts) -> None:
     backing = (_SHARED_BACKINGS if shared else _BACKINGS)[config.huge_pages]
-    parts.memory = memory = GuestMemory(memory_layout(config.mem_size_mib << 20), backing=backing)
+    parts.memory = memory = GuestMemory(platform.memory_layout(config.mem_size_mib << 20), backing=backing)
     try:
         parts.kvm = kvm = Kvm()
     except KvmError as error:
@@ -113,21 +113,9 @@ def _make(config: MachineConfig, shared: bool, parts: Parts) -> None:
     if missing:
         raise ConfigError(f"this host's KVM lacks {', '.join(missing)}; `crackle doctor` tells more")
     parts.vm = vm = kvm.create_vm()
-    vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP_ADDRESS)
-    vm.set_tss_addr(layout.KVM_TSS_ADDRESS)
-    vm.create_irqchip()
-    vm.create_pit2()
+    platform.create_chips(vm)
     for index in range(config.vcpu_count):
         parts.vcpus.append(vm.create_vcpu(index))
-    cpuid, msrs = kvm.supported_cpuid(), frozenset(kvm.msr_index_list())
-    for index, vcpu in enumerate(parts.vcpus):
-        prepare_vcpu(
-            vcpu,
-            index=index,
-            count=config.vcpu_count,
-            smt=config.smt,
-            supported_cpuid=cpuid,
-            supported_msrs=msrs,
-        )
+    platform.prepare_vcpus(kvm, parts.vcpus, smt=config.smt)
     memory.track_dirty(config.track_dirty_pages)
     parts.slots = MemorySlots(vm, memory, log_dirty_pages=config.track_dirty_pages)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import msgspec
-
+from crackle.arch.interface import DeviceInfo
 from crackle.arch.x86_64 import acpi, boot, cpuid, layout, mptable, msr, registers
 from crackle.arch.x86_64.cmdline import Cmdline
 from crackle.arch.x86_64.cmdline import build as build_cmdline
@@ -36,17 +35,6 @@ __all__ = [
     "memory_layout",
     "prepare_vcpu",
 ]
-
-
-class DeviceInfo(msgspec.Struct, frozen=True):
-    """Where the guest finds a device: a window of `size` bytes at guest physical `address`, and its
-    interrupt.
-    """
-
-    address: int
-    size: int
-    gsi: int
-    kind: str = "virtio-mmio"
 
 
 def configure_system(

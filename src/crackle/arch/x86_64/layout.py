@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 from crackle.errors import ConfigError
+from crackle.schema.machine import MAX_VCPUS as MAX_VCPUS
 
 PAGE_SIZE = 0x1000
 
@@ -97,8 +98,6 @@ PVPANIC_PORT_COUNT = 1
 """Where QEMU's ISA device is; the guest learns of it from the ACPI tables."""
 S5_SLEEP_TYPE = 5
 """What the guest writes to SLP_TYP (bits 4:2 of the sleep control register) with SLP_EN (bit 5) to be switched off."""
-
-MAX_VCPUS = 32
 
 
 def memory_layout(size: int) -> list[tuple[int, int]]:

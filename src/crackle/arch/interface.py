@@ -1,0 +1,148 @@
+"""What one architecture does for the rest: the names that `crackle.arch.<machine>.platform` offers.
+
+`vmm` speaks to no architecture but through these. A new one is a folder here with a `platform` module, and a file in
+`kvm`; nothing in `vmm` changes.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any, Protocol
+
+    from crackle.devices.serial import Serial
+    from crackle.kvm import Bus, Kvm, Vcpu, Vm
+    from crackle.memory import GuestMemory
+    from crackle.runtime.iothread import IoThread
+
+    class Host(Protocol):
+        """What a board is plugged into: the machine, as far as it concerns it."""
+
+        @property
+        def pio(self) -> Bus: ...
+        @property
+        def mmio(self) -> Bus: ...
+        @property
+        def io(self) -> IoThread: ...
+        def interrupt(self, line: int) -> int:
+            """An eventfd that raises the interrupt line; the machine closes it."""
+
+    class Board(Protocol):
+        """The devices that are there whatever is configured: console, resets, power, and what tells of a panic."""
+
+        @property
+        def serial(self) -> Serial: ...
+        @property
+        def panicked(self) -> bool:
+            """Whether the guest's kernel has said that it panicked."""
+
+        def start(self) -> None:
+            """The guest begins now."""
+
+        def send_ctrl_alt_del(self) -> None:
+            """ConfigError where there is no keyboard."""
+
+        def press_power_button(self) -> None: ...
+        def counters(self) -> dict[str, dict[str, int]]:
+            """What the devices have counted, by section of the metrics."""
+
+        def save(self) -> Any:
+            """The devices' state, a Struct; the machine is paused."""
+
+        def restore(self, state: Any) -> None:
+            """The reverse of `save`, before the vCPUs run."""
+
+    # A kernel in guest memory, which only the platform that loaded it knows to describe and to enter.
+    LoadedKernel = Any
+
+    class Platform(Protocol):
+        """One architecture. Sizes and addresses are in bytes; `initrd` is (guest physical address, bytes)."""
+
+        CMDLINE_MAX_SIZE: int
+        """Bytes of the kernel command line, its terminating NUL included."""
+
+        DEVICE_WINDOWS: range
+        """Guest physical addresses for the windows of devices, in steps of the smallest window."""
+
+        DEVICE_LINES: range
+        """Interrupt lines for devices."""
+
+        DEVICE_ROUTES: range
+        """Numbers for message-signalled interrupts."""
+
+        def memory_layout(self, size: int) -> list[tuple[int, int]]:
+            """Where so much RAM goes: (guest physical address, bytes). ConfigError when it does not fit."""
+
+        def create_chips(self, vm: Vm) -> None:
+            """Interrupt controllers and timers in the kernel, before the first vCPU."""
+
+        def prepare_vcpus(self, kvm: Kvm, vcpus: Sequence[Vcpu], *, smt: bool) -> None:
+            """Give the vCPUs all of their state that needs no kernel yet. smt: two to a core."""
+
+        def make_board(
+            self,
+            host: Host,
+            *,
+            console: tuple[int, int],
+            console_waits: bool,
+            ends_on_panic: bool,
+            report: Callable[[str], None],
+            report_boot_time: Callable[[int, int], None] | None,
+        ) -> Board:
+            """Attach the board's devices. console: descriptors of its input and output. report: takes what is to be
+            logged. report_boot_time: takes wall and CPU microseconds; None for no boot timer.
+            """
+
+        def load_kernel(self, memory: GuestMemory, kernel_fd: int) -> LoadedKernel: ...
+        def load_initrd(
+            self, memory: GuestMemory, initrd_fd: int, kernel: LoadedKernel
+        ) -> tuple[int, int]: ...
+        def build_cmdline(
+            self,
+            boot_args: str | None,
+            *,
+            root: bool,
+            partuuid: str | None,
+            read_only: bool,
+            devices: Sequence[DeviceInfo],
+        ) -> bytes:
+            """The kernel command line without its NUL."""
+
+        def describe(
+            self,
+            memory: GuestMemory,
+            *,
+            kernel: LoadedKernel,
+            cmdline: bytes,
+            initrd: tuple[int, int] | None,
+            vcpu_count: int,
+            devices: Sequence[DeviceInfo],
+        ) -> None:
+            """Write to guest memory what the kernel finds out about its machine."""
+
+        def enter_kernel(self, vcpu: Vcpu, kernel: LoadedKernel) -> None:
+            """Have the boot vCPU begin at the kernel's first instruction."""
+
+        def save_vm(self, vm: Vm) -> Any:
+            """The state of the chips, a Struct; all vCPUs are paused."""
+
+        def restore_vm(self, vm: Vm, state: Any) -> None:
+            """The reverse, when chips and vCPUs are there; before the vCPUs' own state."""
+
+        def save_vcpu(self, kvm: Kvm, vcpu: Vcpu) -> Any:
+            """A paused vCPU's state, a Struct."""
+
+        def restore_vcpu(self, vcpu: Vcpu, state: Any) -> None:
+            """The reverse, before the vCPU runs."""
+
+
+class DeviceInfo(msgspec.Struct, frozen=True):
+    """Where the guest finds a device: a window of `size` bytes at guest physical `address`, and its interrupt."""
+
+    address: int
+    size: int
+    gsi: int
+    kind: str = "virtio-mmio"

@@ -1,0 +1,102 @@
+"""The board of an x86_64 microVM: what of a PC a kernel needs beside virtio, at a PC's ports and interrupts."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from crackle.arch.x86_64 import layout
+from crackle.devices.boot_timer import SIZE as BOOT_TIMER_SIZE
+from crackle.devices.boot_timer import BootTimer
+from crackle.devices.i8042 import I8042
+from crackle.devices.power import SleepControl
+from crackle.devices.pvpanic import PvPanic
+from crackle.devices.serial import Serial
+from crackle.devices.state import I8042State, PvPanicState, SerialState
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from crackle.arch.interface import Host
+
+_UART = ("error_count", "flush_count", "missed_read_count", "missed_write_count", "read_count", "write_count")
+_I8042 = (
+    "error_count",
+    "missed_read_count",
+    "missed_write_count",
+    "read_count",
+    "reset_count",
+    "write_count",
+)
+
+
+class BoardState(msgspec.Struct, frozen=True, kw_only=True):
+    """What the board saves in a snapshot. The sleep registers and the boot timer hold nothing."""
+
+    serial: SerialState
+    i8042: I8042State
+    pvpanic: PvPanicState
+
+
+class Board:
+    """Serial console, keyboard controller, sleep registers, power button, pvpanic and, if asked for, the boot timer."""
+
+    def __init__(
+        self,
+        host: Host,
+        *,
+        console: tuple[int, int],
+        console_waits: bool,
+        ends_on_panic: bool,
+        report: Callable[[str], None],
+        report_boot_time: Callable[[int, int], None] | None,
+    ) -> None:
+        self.serial = Serial(*console, host.interrupt(layout.GSI_COM1), console_waits)
+        self.serial.attach(host.pio, layout.COM1_PORT, host.io)
+        self.i8042 = I8042(host.interrupt(layout.GSI_KEYBOARD))
+        host.pio.attach_python(layout.I8042_PORT, layout.I8042_PORT_COUNT, self.i8042)
+        host.pio.attach_python(layout.SLEEP_PORT, layout.SLEEP_PORT_COUNT, SleepControl(layout.S5_SLEEP_TYPE))
+        self.pvpanic = PvPanic(report, ends=ends_on_panic)
+        host.pio.attach_python(layout.PVPANIC_PORT, layout.PVPANIC_PORT_COUNT, self.pvpanic)
+        self._power_fd = host.interrupt(layout.GSI_POWER)
+        self._boot_timer: BootTimer | None = None
+        if report_boot_time is not None:
+            self._boot_timer = BootTimer(report_boot_time)
+            host.mmio.attach_python(layout.BOOT_TIMER_ADDR, BOOT_TIMER_SIZE, self._boot_timer)
+
+    @property
+    def panicked(self) -> bool:
+        """Whether the guest's kernel has said that it panicked."""
+        return self.pvpanic.panicked
+
+    def start(self) -> None:
+        """The guest begins now."""
+        if self._boot_timer is not None:
+            self._boot_timer.start()
+
+    def send_ctrl_alt_del(self) -> None:
+        """Press Ctrl-Alt-Del on the guest's keyboard."""
+        self.i8042.send_ctrl_alt_del()
+
+    def press_power_button(self) -> None:
+        """Raise the interrupt of the ACPI event device."""
+        os.eventfd_write(self._power_fd, 1)
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """What the devices have counted, by section of the metrics."""
+        return {
+            "uart": {name: getattr(self.serial, name) for name in _UART},
+            "i8042": {name: getattr(self.i8042, name) for name in _I8042},
+        }
+
+    def save(self) -> BoardState:
+        """The machine is paused."""
+        return BoardState(serial=self.serial.save(), i8042=self.i8042.save(), pvpanic=self.pvpanic.save())
+
+    def restore(self, state: BoardState) -> None:
+        """The reverse of `save`, before the vCPUs run."""
+        self.serial.restore(state.serial)
+        self.i8042.restore(state.i8042)
+        self.pvpanic.restore(state.pvpanic)

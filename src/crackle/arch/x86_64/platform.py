@@ -1,0 +1,80 @@
+"""x86_64 as `crackle.arch.interface` wants it: a PC's chips, CPUID and MSRs, the board, the boot protocols."""
+
+from __future__ import annotations
+
+from crackle.arch.x86_64 import configure_system, enter_kernel, layout, prepare_vcpu
+from crackle.arch.x86_64.board import Board
+from crackle.arch.x86_64.cmdline import build as build_cmdline
+from crackle.arch.x86_64.kernel import load_initrd, load_kernel
+from crackle.arch.x86_64.layout import CMDLINE_MAX_SIZE, memory_layout
+from crackle.arch.x86_64.state import restore_vcpu, restore_vm, save_vcpu, save_vm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from crackle.arch.interface import DeviceInfo
+    from crackle.arch.x86_64.kernel import LoadedKernel
+    from crackle.kvm import Kvm, Vcpu, Vm
+    from crackle.memory import GuestMemory
+
+__all__ = [
+    "CMDLINE_MAX_SIZE",
+    "DEVICE_LINES",
+    "DEVICE_ROUTES",
+    "DEVICE_WINDOWS",
+    "build_cmdline",
+    "create_chips",
+    "describe",
+    "enter_kernel",
+    "load_initrd",
+    "load_kernel",
+    "make_board",
+    "memory_layout",
+    "prepare_vcpus",
+    "restore_vcpu",
+    "restore_vm",
+    "save_vcpu",
+    "save_vm",
+]
+
+DEVICE_WINDOWS = range(layout.VIRTIO_MMIO_START, layout.VIRTIO_MMIO_LAST + 1, layout.MMIO_WINDOW_SIZE)
+make_board = Board
+DEVICE_LINES = range(layout.GSI_FIRST, layout.GSI_LAST + 1)
+DEVICE_ROUTES = range(layout.GSI_MSI_FIRST, layout.GSI_MSI_LAST + 1)
+
+
+def create_chips(vm: Vm) -> None:
+    """The PICs, the IOAPIC and the PIT, and where KVM may keep what Intel's hosts need for real mode."""
+    vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP_ADDRESS)
+    vm.set_tss_addr(layout.KVM_TSS_ADDRESS)
+    vm.create_irqchip()
+    vm.create_pit2()
+
+
+def prepare_vcpus(kvm: Kvm, vcpus: Sequence[Vcpu], *, smt: bool) -> None:
+    """CPUID and MSRs for each, FPU and local APIC for the first."""
+    cpuid, msrs = kvm.supported_cpuid(), frozenset(kvm.msr_index_list())
+    for index, vcpu in enumerate(vcpus):
+        prepare_vcpu(vcpu, index=index, count=len(vcpus), smt=smt, supported_cpuid=cpuid, supported_msrs=msrs)
+
+
+def describe(
+    memory: GuestMemory,
+    *,
+    kernel: LoadedKernel,
+    cmdline: bytes,
+    initrd: tuple[int, int] | None,
+    vcpu_count: int,
+    devices: Sequence[DeviceInfo],
+) -> None:
+    """Command line, boot parameters, MP and ACPI tables, GDT and page tables."""
+    configure_system(
+        memory,
+        kernel=kernel,
+        cmdline=cmdline,
+        initrd=initrd,
+        vcpu_count=vcpu_count,
+        devices=devices,
+        sleep_port=layout.SLEEP_PORT,
+    )

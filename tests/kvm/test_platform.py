@@ -1,0 +1,138 @@
+"""What the platform makes, describes and saves of a machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from crackle.arch import platform
+from crackle.arch.x86_64.board import BoardState
+from crackle.arch.x86_64.state import VcpuState, VmState
+from crackle.kvm import Bus, Kvm
+from crackle.memory import GuestMemory
+from crackle.vmm.slots import MemorySlots
+
+CODE, SIZE, PORT = 0x1000, 0x10000, 0x80
+# again: inc ax; out 0x80, ax; jmp again
+COUNT = b"\x40\xe7\x80\xeb\xfb"
+
+
+class Counter:
+    """What the guest says it has counted to."""
+
+    def __init__(self) -> None:
+        self.values: list[int] = []
+        self.changed = threading.Condition()
+
+    def read(self, _offset: int, _size: int) -> int:
+        return 0
+
+    def write(self, _offset: int, _size: int, value: int) -> int:
+        with self.changed:
+            self.values.append(value)
+            self.changed.notify_all()
+        return 0
+
+    def wait(self, count: int) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.values) >= count, 30)
+
+
+class Guest:
+    """A VM as the shell makes it, in memory that outlives it."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.kvm = Kvm()
+        self.vm = self.kvm.create_vm()
+        platform.create_chips(self.vm)
+        self.vcpu = self.vm.create_vcpu(0)
+        self.slots = MemorySlots(self.vm, memory)
+        self.counter = Counter()
+        self.pio = Bus("pio")
+        self.pio.attach_python(PORT, 2, self.counter)
+
+    def enter(self) -> None:
+        platform.prepare_vcpus(self.kvm, [self.vcpu], smt=False)
+        sregs = self.vcpu.get_sregs()
+        sregs["cs"] = {**sregs["cs"], "base": 0, "selector": 0}
+        self.vcpu.set_sregs(sregs)
+        self.vcpu.set_regs({**dict.fromkeys(self.vcpu.get_regs(), 0), "rip": CODE, "rflags": 2, "rbx": 77})
+
+    def start(self) -> None:
+        self.vcpu.start(self.pio, Bus("mmio"))
+
+    def close(self) -> None:
+        self.vcpu.close()
+        self.vm.close()
+        self.kvm.close()
+
+
+def test_a_guest_goes_on_in_another_vm_where_it_was_saved() -> None:
+    with GuestMemory([(0, SIZE)]) as memory:
+        memory.write(CODE, COUNT)
+        first = Guest(memory)
+        try:
+            first.enter()
+            first.start()
+            first.counter.wait(100)
+            first.vcpu.pause()
+            last = first.counter.values[-1]
+            saved = platform.save_vm(first.vm), platform.save_vcpu(first.kvm, first.vcpu)
+        finally:
+            first.close()
+        # As a file would hold it.
+        chips = msgspec.msgpack.decode(msgspec.msgpack.encode(saved[0]), type=VmState)
+        cpu = msgspec.msgpack.decode(msgspec.msgpack.encode(saved[1]), type=VcpuState)
+        assert cpu.regs["rbx"] == 77
+        second = Guest(memory)
+        try:
+            platform.restore_vm(second.vm, chips)
+            platform.restore_vcpu(second.vcpu, cpu)
+            again = platform.save_vcpu(second.kvm, second.vcpu)
+            assert (again.regs, again.sregs, again.cpuid) == (cpu.regs, cpu.sregs, cpu.cpuid)
+            assert (again.lapic, again.xcrs, again.debugregs) == (cpu.lapic, cpu.xcrs, cpu.debugregs)
+            assert again.msrs.keys() == cpu.msrs.keys()
+            second.start()
+            second.counter.wait(3)
+            assert second.counter.values[:3] == [(last + i) & 0xFFFF for i in (1, 2, 3)]
+        finally:
+            second.close()
+
+
+def test_the_boards_devices_are_saved_and_restored(machine: Callable[..., Any]) -> None:
+    running = machine("echo").start()
+    running.wait_for("echo\n")
+    running.machine.pause()
+    state = running.machine.board.save()
+    copy = msgspec.msgpack.decode(msgspec.msgpack.encode(state), type=BoardState)
+    assert copy == state
+    other = machine("echo")
+    assert other.machine.board.save() != state
+    other.machine.board.restore(copy)
+    assert other.machine.board.save() == state
+
+
+def test_windows_and_lines_for_devices_are_apart_from_the_boards() -> None:
+    windows, lines = platform.DEVICE_WINDOWS, platform.DEVICE_LINES
+    assert windows[0] == 0xC000_1000
+    assert windows.step == 0x1000
+    assert len(windows) >= len(lines) == 19
+    for gpa, size in platform.memory_layout(5 << 30):
+        assert not set(range(gpa, gpa + size, windows.step)) & {windows[0], windows[-1]}
+
+
+@pytest.mark.parametrize("missing", ["parisc64", "sparc"])
+def test_another_processor_is_refused_in_a_sentence(missing: str) -> None:
+    script = (
+        f"import os\nos.uname = lambda: os.uname_result(('Linux', 'host', '6', '1', {missing!r}))\n"
+        "from crackle.errors import ConfigError\n"
+        "try:\n    import crackle.arch\nexcept ConfigError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
+    assert done.stdout == f"this host is {missing}; only x86_64 hosts are supported yet\n"
