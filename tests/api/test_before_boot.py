@@ -305,17 +305,30 @@ def test_a_vsock_device_is_configured_and_shown(vmm: Vmm, tmp_path) -> None:
     assert not os.path.exists(path)
 
 
+@pytest.mark.parametrize(("cid", "path"), [(0, "v"), (2, "v"), (0xFFFFFFFF, "v"), (3, "")])
+def test_what_firecracker_takes_for_a_vsock_device_is_taken(vmm: Vmm, cid: int, path: str, tmp_path) -> None:
+    path = path and str(tmp_path / path)
+    assert vmm.request("PUT", "/vsock", {"guest_cid": cid, "uds_path": path}).status == 204
+    assert vmm.request("GET", "/vm/config").json["vsock"] == {"guest_cid": cid, "uds_path": path}
+    assert ("reserved" if path else "no host program can connect") in vmm.log.read_text()
+
+
 @pytest.mark.parametrize(
     ("cid", "path", "fault"),
     [
-        (2, "v", "a guest's CID is 3 to 4294967294, not 2"),
-        (3, "/tmp/" + "x" * 103, "the path of a Unix socket has 1 to 107 bytes, this one has 108: /tmp/xxx"),
-        (3, "/none/v", "cannot listen on the Unix socket /none/v: No such file or directory"),
-        (3, "/dev/null", "cannot listen on the Unix socket /dev/null: Address already in use"),
+        (
+            3,
+            "/tmp/" + "x" * 103,
+            "path must be shorter than SUN_LEN: it may have 107 bytes, and has 108: /tmp/xxx",
+        ),
+        (3, "/none/v", "No such file or directory (os error 2): /none/v"),
+        (3, "/dev/null", "Address already in use (os error 98): /dev/null"),
+        (3, "a\0b", "paths must not contain interior null bytes: 'a\\x00b'"),
     ],
 )
 def test_a_vsock_device_that_cannot_be_had_is_refused(vmm: Vmm, cid: int, path: str, fault: str) -> None:
     answer = vmm.request("PUT", "/vsock", {"guest_cid": cid, "uds_path": path})
     assert answer.status == 400
-    assert answer.fault.startswith("Vsock config error: Cannot create backend for vsock device: " + fault)
+    problem = "Vsock config error: Cannot create backend for vsock device: Error binding to the host-side Unix socket: "
+    assert answer.fault.startswith(problem + fault)
     assert vmm.request("GET", "/vm/config").json["vsock"] is None

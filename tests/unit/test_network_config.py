@@ -150,6 +150,14 @@ def test_a_tap_that_did_not_exist_is_there_to_be_set_up_before_the_start(
     assert "fresh" in [link["ifname"] for link in namespace.show("link")]
 
 
+def test_an_interface_without_a_name_has_the_one_that_the_kernel_chooses(bench: Bench) -> None:
+    bench.put(host_dev_name="")
+    name = bench.interfaces[0]["host_dev_name"]
+    assert name.startswith("tap")
+    bench.put(iface_id="eth1", host_dev_name="odd\0name")
+    assert [interface["host_dev_name"] for interface in bench.interfaces] == [name, "odd"]
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

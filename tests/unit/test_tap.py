@@ -37,9 +37,7 @@ def test_what_cannot_be_opened_is_told_in_one_sentence(namespace: Namespace) -> 
         for bad, words in (
             (name, "busy .os error 16.*in use"),
             (bridge, "is no TAP"),
-            ("", "0 bytes"),
             ("a" * 16, "16 bytes"),
-            ("a\0b", "bytes"),
         ):
             with pytest.raises(ConfigError, match=words) as caught:
                 open_tap(bad)

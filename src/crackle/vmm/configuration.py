@@ -160,13 +160,19 @@ class Configuration:
                     if other.host_dev_name == interface.host_dev_name:
                         raise ConfigError(
                             "Open tap device failed: Error while creating ifreq structure: Device or resource busy "
-                            f"(os error {errno.EBUSY}). Invalid TUN/TAP Backend provided by {interface.host_dev_name}: "
+                            f"(os error {errno.EBUSY}). Invalid TUN/TAP Backend provided by {interface.host_dev_name}. "
+                            "Check our documentation on setting up the network devices. In short: "
                             f"it is in use by the interface {other.iface_id!r} of this microVM."
                         )
-                if at is None or interfaces[at].host_dev_name != interface.host_dev_name:
-                    self._hold("net", interface.iface_id, open_net(interface))
+                name = interface.host_dev_name
+                if at is None or interfaces[at].host_dev_name != name:
+                    tap = open_net(interface)
+                    self._hold("net", interface.iface_id, tap)
+                    # The kernel chooses one for who has none to give.
+                    name = tap.name
         complete: NetworkInterface = msgspec.structs.replace(
             interface,
+            host_dev_name=name,
             guest_mac=mac,
             rx_rate_limiter=rx_limiter,
             tx_rate_limiter=tx_limiter,
@@ -178,9 +184,15 @@ class Configuration:
 
     def put_vsock(self, vsock: Vsock) -> None:
         with context("Vsock config error: Cannot create backend for vsock device"):
-            from crackle.virtio.vsock.device import check
+            from crackle.virtio.vsock.device import check, is_reserved
 
             check(vsock.guest_cid, vsock.uds_path)
+        if is_reserved(vsock.guest_cid):
+            self._warn(
+                f"The vsock CID {vsock.guest_cid} is reserved: guests may refuse it. From 3 on they take any."
+            )
+        if not vsock.uds_path:
+            self._warn("The vsock device has no uds_path: no host program can connect to it.")
         # The device has one name only; clients of old versions still give it one.
         self.config.vsock = msgspec.structs.replace(vsock, vsock_id=msgspec.UNSET)
 

@@ -28,7 +28,8 @@ cdef class Tap:
 
     def __init__(self, str name not None):
         self.close()
-        self.fd, self.name = open_tap(name), name
+        self.fd = open_tap(name)
+        self.name = tap_name(self.fd)
 
     def __dealloc__(self):
         if self.fd >= 0:
@@ -72,16 +73,17 @@ cdef str _reason(int error, str name):
 def open_tap(str name):
     """Descriptor of the TAP `name`, not blocking, each frame with a `struct virtio_net_hdr_v1` of 12 bytes before it.
 
-    The TAP is made, to last until the descriptor is closed, when there is none and the process has CAP_NET_ADMIN.
+    An empty name lets the kernel choose one, and what follows a NUL does not count, as with Firecracker. The TAP is made, to
+    last until the descriptor is closed, when there is none and the process has CAP_NET_ADMIN.
     Raises ConfigError with one sentence.
     """
     cdef ifreq request
     cdef bytes encoded = os.fsencode(name)
     cdef int fd, error = 0, header = sizeof(virtio_net_hdr_v1)
-    if not 0 < len(encoded) < IFNAMSIZ or b"\0" in encoded:
+    if len(encoded) >= IFNAMSIZ:
         raise ConfigError(
-            f"Open tap device failed: Invalid interface name {name!r}: it has {len(encoded)} bytes, "
-            f"1 to {IFNAMSIZ - 1} are possible."
+            f"Open tap device failed: Invalid interface name: {name!r} has {len(encoded)} bytes, "
+            f"{IFNAMSIZ - 1} is the most."
         )
     try:
         fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -97,7 +99,8 @@ def open_tap(str name):
         # Firecracker's words first: clients look for them.
         raise ConfigError(
             f"Open tap device failed: Error while creating ifreq structure: {os.strerror(error)} (os error {error}). "
-            f"Invalid TUN/TAP Backend provided by {name}: {_reason(error, name)}."
+            f"Invalid TUN/TAP Backend provided by {name}. Check our documentation on setting up the network devices. "
+            f"In short: {_reason(error, name)}."
         )
     return fd
 

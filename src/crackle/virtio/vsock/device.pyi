@@ -4,6 +4,7 @@ from crackle.virtio.vsock.host import HostSockets
 from crackle.virtio.vsock.mux import Multiplexer
 from crackle.virtio.vsock.streams import Streams
 
+def is_reserved(cid: int) -> bool: ...
 def check(cid: int, uds_path: str) -> None: ...
 
 class Vsock(VirtioDevice):

@@ -54,8 +54,13 @@ cdef enum:
 
 
 cdef check_cid(cid):
-    if not FIRST_GUEST_CID <= cid < 0xffffffff:
-        raise ConfigError(f"a guest's CID is {FIRST_GUEST_CID} to {0xfffffffe}, not {cid}")
+    if not 0 <= cid <= 0xffffffff:
+        raise ConfigError(f"a guest's CID is a number of 32 bits, not {cid}")
+
+
+def is_reserved(cid):
+    """Whether a guest's driver may refuse to have this one, which is somebody else's or nobody's (5.10.4)."""
+    return not FIRST_GUEST_CID <= cid < 0xffffffff
 
 
 def check(cid, str uds_path not None):
@@ -65,7 +70,7 @@ def check(cid, str uds_path not None):
 
 
 cdef class Vsock(VirtioDevice):
-    """Streams for the guest with context identifier `cid`, 3 to 2^32 - 2; host programs connect to the socket `uds_path`.
+    """Streams for the guest with context identifier `cid`, 3 to 2^32 - 2 as a rule; host programs connect to the socket `uds_path`.
 
     last_port: of the ports given to host programs before, from a saved state, or 0. Raises ConfigError when the socket
     cannot be made.

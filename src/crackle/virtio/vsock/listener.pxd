@@ -20,6 +20,7 @@ cdef class Listener:
     cdef tuple identity             # device and inode of the socket's file
 
     cdef set_address(self, bytes path)
+    cdef refused(self)
     cdef bint address_of_port(self, uint32_t port, sockaddr_un *found) noexcept nogil
     cdef bint watch(self, int epoll_fd, uint64_t name) noexcept nogil
     cdef void look_away(self, int epoll_fd, uint64_t again) noexcept nogil

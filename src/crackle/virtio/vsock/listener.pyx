@@ -20,6 +20,9 @@ from crackle.errors import ConfigError
 cdef enum:
     BACKLOG = 1024
 
+# Firecracker's words: clients look for them.
+PROBLEM = "Error binding to the host-side Unix socket"
+
 
 cdef bint is_space(char x) noexcept nogil:
     return x == c' ' or x == c'\t' or x == c'\r'
@@ -48,7 +51,7 @@ cdef bint parse_greeting(const char *line, size_t size, uint32_t *port) noexcept
 
 
 cdef class Listener:
-    """Listens at `path`, where nothing may be. ConfigError when it cannot."""
+    """Listens at `path`, where nothing may be; at no place when it is empty. ConfigError when it cannot."""
 
     def __cinit__(self, *args):
         self.fd = -1
@@ -62,22 +65,28 @@ cdef class Listener:
         self.fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
         if self.fd < 0:
             raise ConfigError(f"cannot make the vsock device's descriptors: {strerror(errno).decode()}")
-        if bind(self.fd, <sockaddr *> &self.address, sizeof(self.address)) < 0:
-            raise ConfigError(f"cannot listen on the Unix socket {path}: {strerror(errno).decode()}")
-        status = os.stat(path)
-        self.identity = (status.st_dev, status.st_ino)
+        # Without a name the kernel gives it one, which nobody is told (unix(7), "Autobind").
+        size = sizeof(self.address) if path else sizeof(self.address.sun_family)
+        if bind(self.fd, <sockaddr *> &self.address, size) < 0:
+            raise self.refused()
+        if path:
+            status = os.stat(path)
+            self.identity = (status.st_dev, status.st_ino)
         if listen(self.fd, BACKLOG) < 0:
-            raise ConfigError(f"cannot listen on the Unix socket {path}: {strerror(errno).decode()}")
+            raise self.refused()
+
+    cdef refused(self):
+        return ConfigError(f"{PROBLEM}: {strerror(errno).decode()} (os error {errno}): {self.path}")
 
     cdef set_address(self, bytes path):
         memset(&self.address, 0, sizeof(self.address))
-        if not 0 < len(path) < <Py_ssize_t> sizeof(self.address.sun_path):
-            raise ConfigError(
-                f"the path of a Unix socket has 1 to {sizeof(self.address.sun_path) - 1} bytes, "
-                f"this one has {len(path)}: {self.path}"
-            )
         if b"\0" in path:
-            raise ConfigError(f"the path of a Unix socket holds no NUL character: {self.path!r}")
+            raise ConfigError(f"{PROBLEM}: paths must not contain interior null bytes: {self.path!r}")
+        if len(path) >= <Py_ssize_t> sizeof(self.address.sun_path):
+            raise ConfigError(
+                f"{PROBLEM}: path must be shorter than SUN_LEN: it may have {sizeof(self.address.sun_path) - 1} bytes, "
+                f"and has {len(path)}: {self.path}"
+            )
         self.address.sun_family = AF_UNIX
         self.path_length = len(path)
         memcpy(self.address.sun_path, <const char *> path, self.path_length)
