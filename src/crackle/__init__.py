@@ -5,7 +5,8 @@
     with MicroVM(kernel="vmlinux", rootfs="root.ext4") as vm:
         vm.console.expect("login:")
 
-Names are imported when first used: the VMM process, which needs none of them, starts in milliseconds.
+This is the one place to import public names from. They are imported when first used: the VMM process, which needs none
+of them, starts in milliseconds.
 """
 
 from __future__ import annotations
@@ -16,13 +17,23 @@ if TYPE_CHECKING:
     from crackle.errors import CrackleError as CrackleError
     from crackle.errors import GuestError as GuestError
     from crackle.errors import KvmError as KvmError
+    from crackle.errors import MemoryAccessError as MemoryAccessError
     from crackle.errors import StateError as StateError
+    from crackle.errors import TooLargeError as TooLargeError
+    from crackle.schema.config import VmConfig as VmConfig
     from crackle.schema.drive import Drive as Drive
     from crackle.schema.mmds import MmdsConfig as MmdsConfig
     from crackle.schema.net import NetworkInterface as NetworkInterface
+    from crackle.schema.rate_limiter import RateLimiter as RateLimiter
+    from crackle.schema.rate_limiter import TokenBucket as TokenBucket
     from crackle.schema.vsock import Vsock as Vsock
+    from crackle.telemetry.logger import Logger as Logger
+    from crackle.version import VERSION as __version__  # noqa: F401, N811
     from crackle.virtio.custom.base import VirtioDevice as VirtioDevice
+    from crackle.virtio.custom.device import Request as Request
+    from crackle.virtio.custom.device import RequestQueue as RequestQueue
     from crackle.vmm.console import Console as Console
+    from crackle.vmm.console import Match as Match
     from crackle.vmm.machine import ExitStatus as ExitStatus
     from crackle.vmm.microvm import MicroVM as MicroVM
 
@@ -34,12 +45,22 @@ _MODULE_OF = {
     "ExitStatus": "crackle.vmm.machine",
     "GuestError": "crackle.errors",
     "KvmError": "crackle.errors",
+    "Logger": "crackle.telemetry.logger",
+    "Match": "crackle.vmm.console",
+    "MemoryAccessError": "crackle.errors",
     "MicroVM": "crackle.vmm.microvm",
     "MmdsConfig": "crackle.schema.mmds",
     "NetworkInterface": "crackle.schema.net",
+    "RateLimiter": "crackle.schema.rate_limiter",
+    "Request": "crackle.virtio.custom.device",
+    "RequestQueue": "crackle.virtio.custom.device",
     "StateError": "crackle.errors",
+    "TokenBucket": "crackle.schema.rate_limiter",
+    "TooLargeError": "crackle.errors",
     "VirtioDevice": "crackle.virtio.custom.base",
+    "VmConfig": "crackle.schema.config",
     "Vsock": "crackle.schema.vsock",
+    "__version__": "crackle.version",
 }
 
 __all__ = [  # noqa: PLE0604  (the names are resolved by __getattr__)
@@ -51,6 +72,11 @@ def __getattr__(name: str) -> object:
     module = _MODULE_OF.get(name)
     if module is None:
         raise AttributeError(f"module 'crackle' has no attribute {name!r}")
-    value = getattr(__import__(module, fromlist=(name,)), name)
+    found = "VERSION" if name == "__version__" else name
+    value = getattr(__import__(module, fromlist=(found,)), found)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from crackle import MicroVM
-from crackle.errors import CrackleError, GuestError, StateError
+from crackle import CrackleError, GuestError, MicroVM, StateError
 
 
 @pytest.fixture
@@ -80,9 +81,136 @@ def test_what_is_not_allowed_now_says_so(make: Make) -> None:
         vm.start()
     vm.stop()
     vm.stop()
-    for call in (vm.start, vm.pause, vm.resume, vm.send_ctrl_alt_del, vm.metrics, vm.wait):
+    for call in (vm.start, vm.pause, vm.resume, vm.send_ctrl_alt_del, vm.press_power_button, vm.metrics):
         with pytest.raises(StateError, match=r"stopped|not running"):
             call()
+
+
+# -- the end ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_waiter_returns_when_the_microvm_is_stopped(make: Make) -> None:
+    vm = make("idle")
+    vm.start()
+    with ThreadPoolExecutor(4) as pool:
+        waiters = [pool.submit(vm.wait) for _ in range(4)]
+        vm.stop()
+        assert {waiter.result(timeout=20).reason for waiter in waiters} == {"stopped"}
+    assert vm.wait().reason == "stopped"
+    assert vm.wait(0).reason == "stopped"
+
+
+def test_asyncio_ends_with_a_waiter(make: Make) -> None:
+    vm = make("idle")
+
+    async def main() -> str:
+        vm.start()
+        waiter = asyncio.create_task(asyncio.to_thread(vm.wait))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(vm.stop)
+        return (await waiter).reason
+
+    assert asyncio.run(main()) == "stopped"
+
+
+def test_the_exit_status_is_known_without_waiting(make: Make) -> None:
+    vm = make("echo")
+    assert vm.exit_status is None
+    vm.start()
+    vm.console.expect("echo\n", timeout=20)
+    assert vm.exit_status is None
+    vm.console.write("end\n")
+    vm.wait(20)
+    assert vm.exit_status is not None
+    assert vm.exit_status.reason == "reset"
+    vm.stop()
+    assert vm.exit_status.reason == "reset"
+
+
+def test_a_guest_that_has_ended_is_stopped(make: Make, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    vm = make("faults", "f=triple", drives=[disk])
+    vm.start()
+    with pytest.raises(GuestError, match="rip="):
+        vm.wait(20)
+    assert vm.state == "Stopped"
+    for call in (
+        vm.pause,
+        vm.resume,
+        vm.send_ctrl_alt_del,
+        vm.press_power_button,
+        lambda: vm.update_drive("drive0", disk),
+        lambda: vm.console.write("x"),
+    ):
+        with pytest.raises(StateError, match=r"triple fault.*rip=0x"):
+            call()
+    with pytest.raises(GuestError, match=r"triple fault.*rip=0x"):
+        vm.console.expect("never")
+    assert vm.metrics()["vcpu"]["failures"] == 1
+    vm.stop()
+    with pytest.raises(GuestError, match=r"triple fault.*rip=0x"):
+        vm.wait()
+
+
+@pytest.mark.parametrize(
+    ("heeds", "reason", "step"),
+    [("power", "shutdown", "power button"), ("keys", "reset", "Ctrl-Alt-Del"), ("", "stopped", "stop")],
+)
+def test_shutdown_asks_before_it_stops(make: Make, heeds: str, reason: str, step: str) -> None:
+    vm = make("heed", heeds)
+    vm.start()
+    vm.console.expect("heed\n", timeout=20)
+    status = vm.shutdown(2 if heeds != "power" else 60)
+    assert (status.reason, status.step, status.exit_code) == (reason, step, 0)
+    assert "power button\n" in vm.console.text
+    assert ("keys\n" in vm.console.text) is (heeds != "power")
+    assert vm.state == "Stopped"
+    assert vm.shutdown().reason == reason
+
+
+def test_shutdown_wakes_a_paused_guest(make: Make) -> None:
+    vm = make("heed", "power")
+    vm.start()
+    vm.console.expect("heed\n", timeout=20)
+    vm.pause()
+    assert vm.shutdown(60).step == "power button"
+
+
+def test_shutdown_of_one_that_has_ended_says_how(make: Make) -> None:
+    vm = make("hello")
+    vm.start()
+    vm.wait(20)
+    status = vm.shutdown()
+    assert (status.reason, status.step) == ("reset", None)
+
+
+def test_stop_waits_for_what_another_thread_has_begun(make: Make) -> None:
+    """Threads that pause, resume, ask and stop at once: each call succeeds whole or says that it is too late."""
+    for _ in range(10):
+        vm = make("idle", "tick=1000 beats=100")
+        vm.start()
+        strange: list[BaseException] = []
+
+        def run(call: Callable[[], object], vm: MicroVM = vm, strange: list[BaseException] = strange) -> None:
+            try:
+                while vm.state != "Stopped":
+                    call()
+            except StateError:
+                pass
+            except BaseException as error:
+                strange.append(error)
+
+        calls = (vm.pause, vm.resume, vm.metrics, lambda vm=vm: vm.config)
+        threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+        for thread in threads:
+            thread.start()
+        vm.console.expect("beat", timeout=20)
+        vm.stop()
+        for thread in threads:
+            thread.join(20)
+        assert not strange
+        assert not any(thread.is_alive() for thread in threads)
 
 
 def test_the_console_outlives_the_guest(make: Make) -> None:

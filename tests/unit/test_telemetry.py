@@ -139,7 +139,7 @@ def log(tmp_path: Path) -> Path:
 
 def logger_to(path: Path, **config: Any) -> Logger:
     logger = Logger("vm-1")
-    logger.configure(schema.LoggerConfig(log_path=str(path), **config))
+    logger.set(log_path=str(path), **config)
     return logger
 
 
@@ -176,7 +176,7 @@ def test_the_level_says_what_is_written(log: Path, level: str | None, count: int
 def test_a_level_that_does_not_exist_is_refused_and_nothing_changes(log: Path) -> None:
     logger = logger_to(log, level="Debug")
     with pytest.raises(ConfigError, match="'loud' is not a log level"):
-        logger.configure(schema.LoggerConfig(log_path=str(log) + "2", level="loud"))
+        logger.set(log_path=str(log) + "2", level="loud")
     assert logger.level == DEBUG
     assert not os.path.exists(str(log) + "2")
 
@@ -184,9 +184,9 @@ def test_a_level_that_does_not_exist_is_refused_and_nothing_changes(log: Path) -
 def test_a_line_shows_instance_and_thread_and_on_request_level_and_origin(log: Path) -> None:
     logger = logger_to(log)
     logger.info("plain")
-    logger.configure(schema.LoggerConfig(show_level=True))
+    logger.set(show_level=True)
     logger.warning("level")
-    logger.configure(schema.LoggerConfig(show_log_origin=True))
+    logger.set(show_log_origin=True)
     logger.error("origin")
     assert lines(log)[:2] == [("vm-1:main", "plain"), ("vm-1:main:WARN", "level")]
     where, _ = lines(log)[2]

@@ -10,8 +10,8 @@ from __future__ import annotations
 import msgspec
 
 from crackle import schema
-from crackle.errors import CrackleError
-from crackle.schema.codec import decode, explain
+from crackle.errors import ConfigError, CrackleError
+from crackle.schema.codec import check_id, decode, explain
 from crackle.vmm.commands import Command
 
 TYPE_CHECKING = False
@@ -181,7 +181,10 @@ def _unknown(method: str, first: str, key: str) -> str:
 def parse(route: Route, path_id: str, body: bytes) -> Request:
     """The command that a routed request asks for; raises RequestError."""
     if route.id_field is not None:
-        _check_id(path_id)
+        try:
+            check_id(path_id)
+        except ConfigError as error:
+            raise RequestError(str(error)) from None
     if route.body is None:
         return Request(Command(route.command, path_id if route.id_field is not None else None), route, False)
     resource = _decode_body(route, body)
@@ -207,13 +210,6 @@ def _decode_body(route: Route, body: bytes) -> Any:
             "An error occurred when deserializing the json body of a request: "
             f"{explain(error, resource_type, body)}."
         ) from None
-
-
-def _check_id(path_id: str) -> None:
-    if not path_id:
-        raise RequestError("The ID cannot be empty.")
-    if not all(character == "_" or character.isalnum() for character in path_id):
-        raise RequestError("API Resource IDs can only contain alphanumeric characters and underscores.")
 
 
 def _check_update(update: schema.MachineConfigUpdate) -> None:

@@ -6,13 +6,13 @@ Parsed by hand because a parser library costs 8 ms.
 from __future__ import annotations
 
 from crackle.errors import CrackleError
+from crackle.telemetry.logger import DEFAULT_INSTANCE_ID, instance_id_problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 DEFAULT_API_SOCK = "/run/firecracker.socket"
-DEFAULT_INSTANCE_ID = "anonymous-instance"
 
 # Name: what its value is called (None for a switch), default, help.
 OPTIONS: dict[str, tuple[str | None, str | None, str]] = {
@@ -118,14 +118,9 @@ def _check(options: Options) -> None:
         value = options.value(name)
         if value is not None and not (value.isascii() and value.isdecimal()):
             raise UsageError(f"The argument '{name}' takes a number, not '{value}'.")
-    instance_id = options.value("id") or ""
-    if not 1 <= len(instance_id) <= 64:
-        raise UsageError(
-            f"Invalid instance ID: it has {len(instance_id)} characters, from 1 to 64 are allowed."
-        )
-    for position, character in enumerate(instance_id):
-        if character != "-" and not character.isalnum():
-            raise UsageError(f"Invalid instance ID: invalid character ({character}) at position {position}.")
+    problem = instance_id_problem(options.value("id") or "")
+    if problem is not None:
+        raise UsageError(problem)
 
 
 def help_text() -> str:

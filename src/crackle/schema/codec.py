@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from crackle.errors import ConfigError
 from crackle.schema.net import MAC_PATTERN
 
 T = TypeVar("T")
@@ -43,6 +44,47 @@ def unknown_fields(data: bytes, resource: type[msgspec.Struct]) -> list[str]:
     """The keys of an object that decodes as a `resource`, one that ignores them, and are no fields of it."""
     given: dict[str, Any] = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
     return [name for name in given if name not in resource.__struct_encode_fields__]
+
+
+def validated(resource: T) -> T:
+    """A copy of `resource`, a Struct made in Python, as if it had come as JSON. ConfigError where that would fail."""
+    return made(type(resource), _plain(resource))
+
+
+def made(kind: type[T], fields: Any) -> T:
+    """The Struct of these fields, as if they had come as JSON. ConfigError where that would fail."""
+    plain = _plain(fields)
+    try:
+        value: T = msgspec.convert(plain, kind)
+    except msgspec.ValidationError as error:
+        try:
+            text = msgspec.json.encode(plain)
+        except (TypeError, ValueError, OverflowError):
+            text = b""
+        # There is no text that somebody wrote, so no place in it either.
+        raise ConfigError(f"{_phrase(error, kind, text)}.") from None
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """`value` with JSON's objects and arrays for Structs and sequences, whatever else is in them."""
+    if isinstance(value, msgspec.Struct):
+        names = zip(value.__struct_encode_fields__, value.__struct_fields__, strict=True)
+        fields = {encoded: getattr(value, name) for encoded, name in names}
+        return {name: _plain(field) for name, field in fields.items() if field is not msgspec.UNSET}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(field) for name, field in value.items()}
+    return value
+
+
+def check_id(identifier: str) -> None:
+    """ConfigError unless it can name a resource."""
+    if not identifier:
+        raise ConfigError("The ID cannot be empty.")
+    if not all(character == "_" or character.isalnum() for character in identifier):
+        raise ConfigError("API Resource IDs can only contain alphanumeric characters and underscores.")
 
 
 _NO_MAC = (

@@ -69,10 +69,6 @@ def updated(current: MachineConfig, update: MachineConfig | MachineConfigUpdate)
 def validate(machine: MachineConfig) -> None:
     """Raise ConfigError, with the value, unless ``machine`` is one that can exist."""
     count, size = machine.vcpu_count, machine.mem_size_mib
-    for what, value in (("number of vCPUs", count), ("memory size (MiB)", size)):
-        # The library's callers can give anything; a request's body has been checked.
-        if not isinstance(value, int):
-            raise ConfigError(f"The {what} must be a whole number: got {value!r}.")
     if not 1 <= count <= MAX_VCPUS or (machine.smt and count > 1 and count % 2):
         raise ConfigError(
             f"The number of vCPUs must be from 1 to {MAX_VCPUS}, and 1 or even with smt: got {count}"

@@ -13,10 +13,6 @@ import time
 from crackle.errors import ConfigError
 from crackle.telemetry.sink import Sink
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from crackle.schema import LoggerConfig
-
 DEFAULT_INSTANCE_ID = "anonymous-instance"
 
 OFF, ERROR, WARNING, INFO, DEBUG, TRACE = range(6)
@@ -38,6 +34,16 @@ def parse_level(text: str) -> int:
     if level is None:
         raise ConfigError(f"{text!r} is not a log level: use Off, Error, Warning, Info, Debug or Trace.")
     return level
+
+
+def instance_id_problem(instance_id: str) -> str | None:
+    """Why this cannot be the name of a microVM, or None."""
+    if not 1 <= len(instance_id) <= 64:
+        return f"Invalid instance ID: it has {len(instance_id)} characters, from 1 to 64 are allowed."
+    for position, character in enumerate(instance_id):
+        if character != "-" and not character.isalnum():
+            return f"Invalid instance ID: invalid character ({character}) at position {position}."
+    return None
 
 
 class Throttle:
@@ -94,10 +100,6 @@ class Logger:
         self._show_origin = False
         self._second = -1
         self._stamp = ""
-
-    def configure(self, config: LoggerConfig) -> None:
-        """:meth:`set` what ``config`` says. Raises ConfigError."""
-        self.set(config.log_path, config.level, config.show_level, config.show_log_origin, config.module)
 
     def set(
         self,

@@ -11,12 +11,9 @@ import re
 import select
 import threading
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from crackle.errors import ConfigError, CrackleError, StateError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 DEFAULT_LIMIT = 4 << 20
 """Bytes of output that a console keeps."""

@@ -174,7 +174,9 @@ class Controller:
 
     def _put_logger(self, config: LoggerConfig) -> None:
         with context("Logger error"):
-            self.logger.configure(config)
+            self.logger.set(
+                config.log_path, config.level, config.show_level, config.show_log_origin, config.module
+            )
         self.config.logger = config
 
     def _put_metrics(self, config: MetricsConfig) -> None:

@@ -69,11 +69,14 @@ class BuildOptions(msgspec.Struct, kw_only=True):
 class ExitStatus(msgspec.Struct, frozen=True):
     """Why the guest ended: "reset", "shutdown", "panic" (of a kernel that can tell), a failure, or "stopped",
     with a message that says more.
+
+    step: what `MicroVM.shutdown` had done when it ended: "power button", "Ctrl-Alt-Del" or "stop".
     """
 
     reason: str
     message: str
     exit_code: int
+    step: str | None = None
 
 
 class Machine:

@@ -1,4 +1,4 @@
-"""`MicroVM`: a virtual machine as a Python object, in this process.
+"""`MicroVM`: a virtual machine as a Python object, in this process. Public as `crackle.MicroVM`.
 
 A thin front of the `Controller`: every call is one of its commands, as an API request would be.
 """
@@ -6,39 +6,51 @@ A thin front of the `Controller`: every call is one of its commands, as an API r
 from __future__ import annotations
 
 import os
-import select
-import time
-from collections.abc import Mapping, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from crackle.errors import ConfigError, CrackleError, GuestError, StateError
+import msgspec
+
+from crackle.errors import CrackleError, GuestError, StateError
 from crackle.runtime.ownership import end_dropped, enrol
 from crackle.schema.boot import BootSource
-from crackle.schema.drive import Drive
-from crackle.schema.machine import MachineConfigUpdate
+from crackle.schema.config import VmConfig
+from crackle.schema.drive import Drive, DriveUpdate
+from crackle.schema.machine import HugePages, MachineConfig
 from crackle.schema.mmds import MmdsConfig
+from crackle.schema.net import NetworkInterface, NetworkInterfaceUpdate
+from crackle.schema.rate_limiter import RateLimiter
 from crackle.schema.vsock import Vsock
-from crackle.telemetry.logger import OFF, Logger
+from crackle.telemetry.logger import DEFAULT_INSTANCE_ID, OFF, Logger
+from crackle.virtio.custom.base import VirtioDevice
+from crackle.vmm.arguments import (
+    check_rest,
+    checked,
+    console_of,
+    devices_of,
+    document_of,
+    drives_of,
+    interfaces_of,
+    make,
+    path_of,
+)
 from crackle.vmm.builder import build
-from crackle.vmm.commands import Command
+from crackle.vmm.commands import ALLOWED, NOT_STARTED, PAUSED, STOPPED, Command
 from crackle.vmm.console import DEFAULT_LIMIT, Console
 from crackle.vmm.controller import DEFAULT_METADATA_LIMIT, Controller
-from crackle.vmm.machine import BuildOptions, Machine
+from crackle.vmm.machine import BuildOptions, ExitStatus, Machine
 from crackle.vmm.shell import Shell, prepare
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
-    from crackle.schema.config import VmConfig
-    from crackle.schema.machine import HugePages
-    from crackle.schema.net import NetworkInterface
-    from crackle.schema.rate_limiter import RateLimiter
-    from crackle.virtio.custom.base import VirtioDevice
     from crackle.vmm.devices import Held
-    from crackle.vmm.machine import ExitStatus
 
 DEFAULT_GUEST_CID = 3
 DEFAULT_BOOT_ARGS = "console=ttyS0 reboot=k panic=1 i8042.noaux i8042.nomux"
+DEFAULT_SHUTDOWN_TIMEOUT = 30.0
 
 
 class MicroVM:
@@ -52,7 +64,7 @@ class MicroVM:
     metadata: a JSON document that the guest finds at http://169.254.169.254 on every interface, opening a session first
     (MMDS version 2); `mmds`, a `MmdsConfig`, says so otherwise. Either is enough; `self.metadata` changes the document,
     which has at most `metadata_limit` bytes.
-    devices: virtio devices written in Python, subclasses of `crackle.VirtioDevice`.
+    devices: virtio devices written in Python, instances of subclasses of `crackle.VirtioDevice`.
     boot_args: the kernel command line; the default puts the console on the serial port.
     cpus: 1 to 32, two to a core with `smt`. memory: in MiB, backed as `huge_pages` says: "None", "Transparent", or "2M"
     out of those the host has reserved. track_dirty_pages: note which pages are written, for differential snapshots.
@@ -61,7 +73,14 @@ class MicroVM:
     logger: what the controller logs to; by default nothing is logged.
 
     As a context manager it starts the guest on entry and stops it on exit. Raises ConfigError when what is asked for
-    cannot be had, KvmError when the host cannot run it.
+    cannot be had, with the API's words, and KvmError when the host cannot run it.
+
+    Any thread may call. One lock lets their calls take turns; `wait`, `console`, `state` and `exit_status` are free of
+    it. A thread of the microVM itself (a method of a device written in Python) gets StateError from what would wait for
+    that thread, and where it would have to wait for another thread's turn.
+
+    One that is dropped while it runs is stopped, with a ResourceWarning; one that runs when the program ends is stopped
+    after the last non-daemon thread. In a forked child it is the parent's: every call raises StateError.
     """
 
     def __init__(
@@ -84,27 +103,58 @@ class MicroVM:
         smt: bool = False,
         huge_pages: HugePages = "None",
         track_dirty_pages: bool = False,
-        instance_id: str = "anonymous-instance",
+        instance_id: str = DEFAULT_INSTANCE_ID,
         console: tuple[int, int] | None = None,
         console_limit: int = DEFAULT_LIMIT,
         logger: Logger | None = None,
         profile: bool = False,
     ) -> None:
+        check_rest(instance_id, metadata_limit, logger, read_only=read_only, profile=profile)
+        machine = make(
+            MachineConfig,
+            vcpu_count=cpus,
+            mem_size_mib=memory,
+            smt=smt,
+            track_dirty_pages=track_dirty_pages,
+            huge_pages=huge_pages,
+        )
+        source = make(
+            BootSource,
+            kernel_image_path=path_of(kernel, "kernel"),
+            initrd_path=None if initrd is None else path_of(initrd, "initrd"),
+            boot_args=boot_args,
+        )
+        disks, cards = drives_of(rootfs, drives, read_only), interfaces_of(interfaces)
+        custom = devices_of(devices)
+        if vsock is not None:
+            if isinstance(vsock, Vsock):
+                vsock = checked(vsock)
+            else:
+                vsock = make(Vsock, guest_cid=DEFAULT_GUEST_CID, uds_path=path_of(vsock, "vsock"))
+        if metadata is not None:
+            metadata = document_of(metadata)
+            mmds = mmds or MmdsConfig([card.iface_id for card in cards], "V2")
+        if mmds is not None:
+            mmds = checked(mmds)
+        ends = (-1, -1) if console is None else console_of(console)
+
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._started: Machine | None = None
         self._console = Console(console_limit) if console is None else None
-        if console is None:
-            assert self._console is not None
-            console = (self._console.guest_in, self._console.guest_out)
-        self._options = BuildOptions(
-            console_in=console[0],
-            console_out=console[1],
+        if self._console is not None:
+            ends = (self._console.guest_in, self._console.guest_out)
+        options = BuildOptions(
+            console_in=ends[0],
+            console_out=ends[1],
             console_waits=True,
             ends_on_panic=True,
             logger=logger,
             profile=profile,
-            devices=tuple(devices),
+            devices=custom,
         )
         self._controller = Controller(
-            _Builder(self._options),
+            _Builder(options),
             prepare,
             instance_id=instance_id,
             logger=logger or Logger(instance_id, level=OFF),
@@ -112,54 +162,50 @@ class MicroVM:
         )
         enrol(self)
         try:
-            execute = self._controller.execute
-            machine = MachineConfigUpdate(cpus, memory, smt, None, track_dirty_pages, huge_pages)
-            execute(Command("put_machine", machine))
-            source = BootSource(os.fspath(kernel), None if initrd is None else os.fspath(initrd), boot_args)
-            execute(Command("put_boot_source", source))
-            for drive in _drives(rootfs, drives, read_only):
-                execute(Command("put_drive", drive))
-            for interface in _interfaces(interfaces):
-                execute(Command("put_network", interface))
+            self._order("put_machine", machine)
+            self._order("put_boot_source", source)
+            for disk in disks:
+                self._order("put_drive", disk)
+            for card in cards:
+                self._order("put_network", card)
             if vsock is not None:
-                if not isinstance(vsock, Vsock):
-                    vsock = Vsock(DEFAULT_GUEST_CID, os.fspath(vsock))
-                execute(Command("put_vsock", vsock))
-            if mmds is None and metadata is not None:
-                names = [interface.iface_id for interface in self._controller.config.network_interfaces]
-                mmds = MmdsConfig(names, "V2")
+                self._order("put_vsock", vsock)
             if mmds is not None:
-                execute(Command("put_mmds_config", mmds))
+                self._order("put_mmds_config", mmds)
             if metadata is not None:
-                self.metadata = metadata
+                self._order("put_mmds", metadata)
         except BaseException:
-            self.stop()
+            self.end()
             raise
 
     # -- life ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Boot the guest."""
-        self._controller.execute(Command("start"))
-        if self._console is not None:
-            machine = self._machine()
-            self._console.watch(machine.exit_fd, lambda: _end_of(machine))
+        with self._turn(waits=True):
+            self._order("start")
+            machine = self._controller.machine
+            assert isinstance(machine, Machine)
+            self._started = machine
+            if self._console is not None:
+                self._console.watch(machine.exit_fd, lambda: _end_of(machine))
 
     def pause(self) -> None:
         """Stop all vCPUs and devices where they are."""
-        self._controller.execute(Command("pause"))
+        self._order("pause", waits=True)
 
     def resume(self) -> None:
         """Go on after `pause`."""
-        self._controller.execute(Command("resume"))
+        self._order("resume", waits=True)
 
     def send_ctrl_alt_del(self) -> None:
         """Press Ctrl-Alt-Del in the guest."""
-        self._controller.execute(Command("send_ctrl_alt_del"))
+        self._order("send_ctrl_alt_del")
 
     def press_power_button(self) -> None:
         """Press the ACPI power button."""
-        self._machine().press_power_button()
+        with self._turn():
+            self._running().press_power_button()
 
     def update_drive(
         self,
@@ -171,41 +217,65 @@ class MicroVM:
 
         With neither, for a vhost-user drive: ask its back end again.
         """
-        from crackle.schema.drive import DriveUpdate
-
-        update = DriveUpdate(drive_id, None if path is None else os.fspath(path), rate_limiter)
-        self._controller.execute(Command("patch_drive", update))
+        file = None if path is None else path_of(path, "path")
+        self._order(
+            "patch_drive", make(DriveUpdate, drive_id=drive_id, path_on_host=file, rate_limiter=rate_limiter)
+        )
 
     def update_interface(
         self, iface_id: str, *, rx_limiter: RateLimiter | None = None, tx_limiter: RateLimiter | None = None
     ) -> None:
         """Limit what a network interface receives and sends, bucket by bucket; one of size 0 takes its limit away."""
-        from crackle.schema.net import NetworkInterfaceUpdate
-
-        self._controller.execute(
-            Command("patch_network", NetworkInterfaceUpdate(iface_id, rx_limiter, tx_limiter))
+        update = make(
+            NetworkInterfaceUpdate, iface_id=iface_id, rx_rate_limiter=rx_limiter, tx_rate_limiter=tx_limiter
         )
+        self._order("patch_network", update)
 
     def patch_metadata(self, patch: Any) -> None:
         """Change the metadata document by a JSON merge patch (RFC 7396): None removes a key."""
-        self._controller.execute(Command("patch_mmds", patch))
+        self._order("patch_mmds", document_of(patch, "the patch"))
 
     def wait(self, timeout: float | None = None) -> ExitStatus:
-        """Wait until the guest ends by itself, and say how. TimeoutError after `timeout` seconds.
+        """Wait until the guest ends, by itself or by another thread's `stop`, and say how. May be asked again.
 
-        GuestError, with the registers, when it did not end well.
+        TimeoutError after `timeout` seconds; GuestError, with the registers, when it did not end well.
         """
-        machine = self._machine()
-        deadline = None if timeout is None else time.monotonic() + timeout
-        poll = select.poll()
-        poll.register(machine.exit_fd, select.POLLIN)
-        while (status := machine.exit_status()) is None:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not poll.poll(None if left is None else left * 1000) and left is not None:
-                raise TimeoutError(f"the guest still runs after {timeout:g} s")
-        if status.exit_code:
-            raise GuestError(status.message)
-        return status
+        self._check_owner()
+        self._check_waiter()
+        status = self._machine().wait(timeout)
+        if status is None:
+            raise TimeoutError(f"the guest still runs after {timeout:g} s")
+        return _unless_failed(status)
+
+    def shutdown(self, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT) -> ExitStatus:
+        """Ask the guest to end, and stop it if it does not; give everything back, and say how it ended.
+
+        First the power button is pressed, and half of `timeout` seconds later Ctrl-Alt-Del; after the rest it is as if
+        the plug were pulled. The result's `step` says what it took. A paused guest goes on first. GuestError, when all
+        is given back, if it did not end well.
+        """
+        step: str | None = None
+        with self._turn(waits=True):
+            machine = self._machine()
+            if self.state == PAUSED:
+                self.resume()
+        for asked, press in (
+            ("power button", machine.press_power_button),
+            ("Ctrl-Alt-Del", machine.send_ctrl_alt_del),
+        ):
+            if machine.exit_status() is not None:
+                break
+            step = asked
+            try:
+                press()
+            except StateError:
+                break
+            if machine.wait(max(0.0, timeout / 2)) is not None:
+                break
+        else:
+            step = "stop"
+        self.stop()
+        return _unless_failed(msgspec.structs.replace(machine.wait() or _STOPPED, step=step))
 
     def fileno(self) -> int:
         """For `select` and its like: readable once the guest has ended. StateError when it does not run."""
@@ -213,13 +283,17 @@ class MicroVM:
 
     def stop(self) -> None:
         """End the guest, however it is, and give everything back. Idempotent."""
-        if self._console is not None:
-            self._console.settle()
-        self._controller.stop()
-        if self._console is not None:
-            self._console.close()
+        with self._turn(waits=True):
+            self.end()
 
-    end = stop
+    def end(self) -> None:
+        """`stop`, for `crackle.runtime.ownership`: at the end of the program, or of the last reference."""
+        with self._lock:
+            if self._console is not None:
+                self._console.settle()
+            self._controller.stop()
+            if self._console is not None:
+                self._console.close()
 
     def disown(self) -> None:
         """In a forked child: close the copies of the descriptors. The microVM is the parent's, and goes on there."""
@@ -229,16 +303,20 @@ class MicroVM:
 
     def runs(self, thread: int) -> bool:
         """Whether that is one of the microVM's own threads, as threading.get_ident() names it."""
-        machine = self._controller.machine
-        return isinstance(machine, Machine) and machine.runs(thread)
+        return self._started is not None and self._started.runs(thread)
 
-    def __del__(self) -> None:
-        if hasattr(self, "_controller"):
+    def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
+        if not hasattr(self, "_controller") or self._pid != os.getpid():
+            return
+        try:
+            if self._controller.machine is not None and self.exit_status is None:
+                _warn(f"unclosed MicroVM {self!r}", ResourceWarning, source=self, stacklevel=2)
+        finally:
             end_dropped(self)
 
     def __enter__(self) -> MicroVM:
         try:
-            if self.state in ("Not started", "Stopped"):
+            if self._controller.state in (NOT_STARTED, STOPPED):
                 self.start()
         except BaseException:
             self.stop()
@@ -248,18 +326,38 @@ class MicroVM:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop()
+        # A forked child that leaves the block leaves the parent's guest alone.
+        if self._pid == os.getpid():
+            self.stop()
 
     # -- what it tells -------------------------------------------------------------------------------------------
 
+    def __repr__(self) -> str:
+        if not hasattr(self, "_controller"):
+            return "<MicroVM, not made>"
+        name = f"<MicroVM {self._controller.instance_id!r}"
+        if self._pid != os.getpid():
+            return f"{name} of process {self._pid}>"
+        config = self._controller.config.machine_config
+        assert config is not None
+        return f"{name}: {self.state}, {config.vcpu_count} vCPU, {config.mem_size_mib} MiB>"
+
     @property
     def state(self) -> str:
-        """ "Not started", "Running", "Paused" or "Stopped", which a guest that has ended is after `stop` only."""
-        return self._controller.state
+        """ "Not started", "Running", "Paused" or "Stopped", which a guest that has ended by itself is too."""
+        self._check_owner()
+        return STOPPED if self.exit_status is not None else self._controller.state
+
+    @property
+    def exit_status(self) -> ExitStatus | None:
+        """How the guest ended; None while it has not, or was never started. Waits for nothing."""
+        self._check_owner()
+        return None if self._started is None else self._started.exit_status()
 
     @property
     def console(self) -> Console:
         """The serial console. StateError when descriptors were given for it."""
+        self._check_owner()
         if self._console is None:
             raise StateError("this microVM's console was given to somebody else")
         return self._console
@@ -267,7 +365,7 @@ class MicroVM:
     @property
     def config(self) -> VmConfig:
         """The configuration, as GET /vm/config gives it."""
-        config: VmConfig = self._controller.execute(Command("get_config"))
+        config: VmConfig = self._order("get_config")
         return config
 
     @property
@@ -276,21 +374,70 @@ class MicroVM:
 
         ConfigError for one that is too large, and when the guest runs without a metadata service.
         """
-        return self._controller.execute(Command("get_mmds"))
+        return self._order("get_mmds")
 
     @metadata.setter
     def metadata(self, document: Any) -> None:
-        self._controller.execute(Command("put_mmds", document))
+        self._order("put_mmds", document_of(document))
 
     def metrics(self) -> dict[str, Any]:
         """Counters of the devices and vCPUs since the start."""
-        return self._machine().metrics()
+        with self._turn():
+            if self._controller.machine is None:
+                raise StateError("the microVM is not running")
+            return self._machine().metrics()
+
+    # -- who may call what, when ---------------------------------------------------------------------------------
+
+    def _order(self, name: str, resource: Any = None, *, waits: bool = False) -> Any:
+        """Execute a command in this thread's turn."""
+        with self._turn(waits=waits):
+            if NOT_STARTED not in ALLOWED[name]:
+                self._running()
+            return self._controller.execute(Command(name, resource))
+
+    @contextmanager
+    def _turn(self, *, waits: bool = False) -> Iterator[None]:
+        """This thread's turn. waits: what is done in it waits for the microVM's own threads."""
+        self._check_owner()
+        if waits:
+            self._check_waiter()
+        if not self._lock.acquire(blocking=not self.runs(threading.get_ident())):
+            raise StateError(
+                "another thread is giving this microVM an order, for which the microVM's own thread cannot wait"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _check_owner(self) -> None:
+        if self._pid != os.getpid():
+            raise StateError(
+                f"this microVM belongs to process {self._pid}, of which this one ({os.getpid()}) is a fork: "
+                "make one here, or ask that process"
+            )
+
+    def _check_waiter(self) -> None:
+        if self.runs(threading.get_ident()):
+            raise StateError(
+                "this is one of the microVM's own threads, which cannot wait for itself: call from another thread"
+            )
 
     def _machine(self) -> Machine:
-        if self._controller.machine is None:
-            raise StateError("the microVM is not running")
-        assert isinstance(self._controller.machine, Machine)
-        return self._controller.machine
+        """The machine that was started, ended or not."""
+        if self._started is None:
+            raise StateError("the microVM is not running: it has not been started")
+        return self._started
+
+    def _running(self) -> Machine:
+        """The machine, if its guest has not ended; StateError says how it did."""
+        if self._started is not None and (status := self._started.exit_status()) is not None:
+            raise StateError(f"the microVM has stopped: {status.message}")
+        return self._machine()
+
+
+_STOPPED = ExitStatus("stopped", "the microVM was stopped", 0)
 
 
 class _Builder:
@@ -304,6 +451,12 @@ class _Builder:
         return build(config, shell, self._options, held)
 
 
+def _unless_failed(status: ExitStatus) -> ExitStatus:
+    if status.exit_code:
+        raise GuestError(status.message)
+    return status
+
+
 def _end_of(machine: Machine) -> CrackleError | None:
     """Why the guest ended, as the error for who still expects something of it."""
     status = machine.exit_status()
@@ -311,40 +464,6 @@ def _end_of(machine: Machine) -> CrackleError | None:
         return None
     if status.reason == "stopped":
         return StateError("the microVM has been stopped")
-    return (
-        GuestError(status.message) if status.exit_code else CrackleError(f"the guest ended: {status.message}")
-    )
-
-
-def _drives(
-    rootfs: str | os.PathLike[str] | None, drives: Sequence[str | os.PathLike[str] | Drive], read_only: bool
-) -> list[Drive]:
-    if isinstance(drives, (str, os.PathLike)):
-        raise ConfigError(
-            f"drives must be a sequence of paths and Drives, not the path {os.fspath(drives)!r} alone"
-        )
-    result = []
-    if rootfs is not None:
-        result.append(Drive("rootfs", True, path_on_host=os.fspath(rootfs), is_read_only=read_only))
-    for index, drive in enumerate(drives):
-        if isinstance(drive, Drive):
-            result.append(drive)
-        else:
-            result.append(Drive(f"drive{index}", False, path_on_host=os.fspath(drive), is_read_only=False))
-    names = [drive.drive_id for drive in result]
-    if len(set(names)) < len(names):
-        raise CrackleError(f"two drives have the same name: {', '.join(sorted(names))}")
-    return result
-
-
-def _interfaces(interfaces: Sequence[str | NetworkInterface]) -> list[NetworkInterface]:
-    from crackle.schema.net import NetworkInterface
-
-    if isinstance(interfaces, str):
-        raise ConfigError(
-            f"interfaces must be a sequence of TAP devices and NetworkInterfaces, not the name {interfaces!r} alone"
-        )
-    return [
-        NetworkInterface(f"eth{index}", interface) if isinstance(interface, str) else interface
-        for index, interface in enumerate(interfaces)
-    ]
+    if status.exit_code:
+        return GuestError(status.message)
+    return CrackleError(f"the guest ended: {status.message}")

@@ -7,10 +7,7 @@ slows nobody else down. An exception that leaves a method puts the device into D
 from __future__ import annotations
 
 from crackle.errors import StateError
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from crackle.virtio.custom.device import PythonDevice, RequestQueue
+from crackle.virtio.custom.device import PythonDevice, RequestQueue
 
 
 class VirtioDevice:

@@ -1,0 +1,162 @@
+"""What a program gives to `MicroVM`, made into the resources that an API request would have carried.
+
+One mechanism checks both: a resource made in Python goes through the schema as if it had come as JSON
+(`schema.codec.validated`), so a wrong value gets the sentence that the API answers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from crackle.errors import ConfigError
+from crackle.schema.boot import BootSource
+from crackle.schema.codec import check_id, made, validated
+from crackle.schema.drive import Drive, DriveUpdate
+from crackle.schema.machine import MachineConfig
+from crackle.schema.mmds import MmdsConfig
+from crackle.schema.net import NetworkInterface, NetworkInterfaceUpdate
+from crackle.schema.vsock import Vsock
+from crackle.telemetry.logger import Logger, instance_id_problem
+from crackle.virtio.custom.base import VirtioDevice
+
+# How the API begins what it says of each kind of resource.
+_ABOUT = {
+    MachineConfig: "Machine config error",
+    BootSource: "Boot source error",
+    Drive: "Drive config error",
+    DriveUpdate: "Drive config error",
+    NetworkInterface: "Network config error",
+    NetworkInterfaceUpdate: "Network config error",
+    Vsock: "Vsock config error",
+    MmdsConfig: "MMDS config error",
+}
+_IDENTIFIED = {
+    Drive: "drive_id",
+    DriveUpdate: "drive_id",
+    NetworkInterface: "iface_id",
+    NetworkInterfaceUpdate: "iface_id",
+}
+
+Resource = TypeVar("Resource", bound=msgspec.Struct)
+
+
+def checked(resource: Resource) -> Resource:
+    """`resource`, if the API would take it. ConfigError, with the API's words, if not."""
+    return _made(type(resource), lambda: validated(resource))
+
+
+def make(kind: type[Resource], **fields: object) -> Resource:
+    """A resource of these fields, if the API would take it. ConfigError, with the API's words, if not."""
+    return _made(kind, lambda: made(kind, fields))
+
+
+def _made(kind: type[Resource], make: Callable[[], Resource]) -> Resource:
+    try:
+        result = make()
+        if kind in _IDENTIFIED:
+            check_id(getattr(result, _IDENTIFIED[kind]))
+    except ConfigError as error:
+        raise ConfigError(f"{_ABOUT[kind]}: {error}") from None
+    return result
+
+
+def path_of(value: object, what: str) -> str:
+    """The path as text. ConfigError when it is none."""
+    try:
+        return os.fsdecode(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigError(f"{what} must be a path, not {value!r}") from None
+
+
+def drives_of(rootfs: object, drives: object, read_only: bool) -> list[Drive]:
+    """The root device, if there is one, and the other drives."""
+    result = []
+    if rootfs is not None:
+        path = path_of(rootfs, "rootfs")
+        result.append(
+            make(Drive, drive_id="rootfs", is_root_device=True, path_on_host=path, is_read_only=read_only)
+        )
+    for index, drive in enumerate(_sequence(drives, "drives", "paths and Drives")):
+        if isinstance(drive, Drive):
+            result.append(checked(drive))
+        else:
+            path = path_of(drive, f"drives[{index}]")
+            name = f"drive{index}"
+            result.append(
+                make(Drive, drive_id=name, is_root_device=False, path_on_host=path, is_read_only=False)
+            )
+    names = [drive.drive_id for drive in result]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two drives have the same name: {', '.join(sorted(names))}")
+    return result
+
+
+def interfaces_of(interfaces: object) -> list[NetworkInterface]:
+    """The network interfaces; a name is that of a TAP device."""
+    given = _sequence(interfaces, "interfaces", "TAP devices and NetworkInterfaces")
+    return [
+        checked(interface)
+        if isinstance(interface, NetworkInterface)
+        else make(NetworkInterface, iface_id=f"eth{index}", host_dev_name=interface)
+        for index, interface in enumerate(given)
+    ]
+
+
+def devices_of(devices: object) -> tuple[VirtioDevice, ...]:
+    """The devices written in Python: instances, each of them once."""
+    given = _sequence(devices, "devices", "VirtioDevice instances")
+    for index, device in enumerate(given):
+        if isinstance(device, type):
+            raise ConfigError(
+                f"devices[{index}] is the class {device.__name__}: give an instance, {device.__name__}()"
+            )
+        if not isinstance(device, VirtioDevice):
+            raise ConfigError(f"devices[{index}] is no crackle.VirtioDevice: {device!r}")
+    return tuple(given)
+
+
+def _sequence(value: object, what: str, of: str) -> Sequence[Any]:
+    if isinstance(value, list | tuple):
+        return value
+    raise ConfigError(f"{what} must be a list or tuple of {of}, not {value!r} alone")
+
+
+def console_of(console: object) -> tuple[int, int]:
+    """The descriptors of the serial port's input and output."""
+    if isinstance(console, list | tuple) and len(console) == 2 and all(_is_number(fd, -1) for fd in console):
+        return console[0], console[1]
+    raise ConfigError(
+        f"console must be the descriptors (input, output), -1 for one that is not there, not {console!r}"
+    )
+
+
+def document_of(document: object, what: str = "the metadata") -> Any:
+    """`document` as JSON would have it; a copy. ConfigError when it is none."""
+    try:
+        return msgspec.json.decode(msgspec.json.encode(document))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{what} must be a JSON document: {error}") from None
+
+
+def check_rest(instance_id: object, metadata_limit: object, logger: object, **switches: object) -> None:
+    """ConfigError for what no resource of the API carries."""
+    if not isinstance(instance_id, str):
+        raise ConfigError(f"instance_id must be text, not {instance_id!r}")
+    problem = instance_id_problem(instance_id)
+    if problem is not None:
+        raise ConfigError(problem)
+    if not _is_number(metadata_limit, 0):
+        raise ConfigError(f"metadata_limit must be a number of bytes, not {metadata_limit!r}")
+    if logger is not None and not isinstance(logger, Logger):
+        raise ConfigError(f"logger must be a crackle.Logger, not {logger!r}")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be True or False, not {value!r}")
+
+
+def _is_number(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
