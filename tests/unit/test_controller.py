@@ -16,6 +16,7 @@ from crackle.telemetry.logger import OFF, Logger
 from crackle.vmm.commands import ALLOWED, NOT_STARTED, NOT_YET, PAUSED, RUNNING, STOPPED, Command
 from crackle.vmm.configuration import Configuration
 from crackle.vmm.controller import Controller, commands_of
+from crackle.vmm.devices import KINDS, PATCHES, PUTS, configured
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -140,7 +141,44 @@ def bring_to(bench: Bench, state: str) -> None:
 @pytest.mark.parametrize("name", ALLOWED)
 def test_every_command_is_either_carried_out_or_refused_as_not_supported_yet(name: str) -> None:
     missing = {command for command, condition, _ in NOT_YET if condition is None}
-    assert (hasattr(Configuration, name) or hasattr(Controller, f"_{name}")) != (name in missing)
+    generic = name in PUTS or name in PATCHES
+    assert (generic or hasattr(Configuration, name) or hasattr(Controller, f"_{name}")) != (name in missing)
+
+
+def test_a_row_in_the_registry_is_all_that_a_device_needs(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(pmem: schema.Pmem, _warn: object) -> schema.Pmem:
+        if not pmem.path_on_host:
+            raise ConfigError("no path")
+        return msgspec.structs.replace(pmem, read_only=True)
+
+    row = KINDS["pmem"]
+    assert row.resource is not None
+    resource = msgspec.structs.replace(row.resource, words="Pmem config error")
+    made: Any = lambda *_: None  # noqa: E731
+    row = msgspec.structs.replace(row, make=made, update=made, check=check, resource=resource)
+    monkeypatch.setitem(KINDS, "pmem", row)
+    monkeypatch.setitem(PUTS, "put_pmem", "pmem")
+    monkeypatch.setitem(PATCHES, "patch_pmem", "pmem")
+    monkeypatch.setattr("crackle.vmm.commands._NOT_YET_OF", {})
+
+    for identifier, path in (("a", "x"), ("b", "y"), ("a", "z")):
+        bench.do("put_pmem", schema.Pmem(identifier, path))
+    with pytest.raises(ConfigError, match=r"^Pmem config error: no path$"):
+        bench.do("put_pmem", schema.Pmem("b", ""))
+    config = bench.controller.config
+    assert config.pmem == [schema.Pmem("a", "z", read_only=True), schema.Pmem("b", "y", read_only=True)]
+    assert [(kind, name) for kind, name, _ in configured(config)] == [("pmem", "a"), ("pmem", "b")]
+    assert [command.name for command in commands_of(config)].count("put_pmem") == 2
+
+    machine = bench.start()
+    update = schema.PmemUpdate("b", schema.RateLimiter(ops=schema.TokenBucket(5, 100)))
+    bench.do("patch_pmem", update)
+    assert machine.told[-1] == ("pmem", "b", update)
+    assert config.pmem[1].rate_limiter == update.rate_limiter
+    with pytest.raises(ConfigError, match="There is no pmem 'c'"):
+        bench.do("patch_pmem", schema.PmemUpdate("c"))
 
 
 OUT_OF_PLACE = [

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from crackle import schema
-from crackle.api.routes import ROUTES, Route
+from crackle.api.routes import ROUTES, Route, schema_of
 from crackle.schema.instance import Fault
 from crackle.version import VERSION
 from crackle.vmm.commands import NOT_YET
@@ -53,7 +53,7 @@ def document() -> dict[str, Any]:
 
 def _operation(method: str, key: str, route: Route) -> dict[str, Any]:
     operation: dict[str, Any] = {"operationId": route.command or f"{method.lower()}_{key}"}
-    body = getattr(schema, route.body) if route.body else None
+    body = schema_of(route)
     if body is not None:
         operation["summary"] = (inspect.getdoc(body) or "").partition("\n")[0]
     missing = next(

@@ -13,6 +13,7 @@ from crackle import schema
 from crackle.errors import ConfigError, CrackleError
 from crackle.schema.codec import check_id, decode, explain
 from crackle.vmm.commands import Command
+from crackle.vmm.devices import RESOURCES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Route(msgspec.Struct, frozen=True):
         return value is not None and value is not msgspec.UNSET
 
 
-# By method, first segment and, where "/" is in the key, second segment.
+# By method, first segment and, where "/" is in the key, second segment. Devices' are in the registry of their kinds.
 ROUTES = {
     ("GET", ""): Route("get_instance", counter="instance_info"),
     ("GET", "version"): Route("get_version", counter="vmm_version"),
@@ -69,12 +70,8 @@ ROUTES = {
     ("GET", "balloon/hinting/status"): Route("get_balloon_hinting"),
     ("GET", "hotplug/memory"): Route("get_memory_hotplug", counter="hotplug_memory"),
     ("PUT", "actions"): Route("", "Action", counter="actions"),
-    ("PUT", "balloon"): Route("put_balloon", "Balloon"),
     ("PUT", "boot-source"): Route("put_boot_source", "BootSource", counter="boot_source"),
     ("PUT", "cpu-config"): Route("put_cpu_config", "CpuConfig", counter="cpu_cfg"),
-    ("PUT", "drives"): Route("put_drive", "Drive", "drive_id", "drive"),
-    ("PUT", "entropy"): Route("put_entropy", "EntropyDevice"),
-    ("PUT", "hotplug/memory"): Route("put_memory_hotplug", "MemoryHotplug", counter="hotplug_memory"),
     ("PUT", "logger"): Route("put_logger", "LoggerConfig", counter="logger"),
     ("PUT", "machine-config"): Route(
         "put_machine", "MachineConfig", counter="machine_cfg", deprecated="cpu_template"
@@ -84,31 +81,35 @@ ROUTES = {
     ("PUT", "mmds/config"): Route(
         "put_mmds_config", "MmdsConfig", counter="mmds", deprecated="version", deprecated_value="V1"
     ),
-    ("PUT", "network-interfaces"): Route("put_network", "NetworkInterface", "iface_id", "network"),
-    ("PUT", "pmem"): Route("put_pmem", "Pmem", "id", "pmem"),
     ("PUT", "serial"): Route("put_serial", "Serial", counter="serial"),
     ("PUT", "snapshot/create"): Route("create_snapshot", "SnapshotCreate"),
     ("PUT", "snapshot/load"): Route("load_snapshot", "SnapshotLoad", deprecated="mem_file_path"),
-    ("PUT", "vsock"): Route("put_vsock", "Vsock", counter="vsock", deprecated="vsock_id"),
-    ("PATCH", "balloon"): Route("patch_balloon", "BalloonUpdate"),
     ("PATCH", "balloon/statistics"): Route("patch_balloon_statistics", "BalloonStatsUpdate"),
     ("PATCH", "balloon/hinting/start"): Route("start_balloon_hinting", "BalloonHintingStart"),
     ("PATCH", "balloon/hinting/stop"): Route("stop_balloon_hinting"),
-    ("PATCH", "drives"): Route("patch_drive", "DriveUpdate", "drive_id", "drive"),
-    ("PATCH", "hotplug/memory"): Route(
-        "patch_memory_hotplug", "MemoryHotplugUpdate", counter="hotplug_memory"
-    ),
     ("PATCH", "machine-config"): Route(
         "patch_machine", "MachineConfigUpdate", counter="machine_cfg", deprecated="cpu_template"
     ),
     ("PATCH", "mmds"): Route("patch_mmds", "", counter="mmds"),
-    ("PATCH", "network-interfaces"): Route("patch_network", "NetworkInterfaceUpdate", "iface_id", "network"),
-    ("PATCH", "pmem"): Route("patch_pmem", "PmemUpdate", "id", "pmem"),
     ("PATCH", "vm"): Route("", "VmState"),
-    ("DELETE", "drives"): Route("delete_drive", id_field="drive_id"),
-    ("DELETE", "network-interfaces"): Route("delete_network", id_field="iface_id"),
-    ("DELETE", "pmem"): Route("delete_pmem", id_field="id"),
 }
+
+for _r in RESOURCES:
+    ROUTES["PUT", _r.path] = Route(
+        f"put_{_r.name}", _r.body.__name__, _r.id_field, _r.counter, deprecated=_r.deprecated
+    )
+    if _r.update is not None:
+        ROUTES["PATCH", _r.path] = Route(f"patch_{_r.name}", _r.update.__name__, _r.id_field, _r.counter)
+    if _r.removable:
+        ROUTES["DELETE", _r.path] = Route(f"delete_{_r.name}", id_field=_r.id_field)
+
+_BODIES = {body.__name__: body for _r in RESOURCES for body in (_r.body, _r.update) if body is not None}
+
+
+def schema_of(route: Route) -> Any:
+    """The Struct of a route's body; None where the body is JSON as it is, or there is none."""
+    return (_BODIES.get(route.body) or getattr(schema, route.body)) if route.body else None
+
 
 # Where a value in the body, not the path, names the command.
 _BY_VALUE = {
@@ -202,7 +203,7 @@ def parse(route: Route, path_id: str, body: bytes) -> Request:
 
 
 def _decode_body(route: Route, body: bytes) -> Any:
-    resource_type: Any = getattr(schema, route.body) if route.body else _ANY_JSON
+    resource_type: Any = schema_of(route) or _ANY_JSON
     try:
         return decode(body or b"{}", resource_type)
     except msgspec.DecodeError as error:

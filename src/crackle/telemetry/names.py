@@ -72,4 +72,3 @@ STORED_NAMES = frozenset(("min_us", "max_us", "init_time_us", "activate_time_us"
 
 # A device ``x`` of such a kind has a section ``kind_x`` of its own; of the first, the section ``kind`` is their sum.
 SUMMED = ("block", "net", "pmem")
-PER_DEVICE = (*SUMMED, "vhost_user_block")

@@ -11,7 +11,7 @@ import os
 from crackle.arch import platform
 from crackle.errors import ConfigError, os_reason
 from crackle.memory import GuestMemory, huge_pages_missing
-from crackle.vmm.devices import is_read_only, kind_of_drive
+from crackle.vmm.devices import configured, is_read_only, kind_of_drive
 from crackle.vmm.files import BootFile
 from crackle.vmm.machine import BuildOptions, Machine
 from crackle.vmm.shell import Shell
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from crackle.arch import LoadedKernel
     from crackle.schema.config import VmConfig
-    from crackle.schema.drive import Drive
     from crackle.vmm.devices import Held
 
 
@@ -64,18 +63,10 @@ def _furnish(
     if options.logger is not None and (why := huge_pages_missing(machine.memory.backing)):
         options.logger.warning(f"Guest memory gets no transparent huge pages: {why}.")
     machine.add_board(_console_output(machine, config, options))
-    root: Drive | None = None
-    read_only = False
-    for drive in config.drives:
-        kind = kind_of_drive(drive)
-        machine.add(kind, drive.drive_id, drive, held.get((kind, drive.drive_id)))
-        if drive.is_root_device:
-            root = drive
-            read_only = is_read_only(machine.devices[kind, drive.drive_id])
-    for interface in config.network_interfaces:
-        machine.add("net", interface.iface_id, interface, held.get(("net", interface.iface_id)))
-    if config.vsock is not None:
-        machine.add("vsock", "vsock", config.vsock)
+    for kind, identifier, resource in configured(config):
+        machine.add(kind, identifier, resource, held.get((kind, identifier)))
+    root = next((drive for drive in config.drives if drive.is_root_device), None)
+    read_only = root is not None and is_read_only(machine.devices[kind_of_drive(root), root.drive_id])
     for index, custom in enumerate(options.devices):
         machine.add_custom(f"{type(custom).__name__.lower()}{index}", custom)
     kernel, initrd = _load(machine.memory, config, held)

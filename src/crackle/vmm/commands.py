@@ -11,6 +11,7 @@ from __future__ import annotations
 import msgspec
 
 from crackle.errors import ConfigError, StateError
+from crackle.vmm.devices import RESOURCES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,28 +47,13 @@ ALLOWED = {
     "put_logger": _BEFORE,
     "put_metrics": _BEFORE,
     "put_serial": _BEFORE,
-    "put_drive": _BEFORE,
-    "patch_drive": _AFTER,
-    "delete_drive": _AFTER,
-    "put_network": _BEFORE,
-    "patch_network": _AFTER,
-    "delete_network": _AFTER,
-    "put_pmem": _BEFORE,
-    "patch_pmem": _AFTER,
-    "delete_pmem": _AFTER,
-    "put_vsock": _BEFORE,
-    "put_entropy": _BEFORE,
     "get_balloon": _ALWAYS,
-    "put_balloon": _BEFORE,
-    "patch_balloon": _AFTER,
     "get_balloon_statistics": _AFTER,
     "patch_balloon_statistics": _AFTER,
     "get_balloon_hinting": _AFTER,
     "start_balloon_hinting": _AFTER,
     "stop_balloon_hinting": _AFTER,
     "get_memory_hotplug": _AFTER,
-    "put_memory_hotplug": _BEFORE,
-    "patch_memory_hotplug": _AFTER,
     "get_mmds": _ALWAYS,
     "put_mmds": _ALWAYS,
     "patch_mmds": _ALWAYS,
@@ -80,6 +66,12 @@ ALLOWED = {
     "send_ctrl_alt_del": _AFTER,
     "flush_metrics": _AFTER,
 }
+for _resource in RESOURCES:
+    ALLOWED[f"put_{_resource.name}"] = _BEFORE
+    if _resource.update is not None:
+        ALLOWED[f"patch_{_resource.name}"] = _AFTER
+    if _resource.removable:
+        ALLOWED[f"delete_{_resource.name}"] = _AFTER
 
 
 def _has(name: str, *values: object) -> Callable[[Any], bool]:
@@ -100,12 +92,15 @@ NOT_YET: tuple[tuple[str, Callable[[Any], bool] | None, str], ...] = (
     ("delete_drive", None, "removing drives"),
     ("put_serial", _has("rate_limiter"), "rate limiters of the serial console"),
     ("delete_network", None, "removing network interfaces"),
-    *((f"{verb}_pmem", None, "pmem devices") for verb in ("put", "patch", "delete")),
-    ("put_entropy", None, "the entropy device"),
-    *((name, None, "the balloon device") for name in ALLOWED if "balloon" in name),
-    *((name, None, "memory hotplug") for name in ALLOWED if "memory_hotplug" in name),
     ("create_snapshot", None, "snapshots"),
     ("load_snapshot", None, "snapshots"),
+    *(
+        (name, None, resource.missing)
+        for resource in RESOURCES
+        if resource.missing is not None
+        for name in ALLOWED
+        if resource.name in name
+    ),
 )
 
 

@@ -31,9 +31,8 @@ if TYPE_CHECKING:
         RateLimiter,
         Serial,
         VmConfig,
-        Vsock,
     )
-    from crackle.vmm.devices import Held
+    from crackle.vmm.devices import Held, Kind
 
 _NO_INITRD = "The initrd file cannot be opened due to invalid path or invalid permissions. "
 
@@ -182,19 +181,20 @@ class Configuration:
         else:
             interfaces[at] = complete
 
-    def put_vsock(self, vsock: Vsock) -> None:
-        with context("Vsock config error: Cannot create backend for vsock device"):
-            from crackle.virtio.vsock.device import check, is_reserved
-
-            check(vsock.guest_cid, vsock.uds_path)
-        if is_reserved(vsock.guest_cid):
-            self._warn(
-                f"The vsock CID {vsock.guest_cid} is reserved: guests may refuse it. From 3 on they take any."
-            )
-        if not vsock.uds_path:
-            self._warn("The vsock device has no uds_path: no host program can connect to it.")
-        # The device has one name only; clients of old versions still give it one.
-        self.config.vsock = msgspec.structs.replace(vsock, vsock_id=msgspec.UNSET)
+    def put(self, kind: Kind, resource: Any) -> None:
+        """A device of a kind that needs no more than its registry says: in the place of the one before it."""
+        how = kind.resource
+        assert how is not None, "whoever is configured has a resource"
+        with context(how.words):
+            complete = resource if kind.check is None else kind.check(resource, self._warn)
+        if how.id_field is None:
+            setattr(self.config, how.section, complete)
+            return
+        section, name = getattr(self.config, how.section), getattr(complete, how.id_field)
+        at = next(
+            (i for i, other in enumerate(section) if getattr(other, how.id_field) == name), len(section)
+        )
+        section[at : at + 1] = [complete]
 
     def put_serial(self, serial: Serial) -> None:
         self.config.serial = serial

@@ -20,6 +20,7 @@ from crackle.telemetry.metrics import Metrics
 from crackle.version import VERSION
 from crackle.vmm.commands import NOT_STARTED, PAUSED, RUNNING, STOPPED, Command, check_state, check_supported
 from crackle.vmm.configuration import Configuration, context, merge
+from crackle.vmm.devices import KINDS, PATCHES, PUTS, RESOURCES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -138,9 +139,18 @@ class Controller:
         configure = getattr(self._configuration, command.name, None)
         if configure is not None:
             configure(command.resource)
-            self._prepare_shell()
-            return None
-        return getattr(self, f"_{command.name}")(*(() if command.resource is None else (command.resource,)))
+        elif command.name in PUTS:
+            self._configuration.put(KINDS[PUTS[command.name]], command.resource)
+        else:
+            return self._carry_out(command)
+        self._prepare_shell()
+        return None
+
+    def _carry_out(self, command: Command) -> Any:
+        own = getattr(self, f"_{command.name}", None)
+        if own is None:
+            return self._patch_device(PATCHES[command.name], command.resource)
+        return own(*(() if command.resource is None else (command.resource,)))
 
     @property
     def config(self) -> VmConfig:
@@ -265,6 +275,16 @@ class Controller:
             self._running_machine().update("net", update.iface_id, update)
         merge(interface, update)
 
+    def _patch_device(self, name: str, update: Any) -> None:
+        """Change a device of a kind that needs no more than its registry says."""
+        resource = KINDS[name].resource
+        assert resource is not None, "whoever can be changed has been configured"
+        with context(resource.words):
+            identifier = name if resource.id_field is None else getattr(update, resource.id_field)
+            before = resource.find(self.config, identifier)
+            self._running_machine().update(name, identifier, update)
+        merge(before, update)
+
     def stop(self) -> None:
         """End the microVM, whatever its state, and let go of everything it holds; idempotent."""
         self.state = STOPPED
@@ -336,15 +356,9 @@ def commands_of(config: VmConfig) -> list[Command]:
         ("put_machine", config.machine_config),
         ("put_cpu_config", config.cpu_config),
         ("put_boot_source", config.boot_source),
-        *(("put_drive", drive) for drive in config.drives),
-        *(("put_network", interface) for interface in config.network_interfaces),
-        ("put_vsock", config.vsock),
-        ("put_balloon", config.balloon),
+        *((f"put_{kind.name}", resource) for kind in RESOURCES for resource in kind.of(config)),
         ("put_mmds_config", config.mmds_config),
-        ("put_entropy", config.entropy),
-        *(("put_pmem", device) for device in config.pmem),
         ("put_serial", config.serial),
-        ("put_memory_hotplug", config.memory_hotplug),
     ]
     return [
         Command(name, section)

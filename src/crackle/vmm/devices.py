@@ -9,13 +9,16 @@ import os
 
 import msgspec
 
+from crackle import schema
+from crackle.errors import ConfigError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any
 
     from crackle.memory import GuestMemory
-    from crackle.schema import Drive, DriveUpdate, NetworkInterface, NetworkInterfaceUpdate
+    from crackle.schema import Drive, DriveUpdate, NetworkInterface, NetworkInterfaceUpdate, VmConfig
     from crackle.schema import Vsock as VsockResource
     from crackle.virtio.block.backing import Backing
     from crackle.virtio.block.device import Block
@@ -128,25 +131,187 @@ def make_vsock(memory: GuestMemory, vsock: VsockResource) -> Vsock:
     return Vsock(memory, vsock.guest_cid, vsock.uds_path)
 
 
-class Kind(msgspec.Struct, frozen=True):
-    """How one kind of device comes to be.
+def check_vsock(vsock: VsockResource, warn: Callable[[str], None]) -> VsockResource:
+    """What is kept of it; ConfigError when there cannot be such a device."""
+    from crackle.virtio.vsock.device import check, is_reserved
 
-    make(memory, resource) -> device. update(device, resource), None for what cannot be changed. open(resource), where
-    there is something to hold from the configuration on, so that nobody else gets it: make has it as a third argument.
-    Where the configuration holds something else for it, make and update may have that as a third argument.
+    check(vsock.guest_cid, vsock.uds_path)
+    if is_reserved(vsock.guest_cid):
+        warn(f"The vsock CID {vsock.guest_cid} is reserved: guests may refuse it. From 3 on they take any.")
+    if not vsock.uds_path:
+        warn("The vsock device has no uds_path: no host program can connect to it.")
+    # The device has one name only; clients of old versions still give it one.
+    complete: VsockResource = msgspec.structs.replace(vsock, vsock_id=msgspec.UNSET)
+    return complete
+
+
+class Resource(msgspec.Struct, frozen=True, kw_only=True):
+    """How a device is configured: its requests, its section of the configuration file, its commands.
+
+    name: of the commands ``put_<name>``, ``patch_<name>`` and ``delete_<name>``. body, update: the schemas of PUT and
+    PATCH; update is None for what has no PATCH. section: the field of VmConfig, a list where there is an id_field.
+    path: of the requests. counter: the stem of their metrics. deprecated: a field that makes a request a deprecated
+    one. words: in front of what is wrong with it. missing: what is not supported yet, while nothing makes the device.
     """
 
-    make: Callable[..., VirtioDevice]
+    name: str
+    body: type[msgspec.Struct]
+    section: str
+    path: str
+    update: type[msgspec.Struct] | None = None
+    id_field: str | None = None
+    counter: str | None = None
+    deprecated: str | None = None
+    removable: bool = False
+    words: str = ""
+    missing: str | None = None
+
+    def of(self, config: Any) -> list[Any]:
+        """All of them in a VmConfig, in their order."""
+        section = getattr(config, self.section)
+        if self.id_field is not None:
+            return list(section)
+        return [] if section is None else [section]
+
+    def find(self, config: Any, identifier: str | None) -> Any:
+        """The one with this identifier, or the only one; ConfigError when there is none."""
+        for resource in self.of(config):
+            if self.id_field is None or getattr(resource, self.id_field) == identifier:
+                return resource
+        raise ConfigError(f"There is no {self.name} {identifier!r}. Please verify the request arguments.")
+
+
+class Kind(msgspec.Struct, frozen=True):
+    """One kind of device, in one row: all that the rest of the program knows of it.
+
+    make(memory, resource) -> device; None while there is no such device yet. update(device, resource), None for what
+    cannot be changed. open(resource), where there is something to hold from the configuration on, so that nobody else
+    gets it: make has it as a third argument. Where the configuration holds something else for it, make and update may
+    have that as a third argument. check(resource, warn) -> what is kept of it, where `Configuration` has no method for
+    it. choose(resource): the name of the kind, where a resource may be one of several.
+    """
+
+    make: Callable[..., VirtioDevice] | None = None
     update: Callable[[Any, Any], None] | None = None
     open: Callable[[Any], Held] | None = None
+    resource: Resource | None = None
+    check: Callable[[Any, Callable[[str], None]], Any] | None = None
+    choose: Callable[[Any], str] | None = None
 
 
+# In the order in which the guest gets them.
 KINDS = {
-    "block": Kind(make_block, update_block),
-    "net": Kind(make_net, update_net, open_net),
+    "block": Kind(
+        make_block,
+        update_block,
+        choose=kind_of_drive,
+        resource=Resource(
+            name="drive",
+            body=schema.Drive,
+            update=schema.DriveUpdate,
+            section="drives",
+            path="drives",
+            id_field="drive_id",
+            counter="drive",
+            removable=True,
+        ),
+    ),
     "vhost_user_block": Kind(make_vhost_user_block, update_vhost_user_block, open_vhost_user_block),
-    "vsock": Kind(make_vsock),
+    "net": Kind(
+        make_net,
+        update_net,
+        open_net,
+        resource=Resource(
+            name="network",
+            body=schema.NetworkInterface,
+            update=schema.NetworkInterfaceUpdate,
+            section="network_interfaces",
+            path="network-interfaces",
+            id_field="iface_id",
+            counter="network",
+            removable=True,
+        ),
+    ),
+    "vsock": Kind(
+        make_vsock,
+        check=check_vsock,
+        resource=Resource(
+            name="vsock",
+            body=schema.Vsock,
+            section="vsock",
+            path="vsock",
+            counter="vsock",
+            deprecated="vsock_id",
+            words="Vsock config error: Cannot create backend for vsock device",
+        ),
+    ),
+    "balloon": Kind(
+        resource=Resource(
+            name="balloon",
+            body=schema.Balloon,
+            update=schema.BalloonUpdate,
+            section="balloon",
+            path="balloon",
+            missing="the balloon device",
+        )
+    ),
+    "entropy": Kind(
+        resource=Resource(
+            name="entropy",
+            body=schema.EntropyDevice,
+            section="entropy",
+            path="entropy",
+            missing="the entropy device",
+        )
+    ),
+    "pmem": Kind(
+        resource=Resource(
+            name="pmem",
+            body=schema.Pmem,
+            update=schema.PmemUpdate,
+            section="pmem",
+            path="pmem",
+            id_field="id",
+            counter="pmem",
+            removable=True,
+            missing="pmem devices",
+        )
+    ),
+    "memory_hotplug": Kind(
+        resource=Resource(
+            name="memory_hotplug",
+            body=schema.MemoryHotplug,
+            update=schema.MemoryHotplugUpdate,
+            section="memory_hotplug",
+            path="hotplug/memory",
+            counter="hotplug_memory",
+            missing="memory hotplug",
+        )
+    ),
 }
+
+RESOURCES = tuple(kind.resource for kind in KINDS.values() if kind.resource is not None)
+
+# Kinds of which there is one device at most: its metrics have the kind's name.
+SINGLE = frozenset(
+    name for name, kind in KINDS.items() if kind.resource is not None and kind.resource.id_field is None
+)
+
+# Which kind a command is about, by the command's name.
+PUTS = {f"put_{kind.resource.name}": name for name, kind in KINDS.items() if kind.resource and kind.make}
+PATCHES = {
+    f"patch_{kind.resource.name}": name for name, kind in KINDS.items() if kind.resource and kind.update
+}
+
+
+def configured(config: VmConfig) -> Iterator[tuple[str, str, Any]]:
+    """Kind, identifier and resource of every device that `config` asks for, in the order that the guest sees."""
+    for name, kind in KINDS.items():
+        if kind.resource is None or kind.make is None:
+            continue
+        for resource in kind.resource.of(config):
+            identifier = name if kind.resource.id_field is None else getattr(resource, kind.resource.id_field)
+            yield name if kind.choose is None else kind.choose(resource), identifier, resource
 
 
 def make(memory: GuestMemory, kind: str, resource: Any, held: Held | None = None) -> VirtioDevice:
@@ -154,4 +319,5 @@ def make(memory: GuestMemory, kind: str, resource: Any, held: Held | None = None
     how = KINDS[kind]
     if held is None and how.open is not None:
         held = how.open(resource)
+    assert how.make is not None, "a kind without a device has no resource that is accepted"
     return how.make(memory, resource) if held is None else how.make(memory, resource, held)

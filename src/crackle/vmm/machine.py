@@ -17,10 +17,9 @@ from crackle.kvm import Bus
 from crackle.runtime.iothread import IoThread
 from crackle.runtime.ownership import end_dropped, enrol
 from crackle.telemetry.logger import Throttle
-from crackle.telemetry.names import PER_DEVICE
 from crackle.virtio.transport.mmio import SIZE as MMIO_SIZE
 from crackle.virtio.transport.mmio import MmioTransport
-from crackle.vmm.devices import KINDS, make
+from crackle.vmm.devices import KINDS, SINGLE, make
 from crackle.vmm.places import Places
 
 TYPE_CHECKING = False
@@ -425,7 +424,7 @@ class Machine:
         if self.mmds is not None:
             tree["mmds"] = self.mmds.counters()
         for (kind, identifier), device in self.devices.items():
-            tree[f"{kind}_{identifier}" if kind in PER_DEVICE else kind] = device.counters()
+            tree[kind if kind in SINGLE else f"{kind}_{identifier}"] = device.counters()
         return tree
 
 
