@@ -253,7 +253,7 @@ def test_one_that_does_not_run_goes_without_a_warning(script: Script, end: str) 
 COLLECT = """
 def collect_on_vcpu():
     machine = vm._machine()
-    def read(offset, size, orig=machine.i8042.read, once=[]):
+    def read(offset, size, orig=machine.board.i8042.read, once=[]):
         if dropped.is_set() and not once:
             once.append(1)
             drop()
@@ -261,7 +261,7 @@ def collect_on_vcpu():
             print("collected", flush=True)
             collected.set()
         return orig(offset, size)
-    machine.i8042.read = read
+    machine.board.i8042.read = read
 def ended():
     return not [name for name in threads() if name.startswith("vcpu")]
 gc.disable()
