@@ -59,7 +59,7 @@ for line in open(3):
 class Shell:
     """A terminal with a shell and its one job, `crackle run`, in the foreground or not."""
 
-    def __init__(self, kernel: Path, place: str = "fg") -> None:
+    def __init__(self, kernel: Path, place: str = "fg", *arguments: str) -> None:
         orders_read, self._orders = os.pipe()
         self._answers, answers_write = os.pipe()
         self.pid, self.master = pty.fork()
@@ -69,7 +69,7 @@ class Shell:
             os.dup2(13, 3)
             os.dup2(14, 4)
             os.closerange(5, 64)
-            os.execv(sys.executable, [sys.executable, "-c", SHELL, place, *COMMAND, str(kernel)])
+            os.execv(sys.executable, [sys.executable, "-c", SHELL, place, *COMMAND, str(kernel), *arguments])
         os.close(orders_read)
         os.close(answers_write)
         self.before = self.mode()
@@ -139,8 +139,8 @@ class Shell:
 def shell(guests: Path) -> Iterator[Callable[..., Shell]]:
     made: list[Shell] = []
 
-    def make(guest: str, place: str = "fg") -> Shell:
-        made.append(Shell(guests / f"{guest}.elf", place))
+    def make(guest: str, place: str = "fg", *arguments: str) -> Shell:
+        made.append(Shell(guests / f"{guest}.elf", place, *arguments))
         return made[-1]
 
     yield make
@@ -181,6 +181,18 @@ def test_ctrl_bracket_asks_once_and_pulls_the_plug_twice(shell: Start) -> None:
     terminal.type(b"\x1d")
     assert terminal.order("wait") == "143"
     terminal.expect(r"crackle: the plug was pulled \(Ctrl-\]\)\r\n")
+    assert terminal.mode() == terminal.before
+
+
+@pytest.mark.parametrize(("heeds", "why"), [("power", "switched itself off"), ("keys", "asked for a reset")])
+def test_ctrl_bracket_once_is_the_power_button_and_then_ctrl_alt_del(
+    shell: Start, heeds: str, why: str
+) -> None:
+    terminal = shell("heed", "fg", "--boot-args", heeds)
+    terminal.expect("heed\r\n")
+    terminal.type(b"\x1d")
+    assert terminal.order("wait") == "0"
+    terminal.expect(f"crackle: the guest {why}\r\n")
     assert terminal.mode() == terminal.before
 
 

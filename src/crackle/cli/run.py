@@ -130,6 +130,8 @@ class _Guest:
                 button()
 
         def ask(_number: int) -> None:
+            if vm.state == "Paused":
+                press(vm.resume)
             press(vm.press_power_button)
             loop.call_later(_HEED_S, lambda: press(vm.send_ctrl_alt_del))
 
