@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import sys
+from signal import SIGINT
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from crackle.cli import interrupt_by_exception
 from crackle.cli import net as network_commands
-from crackle.errors import ConfigError, CrackleError
+from crackle.errors import ConfigError, CrackleError, reason_of
 from crackle.hostnet import DEFAULT_NETWORK
 from crackle.runtime.stream import open_standard_streams
 from crackle.schema.machine import MAX_VCPUS
@@ -179,10 +181,16 @@ def version() -> None:
 def main() -> None:
     """The console script."""
     open_standard_streams()
+    interrupt_by_exception()
     try:
         app()
-    except CrackleError as error:
-        print(f"crackle: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        sys.exit(128 + SIGINT)
+    except Exception as error:
+        reason = str(error) if isinstance(error, CrackleError) else reason_of(error)
+        if reason is None:
+            raise
+        print(f"crackle: {reason}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -5,11 +5,11 @@ The API socket accepts before anything large is imported; what a client sends me
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # the signal module drags in enum
 import gc
 import os
 import sys
 
+from crackle.cli import end_on_interrupt
 from crackle.cli.options import Options, UsageError, help_text, parse
 from crackle.errors import ConfigError, CrackleError, os_reason, reason_of
 from crackle.runtime.stream import open_standard_streams
@@ -52,7 +52,8 @@ def run(arguments: list[str]) -> int:
     # Nothing made during start-up is garbage: collecting then would only cost time.
     gc.disable()
     open_standard_streams()
-    _end_on_interrupt()
+    # Until the loop takes signals.
+    end_on_interrupt()
     logger: Logger | None = None
     try:
         logger = Logger()
@@ -81,12 +82,6 @@ def run(arguments: list[str]) -> int:
     else:
         logger.error(f"Crackle exiting with error. exit_code={status}")
     return status
-
-
-def _end_on_interrupt() -> None:
-    """Until the loop takes signals, Ctrl-C ends the process and shows no traceback."""
-    if _signal.getsignal(_signal.SIGINT) != _signal.SIG_IGN:
-        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 
 def _complain(message: str) -> None:

@@ -70,10 +70,10 @@ def check(cid, str uds_path not None):
 
 
 cdef class Vsock(VirtioDevice):
-    """Streams for the guest with context identifier `cid`, 3 to 2^32 - 2 as a rule; host programs connect to the socket `uds_path`.
+    """Streams for the guest with context identifier `cid`, 3 to 2^32 - 2 as a rule.
 
-    last_port: of the ports given to host programs before, from a saved state, or 0. Raises ConfigError when the socket
-    cannot be made.
+    uds_path: the socket that host programs connect to. last_port: of the ports given to host programs before, from a saved
+    state, or 0. Raises ConfigError when the socket cannot be made.
     """
 
     cdef Listener listener

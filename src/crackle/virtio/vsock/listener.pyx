@@ -21,7 +21,7 @@ cdef enum:
     BACKLOG = 1024
 
 # Firecracker's words: clients look for them.
-PROBLEM = "Error binding to the host-side Unix socket"
+_PROBLEM = "Error binding to the host-side Unix socket"
 
 
 cdef bint is_space(char x) noexcept nogil:
@@ -76,15 +76,15 @@ cdef class Listener:
             raise self.refused()
 
     cdef refused(self):
-        return ConfigError(f"{PROBLEM}: {strerror(errno).decode()} (os error {errno}): {self.path}")
+        return ConfigError(f"{_PROBLEM}: {strerror(errno).decode()} (os error {errno}): {self.path}")
 
     cdef set_address(self, bytes path):
         memset(&self.address, 0, sizeof(self.address))
         if b"\0" in path:
-            raise ConfigError(f"{PROBLEM}: paths must not contain interior null bytes: {self.path!r}")
+            raise ConfigError(f"{_PROBLEM}: paths must not contain interior null bytes: {self.path!r}")
         if len(path) >= <Py_ssize_t> sizeof(self.address.sun_path):
             raise ConfigError(
-                f"{PROBLEM}: path must be shorter than SUN_LEN: it may have {sizeof(self.address.sun_path) - 1} bytes, "
+                f"{_PROBLEM}: path must be shorter than SUN_LEN: it may have {sizeof(self.address.sun_path) - 1} bytes, "
                 f"and has {len(path)}: {self.path}"
             )
         self.address.sun_family = AF_UNIX

@@ -1,0 +1,203 @@
+"""docs/exit-status.md: what each command ends with, by cause, and that it says why in a sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.api.conftest import Vmm
+
+VMM = [sys.executable, "-m", "crackle.cli.vmm"]
+CRACKLE = [sys.executable, "-m", "crackle.cli.main"]
+
+
+def end(command: list[str], *, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run it to its end; nothing it says may be a traceback."""
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    done = subprocess.run(command, cwd=cwd, text=True, timeout=60, check=False, **{**streams, **options})
+    assert "Traceback" not in (done.stderr or "") + (done.stdout or "")
+    return done
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        (signal.SIGHUP, 156),
+        (signal.SIGXCPU, 154),
+        (signal.SIGXFSZ, 151),
+        (signal.SIGSYS, 148),
+        *((number, -number) for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)),
+        *((number, -number) for number in (signal.SIGILL, signal.SIGBUS, signal.SIGSEGV)),
+    ],
+)
+def test_a_signal_ends_crackle_vmm_with_its_status(vmm: Vmm, number: signal.Signals, status: int) -> None:
+    assert vmm.request("GET", "/").status == 200
+    vmm.process.send_signal(number)
+    assert vmm.wait() == status
+
+
+def test_signals_that_the_parent_ignored_stay_ignored(tmp_path: Path) -> None:
+    ignored = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
+
+    def ignore() -> None:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+
+    process = subprocess.Popen(
+        [*VMM, "--api-sock", "socket", "--level", "Off"],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=ignore,
+    )
+    try:
+        while not (tmp_path / "socket").exists():
+            assert process.poll() is None
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(tmp_path / "socket"))
+            for number in ignored:
+                process.send_signal(number)
+                client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                assert client.recv(4096).startswith(b"HTTP/1.1 200 OK")
+        process.terminate()
+        assert process.wait(20) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--version"], 0),
+        (["--help"], 0),
+        (["--nonsense"], 153),
+        (["--id", "a_b"], 153),
+        (["--start-time-us", "x"], 153),
+        (["--level", "Loud"], 152),
+        (["--seccomp-filter", "f"], 1),
+        (["--enable-pci"], 1),
+        (["--no-api", "--config-file", "missing"], 1),
+        (["--no-api", "--config-file", "broken"], 1),
+        (["--no-api", "--config-file", "nowhere"], 1),
+        (["--api-sock", "no/where"], 1),
+        (["--api-sock", "broken"], 1),
+        (["--log-path", "no/where"], 1),
+        (["--metrics-path", "no/where"], 1),
+        (["--metadata", "broken", "--api-sock", "socket"], 1),
+        (["--config-file", os.fsdecode(b"caf\xe9"), "--api-sock", os.fsdecode(b"no/caf\xe9")], 1),
+    ],
+)
+def test_crackle_vmm_ends_with_the_status_of_the_table(
+    tmp_path: Path, arguments: list[str], status: int
+) -> None:
+    (tmp_path / "broken").write_text("{")
+    (tmp_path / "nowhere").write_text(
+        json.dumps({"boot-source": {"kernel_image_path": "a\0b"}, "drives": []})
+    )
+    done = end([*VMM, *arguments], cwd=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert (done.stderr.startswith("Error: "), done.stderr.count("\n")) == (
+        (True, 1) if status else (False, 0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--version"], 0),
+        (["nonsense"], 2),
+        (["run", "--nonsense"], 2),
+        (["run", "missing"], 1),
+        (["run", "a", "--name", "x"], 1),
+        (["net", "nonsense"], 2),
+        (["net", "ls"], 0),
+        (["doctor", "nonsense"], 2),
+    ],
+)
+def test_crackle_ends_with_the_status_of_the_table(tmp_path: Path, arguments: list[str], status: int) -> None:
+    assert end([*CRACKLE, *arguments], cwd=tmp_path).returncode == status
+
+
+@pytest.mark.parametrize("limit", [3, 4, 5, 6, 8, 10, 12])
+def test_where_there_are_hardly_any_descriptors_it_says_so(tmp_path: Path, limit: int) -> None:
+    (tmp_path / "vm.json").write_text(
+        json.dumps({"boot-source": {"kernel_image_path": "vm.json"}, "drives": []})
+    )
+    # The interpreter needs some to begin with: the limit comes when it runs.
+    text = (
+        "import resource, sys; from crackle.cli.vmm import run\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))\n"
+        "sys.exit(run(['--no-api', '--config-file', 'vm.json']))"
+    )
+    assert limit < resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    done = end([sys.executable, "-c", text], cwd=tmp_path)
+    assert (done.returncode, done.stderr.startswith("Error: ")) == (1, True), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full 2>&1"])
+@pytest.mark.parametrize(
+    ("arguments", "status"), [("--no-api --config-file missing", 1), ("--nonsense", 153)]
+)
+def test_closed_standard_streams_change_no_status(
+    tmp_path: Path, streams: str, arguments: str, status: int
+) -> None:
+    done = end(["sh", "-c", f'exec "$@" {arguments} {streams}', "sh", *VMM], cwd=tmp_path)
+    assert done.returncode == status
+
+
+def test_without_dev_null_closed_streams_do_no_harm(tmp_path: Path) -> None:
+    if os.getuid() or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
+        pytest.skip("needs a mount namespace")
+    script = 'mount -t tmpfs none /dev && exec "$@" --nonsense <&- >&- 2>&-'
+    done = end(["unshare", "-m", "sh", "-c", script, "sh", *VMM], cwd=tmp_path)
+    assert done.returncode == 153
+
+
+@pytest.mark.parametrize("name", ["crackle", "crackle-vmm"])
+def test_an_early_interrupt_shows_no_traceback(
+    tmp_path: Path, name: str, run_early: Callable[[str], str]
+) -> None:
+    assert "Traceback" not in run_early(name)
+
+
+@pytest.fixture
+def run_early(tmp_path: Path) -> Callable[[str], str]:
+    """Interrupts a command while its modules are being imported; what it says on standard error."""
+
+    def run(name: str) -> str:
+        module = {"crackle": "main", "crackle-vmm": "vmm"}[name]
+        # As the console script does it, with a module that raises the signal in between.
+        text = (
+            f"import sys; sys.argv[0] = '/usr/bin/{name}'\n"
+            "import builtins, os, signal; load = builtins.__import__\n"
+            "def late(name, *rest):\n"
+            "    if name == 'crackle.errors': os.kill(os.getpid(), signal.SIGINT)\n"
+            "    return load(name, *rest)\n"
+            "builtins.__import__ = late\n"
+            f"from crackle.cli.{module} import main"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", text],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == -signal.SIGINT
+        return done.stderr
+
+    return run
