@@ -29,6 +29,7 @@ class Machine:
         self._told = config.boot_source.kernel_image_path + ".told"
         self._ended: ExitStatus | None = None
         self._reads = 0
+        self.state = "Running"
 
     def _note(self, *words: object) -> None:
         with open(self._told, "a") as told:
@@ -39,9 +40,11 @@ class Machine:
 
     def pause(self) -> None:
         self._note("pause")
+        self.state = "Paused"
 
     def resume(self) -> None:
         self._note("resume")
+        self.state = "Running"
 
     def serve_metadata(self, config: Any, _store: Any) -> None:
         self._note("metadata", *config.network_interfaces, config.ipv4_address, config.version)

@@ -257,8 +257,9 @@ def test_a_disk_whose_driver_is_mad(memory: GuestMemory, disk: Path, engine: str
                 play(guest, ring, action, first, second)
             guest.notify()
             guest.settle()
-            for counter in ("read_count", "write_count", "flush_count", "invalid_requests", "broken_queues"):
-                reached[counter] += getattr(guest.device, counter)
+            counters = guest.device.counters()
+            for counter in ("read_count", "write_count", "flush_count", "invalid_reqs_count", "event_fails"):
+                reached[counter] += counters[counter]
             guest.prove_alive()
 
     attack()

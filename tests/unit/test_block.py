@@ -176,7 +176,7 @@ def test_flush_is_offered_only_where_it_is_honoured(tmp_path) -> None:
         with Disk(tmp_path / "disk", writeback=writeback) as disk:
             assert bool(disk.registers.offered() & F_FLUSH) == writeback
             assert disk.request(FLUSH) == (OK, b"", 1)
-            assert disk.device.flush_count == 1
+            assert disk.device.counters()["flush_count"] == 1
 
 
 def test_the_name_of_the_disk_fills_20_bytes_at_most(disk: Disk) -> None:
@@ -225,7 +225,7 @@ def test_requests_are_served_in_the_order_in_which_they_were_made_available(disk
     for i in range(80):
         assert disk.memory.read(HIGH + i * PAGE, SECTOR) == disk.contents[i % SECTORS * SECTOR :][:SECTOR]
     assert 1 <= disk.interrupts() < 10  # one, unless the machine was so busy that it took two turns
-    assert (disk.device.read_count, disk.device.read_bytes) == (80, 80 * SECTOR)
+    assert (disk.device.counters()["read_count"], disk.device.read_bytes) == (80, 80 * SECTOR)
 
 
 @pytest.mark.parametrize("event", [0, 1, 39, 40, 41, 79, 80, 81, 200, 65535])

@@ -62,7 +62,7 @@ def test_a_whole_queue_of_writes_arrives(large: Disk) -> None:
         large.settle()
         assert sorted(head for head, _ in large.ring.reap()) == sorted(heads)
         assert large.contents == expected(COUNT)
-        assert large.device.write_count == COUNT * (turn + 1)
+        assert large.device.counters()["write_count"] == COUNT * (turn + 1)
         large.path.write_bytes(bytes(COUNT * BIG))
 
 
@@ -84,7 +84,7 @@ def test_a_flush_is_answered_after_the_writes_that_were_submitted_before_it(larg
         assert set(answered[: answered.index(flush)]) >= set(writes[: order.index(flush)]) & set(
             writes
         ) - set(order[order.index(flush) :])
-    assert large.device.flush_count == len(flushes)
+    assert large.device.counters()["flush_count"] == len(flushes)
     assert large.contents == expected(COUNT)
 
 
@@ -116,8 +116,8 @@ def test_more_requests_than_can_be_in_flight_are_all_answered(large: Disk) -> No
         large.notify()
         large.settle()
     # Each settled: as many as were offered, less those of the queue's limit.
-    assert large.device.write_count >= COUNT
-    assert large.ring.used_idx == large.device.write_count & 0xFFFF
+    assert large.device.counters()["write_count"] >= COUNT
+    assert large.ring.used_idx == large.device.counters()["write_count"] & 0xFFFF
     assert large.contents == expected(COUNT)
 
 

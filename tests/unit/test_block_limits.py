@@ -68,7 +68,7 @@ def test_requests_beyond_the_limit_stay_in_the_queue(tmp_path: Path) -> None:
         # Nothing is even looked at until the timer fires.
         assert answered(disk) == 0
         assert disk.device.throttled_events == 2
-        assert len(heads) - disk.device.read_count == 7
+        assert len(heads) - disk.device.counters()["read_count"] == 7
 
 
 def test_a_driver_without_an_event_index_is_told_when_notifications_are_no_use(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_what_waits_goes_on_when_the_bucket_fills(tmp_path: Path) -> None:
         wait_answers(disk, 80)
         # 15 at once, and 65 at 200 a second.
         assert time.monotonic() - begin >= 0.3
-        assert disk.device.read_count == 80
+        assert disk.device.counters()["read_count"] == 80
         assert disk.device.limiter.events >= 3
 
 
@@ -158,7 +158,7 @@ def test_what_waits_is_saved_and_goes_on_elsewhere(tmp_path: Path) -> None:
         other.transport.restore(state)
         other.io.resume()
         other.settle()
-        assert other.device.read_count == 0
+        assert other.device.counters()["read_count"] == 0
         assert other.device.limiter.save().ops.size == 5
         other.device.update_limiter(0, RateLimiter(ops=TokenBucket(100, HOUR_MS)))
         ring = Ring.__new__(Ring)
@@ -183,5 +183,5 @@ def test_a_reset_forgets_what_waited(tmp_path: Path) -> None:
         disk.ring = disk.begin(RING, 256, FEATURES)
         disk.device.update_limiter(0, RateLimiter(ops=TokenBucket(0, 0)))
         assert disk.request(IN, 0, room=SECTOR).data == disk.contents[:SECTOR]
-        assert disk.device.read_count == 6
+        assert disk.device.counters()["read_count"] == 6
         assert os.path.getsize(disk.path) == len(disk.contents)

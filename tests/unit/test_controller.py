@@ -36,6 +36,7 @@ class FakeMachine:
         self.shell = shell
         self.told: list[object] = []
         self.failure: Exception | None = None
+        self.state = RUNNING
 
     def start(self) -> None:
         self.told.append("start")
@@ -44,9 +45,13 @@ class FakeMachine:
 
     def pause(self) -> None:
         self.told.append("pause")
+        if self.failure is not None:
+            raise self.failure
+        self.state = PAUSED
 
     def resume(self) -> None:
         self.told.append("resume")
+        self.state = RUNNING
 
     def send_ctrl_alt_del(self) -> None:
         self.told.append("send_ctrl_alt_del")
@@ -218,6 +223,20 @@ def test_the_life_of_a_microvm(bench: Bench) -> None:
     bench.controller.stop()
     assert states == [RUNNING, PAUSED, RUNNING, PAUSED]
     assert machine.told == ["start", "pause", "resume", "pause", "stop"]
+
+
+def test_a_pause_that_fails_changes_nothing_and_may_be_tried_again(bench: Bench) -> None:
+    bring_to(bench, RUNNING)
+    machine = bench.machines[-1]
+    machine.failure = KvmError("vCPU 0 did not stand still")
+    with pytest.raises(KvmError, match="vCPU 0 did not stand still"):
+        bench.do("pause")
+    assert bench.do("get_instance").state == RUNNING
+    machine.failure = None
+    bench.do("resume")
+    bench.do("pause")
+    assert bench.do("get_instance").state == PAUSED
+    assert machine.told == ["start", "pause", "pause"]
 
 
 def test_pause_and_resume_may_be_repeated(bench: Bench) -> None:

@@ -268,6 +268,11 @@ cdef class VcpuBase:
             join_worker(&self.worker)
 
     @property
+    def name(self):
+        """In messages."""
+        return f"vCPU {self.index}"
+
+    @property
     def ident(self):
         """The thread, as threading.get_ident() names it; 0 without one."""
         return <uint64_t> worker_ident(&self.worker)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import select
-import time
 
 # The C module itself: the socket module drags in selectors and enum.
 from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_SEQPACKET, socketpair
@@ -18,6 +17,7 @@ from crackle.mmds.http import Responder
 from crackle.mmds.packet import MAX_MESSAGE_SIZE, VNET_HEADER_SIZE
 from crackle.mmds.stack import COUNTERS, Stack
 from crackle.mmds.state import MmdsState
+from crackle.runtime.clock import MachineClock
 from crackle.runtime.threads import Thread
 
 TYPE_CHECKING = False
@@ -97,10 +97,10 @@ class Mmds:
     """The metadata service of one microVM.
 
     config: version, address and formats. store: the document, which whoever writes it keeps. `connect` once for each
-    interface, then `start` once; `stop` ends it and may be called again.
+    interface, then `start` once; `stop` ends it and may be called again. clock: the machine's.
     """
 
-    def __init__(self, config: MmdsConfig, store: Store) -> None:
+    def __init__(self, config: MmdsConfig, store: Store, clock: MachineClock | None = None) -> None:
         assert config.ipv4_address is not None, "filled in by whoever takes the configuration"
         self.address = bytes(int(part) for part in config.ipv4_address.split("."))
         self._config = config
@@ -108,8 +108,7 @@ class Mmds:
         self._wires: list[_Wire] = []
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stopping = False
-        # When the microVM was paused, if it is, and the seconds of earlier pauses: one object, read at once.
-        self._clock: tuple[float | None, float] = (None, 0.0)
+        self._clock = MachineClock() if clock is None else clock
         self._thread: Thread | None = None
 
     def connect(self) -> int:
@@ -126,18 +125,9 @@ class Mmds:
         """Begin to answer."""
         self._thread = Thread("mmds", self._run)
 
-    def pause(self) -> None:
-        """Let time stand still: a guest that is paused can acknowledge nothing. Idempotent."""
-        paused_at, lost = self._clock
-        if paused_at is None:
-            self._clock = (time.monotonic(), lost)
-
     def resume(self) -> None:
-        """Let time go on. Idempotent."""
-        paused_at, lost = self._clock
-        if paused_at is not None:
-            self._clock = (None, lost + time.monotonic() - paused_at)
-            os.eventfd_write(self._wake_fd, 1)
+        """The clock goes on: look again what there is to do, and when."""
+        os.eventfd_write(self._wake_fd, 1)
 
     @property
     def ident(self) -> int:
@@ -203,14 +193,13 @@ class Mmds:
                     poll.modify(fd, wire.events)
 
     def _now(self) -> float:
-        """Seconds of a clock that stands still while the microVM does."""
-        paused_at, lost = self._clock
-        return (time.monotonic() if paused_at is None else paused_at) - lost
+        """Seconds. The clock stands still while the microVM does: a guest that is paused can acknowledge nothing."""
+        return self._clock.now_ns / 1e9
 
     def _timeout_ms(self, live: dict[int, _Wire]) -> int | None:
         """How long to wait at most; None while nothing depends on time."""
         deadlines = [at for wire in live.values() if (at := wire.stack.deadline()) is not None]
-        if not deadlines or self._clock[0] is not None:
+        if not deadlines or self._clock.paused:
             return None
         # Rounded up: a moment early would only be asked again.
         return max(0, int((min(deadlines) - self._now()) * 1000) + 1)

@@ -1,7 +1,9 @@
 from crackle.ratelimit.state import LimiterState
+from crackle.runtime.clock import MachineClock
 from crackle.schema.rate_limiter import RateLimiter as Limits
 
 class RateLimiter:
+    def use(self, clock: MachineClock) -> None: ...
     @property
     def timer_fd(self) -> int: ...
     @property

@@ -15,6 +15,7 @@ from posix.time cimport itimerspec
 from posix.unistd cimport close, read
 
 from crackle.includes.events cimport CLOCK_MONOTONIC, TFD_CLOEXEC, TFD_NONBLOCK, timerfd_create, timerfd_settime
+from crackle.runtime.clock cimport MachineClock
 from crackle.runtime.threads cimport now_ns
 
 from math import gcd
@@ -166,7 +167,7 @@ cdef class RateLimiter:
         if self.bandwidth.size == 0 and self.operations.size == 0:
             return True
         if not self.blocked:
-            now = now_ns()
+            now = self.now()
             wait = max(wait_for(&self.bandwidth, size, now), wait_for(&self.operations, count, now))
             if wait == 0:
                 take(&self.bandwidth, size)
@@ -199,11 +200,21 @@ cdef class RateLimiter:
         """Use these buckets from now on; NULL for one that stays."""
         if bandwidth != NULL:
             self.bandwidth = bandwidth[0]
+            self.bandwidth.filled_at = self.now()
         if operations != NULL:
             self.operations = operations[0]
+            self.operations.filled_at = self.now()
         if self.blocked:
             # Whoever waits tries again under the new limits.
             self.arm(1)
+
+    cdef uint64_t now(self) noexcept nogil:
+        return now_ns() if self.clock is None else self.clock.now()
+
+    def use(self, MachineClock clock not None):
+        """Go by the clock of a machine from now on, before anything is consumed: no bucket fills while that is paused."""
+        self.clock = clock
+        self.bandwidth.filled_at = self.operations.filled_at = clock.now()
 
     @property
     def limited(self):
@@ -212,16 +223,17 @@ cdef class RateLimiter:
 
     def save(self):
         """LimiterState. The device is at rest."""
-        now = now_ns()
+        now = self.now()
         return LimiterState(bandwidth=save_bucket(&self.bandwidth, now), ops=save_bucket(&self.operations, now))
 
     def restore(self, state):
         """The reverse of `save`, before the device is used; ConfigError when the state is not one."""
         cdef bucket bandwidth, operations
-        now = now_ns()
+        now = self.now()
         restore_bucket(&bandwidth, state.bandwidth, now, "bandwidth")
         restore_bucket(&operations, state.ops, now, "ops")
-        self.replace(&bandwidth, &operations)
+        self.replace(NULL, NULL)
+        self.bandwidth, self.operations = bandwidth, operations
 
     # -- the same operations for tests ---------------------------------------------------------------------------
 

@@ -18,8 +18,9 @@ cdef struct event_source:
 cdef class IoThread:
     cdef int epoll_fd
     cdef int wake_fd
-    cdef str name
+    cdef str kind
     cdef readonly MachineClock clock
+    cdef uint64_t spin_ns       # what its devices may look out for more, before they ask to be notified
     cdef worker worker
     cdef bint made
     cdef dict owners            # by address of the source

@@ -18,8 +18,22 @@ from crackle.errors import ConfigError, KvmError, StateError
 from crackle.runtime.threads import Thread
 
 
+cdef extern from * nogil:
+    """
+    /* On a single CPU a guest could not give more work while this thread looks out for it. */
+    static int may_look_out(void) {
+        cpu_set_t cpus;
+        return sched_getaffinity(0, sizeof(cpus), &cpus) || CPU_COUNT(&cpus) > 1;
+    }
+    """
+    bint may_look_out()
+
+_STATES = ("new", "running", "paused", "stopped")
+
 cdef enum:
     BATCH = 32
+    # About what a notification and the sleep before it cost.
+    LOOK_OUT_NS = 10_000
 
 
 cdef void *thread_entry(void *argument) noexcept nogil:
@@ -53,7 +67,7 @@ cdef class IoThread:
             raise KvmError(f"cannot watch the I/O thread's wake-up: {strerror(errno).decode()}")
 
     def __init__(self, str name="io", MachineClock clock=None):
-        self.name = name
+        self.kind = name
         self.clock = MachineClock() if clock is None else clock
 
     def __del__(self):
@@ -172,7 +186,7 @@ cdef class IoThread:
             while place[0] != source:
                 place = &place[0].following
             place[0] = source.following
-            owners.append(self.owners.pop(<uint64_t> source))
+            owners.append(self.owners.pop(<uint64_t> source, None))
             free(source)
             source = next
         # Last, for their end may run any code.
@@ -200,6 +214,7 @@ cdef class IoThread:
     cdef void loop(self) noexcept nogil:
         cdef bint settling
         cdef int served
+        self.spin_ns = LOOK_OUT_NS if may_look_out() else 0
         while True:
             settling = load_acquire(&self.settling)
             served = self.look(0 if settling else -1)
@@ -229,7 +244,7 @@ cdef class IoThread:
             raise StateError("the I/O thread has been started already")
         if self.epoll_fd < 0:
             raise StateError("the I/O thread is closed")
-        start_worker(&self.worker, self.name, self.name, thread_entry, False)
+        start_worker(&self.worker, self.kind, self.kind, thread_entry, False)
 
     def request_pause(self):
         """Ask the thread to stand still after the turn of whatever it serves, and return at once; `wait_paused` waits."""
@@ -240,11 +255,11 @@ cdef class IoThread:
         """Wait until it stands still or has ended. KvmError after `timeout` seconds: it is still asked to pause."""
         cdef uint64_t until = now_ns() + <uint64_t> (max(timeout, 0.0) * 1e9)
         cdef bint done
-        check_waiter(&self.worker, f"{self.name} thread")
+        check_waiter(&self.worker, f"{self.kind} thread")
         with nogil:
             done = await_rest(&self.worker, until)
         if not done:
-            raise KvmError(f"the {self.name} thread did not come to rest within {timeout:.3g} s")
+            raise KvmError(f"{self.name} did not come to rest within {timeout:.3g} s")
 
     def pause(self, double timeout=10.0):
         """Stand still. What is ready then is served after `resume`. Idempotent."""
@@ -259,14 +274,24 @@ cdef class IoThread:
 
     def stop(self):
         """End the thread and wait for it. Idempotent; StateError on the thread itself."""
-        check_waiter(&self.worker, f"{self.name} thread")
+        check_waiter(&self.worker, f"{self.kind} thread")
         with nogil:
             join_worker(&self.worker)
+
+    @property
+    def name(self):
+        """In messages."""
+        return f"the {self.kind} thread"
 
     @property
     def ident(self):
         """The thread, as threading.get_ident() names it; 0 without one."""
         return <uint64_t> worker_ident(&self.worker)
+
+    @property
+    def status(self):
+        """"new", "running", "paused" or "stopped"."""
+        return _STATES[load_acquire(&self.worker.state)]
 
     # -- for tests -----------------------------------------------------------------------------------------------
 
@@ -289,6 +314,7 @@ cdef class IoThread:
             raise StateError("the I/O thread has been started already")
         # For as long, the caller is the thread.
         self.worker.thread, self.worker.state = pthread_self(), IS_RUNNING
+        self.spin_ns = LOOK_OUT_NS if may_look_out() else 0
         with nogil:
             served = self.look(0)
             self.between_batches()
@@ -306,6 +332,8 @@ cdef class IoThread:
             close(self.epoll_fd)
             close(self.wake_fd)
             self.epoll_fd = self.wake_fd = -1
+        # Nobody is called any more.
+        self.owners.clear()
 
 
 cdef class Watch:

@@ -98,6 +98,6 @@ cdef class VirtioDevice:
     # A device's own part; each runs with the lock held, without the GIL.
     cdef bint on_activate(self) noexcept nogil
     cdef void on_reset(self) noexcept nogil
-    cdef void on_drain(self) noexcept nogil
+    cdef bint on_drain(self, uint64_t until) noexcept nogil
     cdef void on_config_write(self, uint32_t offset, const uint8_t *data, uint32_t size) noexcept nogil
     cdef void handle_queue(self, int index, Virtqueue queue) noexcept nogil

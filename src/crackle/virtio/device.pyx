@@ -8,7 +8,7 @@ transport (`crackle.virtio.transport`) turns the driver's accesses into calls on
 """
 
 from libc.errno cimport errno
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset, strerror
 from posix.unistd cimport close, getpid, write
 
@@ -115,6 +115,7 @@ cdef class VirtioDevice:
             # Each notification is an edge: the eventfd need not be read, which would be a system call for each.
             self.watch(self.sources[index].fd, EPOLLIN | EPOLLET, queue_notified, &self.sources[index])
         for index, limiter in enumerate(self.limiters):
+            limiter.use(io.clock)
             self.watch(limiter.timer_fd, EPOLLIN, limiter_ready, &self.limiter_sources[index])
 
     cdef watch(self, int fd, uint32_t events, event_handler handler, void *context):
@@ -280,7 +281,8 @@ cdef class VirtioDevice:
     cdef void let_go(self, uint64_t gpa, uint64_t size) noexcept nogil:
         cdef bint lost = False
         cdef int i
-        self.on_drain()
+        # Memory that somebody is still to write to cannot go.
+        self.on_drain(UINT64_MAX)
         for i in range(self.queue_count):
             lost |= (<Virtqueue> self.table[i]).let_go(gpa, size)
         if not self.running():
@@ -300,8 +302,9 @@ cdef class VirtioDevice:
     cdef void on_reset(self) noexcept nogil:
         pass
 
-    cdef void on_drain(self) noexcept nogil:
-        pass
+    cdef bint on_drain(self, uint64_t until) noexcept nogil:
+        """Finish what is in flight; False when `until`, of `now_ns`, came first, and nothing has changed."""
+        return True
 
     cdef void on_config_write(self, uint32_t offset, const uint8_t *data, uint32_t size) noexcept nogil:
         self.cfg_fails += 1
@@ -331,12 +334,18 @@ cdef class VirtioDevice:
             limiter.replace(new_bandwidth, new_operations)
             pthread_mutex_unlock(&self.lock)
 
-    def drain(self):
-        """Finish what is in flight; the vCPUs and the I/O thread are at rest."""
+    def drain(self, double timeout=10.0):
+        """Finish what is in flight; the vCPUs and the I/O thread are at rest. False when that takes longer than `timeout`.
+
+        What has not been taken from the queues stays in them, and so does what has only been begun. timeout: in seconds.
+        """
+        cdef uint64_t until = now_ns() + <uint64_t> (max(timeout, 0.0) * 1e9)
+        cdef bint done
         with nogil:
             pthread_mutex_lock(&self.lock)
-            self.on_drain()
+            done = self.on_drain(until)
             pthread_mutex_unlock(&self.lock)
+        return done
 
     def counters(self):
         """What the device has counted since it was made, under the names of Firecracker's metrics."""

@@ -63,6 +63,8 @@ if TYPE_CHECKING:
 
         @property
         def exit_fd(self) -> int: ...
+        @property
+        def state(self) -> str: ...
         def exit_status(self) -> ExitStatus | None: ...
         def start(self) -> None: ...
         def pause(self) -> None: ...
@@ -118,7 +120,7 @@ class Controller:
             self.logger.warning,
             lock_drives=lock_drives,
         )
-        self.state = NOT_STARTED
+        self._stopped = False
         self.machine: Machine | None = None
         self.on_start = on_start
         self._metadata_limit = metadata_limit
@@ -151,6 +153,13 @@ class Controller:
         if own is None:
             return self._patch_device(PATCHES[command.name], command.resource)
         return own(*(() if command.resource is None else (command.resource,)))
+
+    @property
+    def state(self) -> str:
+        """Of the machine, once there is one."""
+        if self._stopped:
+            return STOPPED
+        return NOT_STARTED if self.machine is None else self.machine.state
 
     @property
     def config(self) -> VmConfig:
@@ -236,7 +245,6 @@ class Controller:
                 machine.stop()
                 raise
         self.machine = machine
-        self.state = RUNNING
         self._configuration.started()
         self.metrics.sources.append(machine.metrics)
         if self.on_start is not None:
@@ -245,12 +253,10 @@ class Controller:
     def _pause(self) -> None:
         if self.state == RUNNING:
             self._timed("pause", self._running_machine().pause)
-        self.state = PAUSED
 
     def _resume(self) -> None:
         if self.state == PAUSED:
             self._timed("resume", self._running_machine().resume)
-        self.state = RUNNING
 
     def _send_ctrl_alt_del(self) -> None:
         self._running_machine().send_ctrl_alt_del()
@@ -287,7 +293,7 @@ class Controller:
 
     def stop(self) -> None:
         """End the microVM, whatever its state, and let go of everything it holds; idempotent."""
-        self.state = STOPPED
+        self._stopped = True
         machine, self.machine = self.machine, None
         shell, self._shell, self._shell_for = self._shell, None, None
         if shell is not None:

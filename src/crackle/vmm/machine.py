@@ -12,13 +12,15 @@ import msgspec
 
 from crackle.arch import DeviceInfo, platform
 from crackle.devices.serial import Serial
-from crackle.errors import ConfigError, CrackleError, StateError
+from crackle.errors import ConfigError, CrackleError, KvmError, StateError
 from crackle.kvm import Bus
+from crackle.runtime.clock import MachineClock
 from crackle.runtime.iothread import IoThread
 from crackle.runtime.ownership import end_dropped, enrol
 from crackle.telemetry.logger import Throttle
 from crackle.virtio.transport.mmio import SIZE as MMIO_SIZE
 from crackle.virtio.transport.mmio import MmioTransport
+from crackle.vmm.commands import PAUSED, RUNNING, STOPPED
 from crackle.vmm.devices import KINDS, SINGLE, make
 from crackle.vmm.places import Places
 
@@ -43,6 +45,9 @@ _CLEAN = {"reset": "the guest asked for a reset", "shutdown": "the guest switche
 PANIC = "panic"
 EXIT_OK = 0
 EXIT_ERROR = 1
+
+# Seconds that a pause takes at most before it is given up. What a disk does for 16 MiB takes less.
+PAUSE_TIMEOUT = 2.0
 
 
 class BuildOptions(msgspec.Struct, kw_only=True):
@@ -96,7 +101,8 @@ class Machine:
         self.vcpus = parts.vcpus
         self.pio = Bus("pio")
         self.mmio = Bus("mmio")
-        self.io = IoThread()
+        self.clock = MachineClock()
+        self.io = IoThread("io", self.clock)
         self._python_io: IoThread | None = None
         self.places = Places()
         self.transports: dict[tuple[str, str], MmioTransport] = {}
@@ -152,14 +158,14 @@ class Machine:
         from crackle.virtio.custom.device import PythonDevice
 
         if self._python_io is None:
-            self._python_io = IoThread("python")
+            self._python_io = IoThread("python", self.clock)
         self._plug("custom", identifier, PythonDevice(self.memory, device), self._python_io)
 
     def serve_metadata(self, config: MmdsConfig, store: Store) -> None:
         """Answer the guest's requests for the document in `store`, on the interfaces that `config` names."""
         from crackle.mmds.service import Mmds
 
-        self.mmds = Mmds(config, store)
+        self.mmds = Mmds(config, store, self.clock)
         for name in config.network_interfaces:
             net: Any = self.devices["net", name]
             net.detour(self.mmds.connect(), self.mmds.address)
@@ -227,34 +233,74 @@ class Machine:
         for vcpu in self.vcpus:
             vcpu.start(self.pio, self.mmio, self.exit_fd, profile=self._options.profile)
 
+    @property
+    def state(self) -> str:
+        """RUNNING, PAUSED or STOPPED; a machine exists from its start on."""
+        if self._stopped:
+            return STOPPED
+        return PAUSED if self._paused else RUNNING
+
     def pause(self) -> None:
-        """Stop every vCPU between two instructions, serve what the guest has submitted, and stand still. Idempotent."""
+        """Stop every vCPU between two instructions, and every device where it stands. Idempotent.
+
+        Nothing that the guest has submitted need be served for that: what is in its queues stays there, and what is
+        only begun is put back. What the kernel is doing for a drive is finished. KvmError when a thread or a drive
+        takes longer than PAUSE_TIMEOUT for what it is at; then everything runs on.
+        """
         self._check_alive()
+        if self._paused:
+            return
+        until = time.monotonic() + PAUSE_TIMEOUT
+        try:
+            self._stand_still(until)
+        except BaseException:
+            self._go_on()
+            raise
+        self.clock.pause()
         self._paused = True
+
+    def _stand_still(self, until: float) -> None:
+        # No vCPU waits for a reader of the console from here on.
         self.serial.pause()
-        for vcpu in self.vcpus:
-            vcpu.request_pause()
-        for vcpu in self.vcpus:
-            vcpu.wait_paused()
-        for io in self._io_threads():
-            io.pause()
-        for device in self.devices.values():
-            device.drain()
-        if self.mmds is not None:
-            self.mmds.pause()
+        threads: list[Vcpu | IoThread] = [*self.vcpus, *self._io_threads()]
+        for thread in threads:
+            thread.request_pause()
+        try:
+            for thread in threads:
+                thread.wait_paused(max(until - time.monotonic(), 0.0))
+        except KvmError:
+            stuck = [thread.name for thread in threads if thread.status == "running"]
+            names = ", ".join(stuck) or "a thread"
+            raise KvmError(
+                f"{names} did not stand still within {PAUSE_TIMEOUT:g} s, and the microVM runs on: "
+                "what it waits for, a disk or a page of guest memory, does not come"
+            ) from None
+        for (kind, identifier), device in self.devices.items():
+            if not device.drain(max(until - time.monotonic(), 0.0)):
+                raise KvmError(
+                    f"what is in flight for the {kind} device {identifier!r} was not done within "
+                    f"{PAUSE_TIMEOUT:g} s, and the microVM runs on"
+                )
 
     def resume(self) -> None:
         """Go on where `pause` stopped. Idempotent."""
         self._check_alive()
         if not self._paused:
-            # A running vCPU would keep its descriptor to itself until its next exit.
             return
-        self._paused = False
-        self.serial.resume()
         for vcpu in self.vcpus:
             vcpu.kvmclock_ctrl()
+        self._paused = False
+        self.clock.resume()
         if self.mmds is not None:
             self.mmds.resume()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Let everything run, whatever of it stands still."""
+        self.serial.resume()
+        for device in self.devices.values():
+            # What was put back, and what came meanwhile, is told of by no notification.
+            device.kick()
         for io in self._io_threads():
             io.resume()
         for vcpu in self.vcpus:

@@ -7,20 +7,30 @@ restricted to the operations below on the one registered file.
 Owns the ring, its requests and the eventfd. Guest memory must outlive what is in flight: `shut_down` waits for it.
 """
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset, strerror
-from posix.unistd cimport close, getpid
+from posix.unistd cimport close, getpid, read
 
 from crackle.includes.io cimport iovec
 from crackle.includes.uring cimport *
 from crackle.memory.guest cimport GuestMemory
-from crackle.virtio.block.engine cimport DO_FLUSH, DO_READ, DO_WRITE, Engine, request
+from crackle.runtime.threads cimport now_ns
+from crackle.virtio.block.engine cimport REQUEST_IN_FLIGHT, Engine
+from crackle.virtio.block.request cimport DO_FLUSH, DO_READ, DO_WRITE, request
 from crackle.virtio.device cimport new_eventfd
 from crackle.virtio.queue cimport CHAIN_IOV, MAX_QUEUE_SIZE
 
 from crackle.errors import ConfigError
 
+
+cdef extern from "<poll.h>" nogil:
+    enum:
+        POLLIN
+    struct pollfd:
+        int fd
+        short events, revents
+    int poll(pollfd *fds, unsigned long count, int timeout)
 
 cdef extern from * nogil:
     void full_barrier "__sync_synchronize" ()
@@ -28,6 +38,8 @@ cdef extern from * nogil:
 cdef enum:
     # Requests in flight at most, as many as the queue has entries: its ring cannot overflow.
     DEPTH = MAX_QUEUE_SIZE
+    # Bytes in flight, with the last to be taken on top: a pause waits for them.
+    MAX_BYTES = 16 << 20
     # The backing file's place among the registered files.
     FILE = 0
 
@@ -76,7 +88,8 @@ cdef class AsyncEngine(Engine):
     cdef request **idle         # and those that are not in flight, the one used last on top
     cdef uint32_t idle_count
     cdef uint32_t queued        # in the ring's memory, not handed over yet
-    cdef uint32_t in_flight     # handed over, or queued
+    cdef uint32_t in_flight     # handed over, or queued, or held
+    cdef uint64_t bytes         # of the pieces of those
     cdef uint64_t number        # of writes so far
     cdef request *held[DEPTH]   # flushes that wait for writes submitted before them
     cdef uint32_t held_count
@@ -122,7 +135,8 @@ cdef class AsyncEngine(Engine):
         if not self.made:
             return
         # A forked child shares the ring, and what is in flight there is not its own.
-        while self.pid == getpid() and self.wait():
+        self.winding_down = True
+        while self.pid == getpid() and self.wait(UINT64_MAX) > 0:
             while self.completed() != NULL:
                 pass
         io_uring_queue_exit(&self.ring)
@@ -131,12 +145,15 @@ cdef class AsyncEngine(Engine):
             close(self.event_fd)
             self.event_fd = -1
 
-    cdef void use(self, int fd) noexcept nogil:
+    cdef int use(self, int fd) noexcept nogil:
+        cdef int result = io_uring_register_files_update(&self.ring, FILE, &fd, 1)
+        if result < 0:
+            return -result
         self.fd = fd
-        io_uring_register_files_update(&self.ring, FILE, &fd, 1)
+        return 0
 
     cdef request *take(self) noexcept nogil:
-        return self.idle[self.idle_count - 1] if self.idle_count else NULL
+        return self.idle[self.idle_count - 1] if self.idle_count and self.bytes < MAX_BYTES else NULL
 
     cdef void release(self, request *r) noexcept nogil:
         self.idle[self.idle_count] = r
@@ -144,7 +161,7 @@ cdef class AsyncEngine(Engine):
 
     # -- to the kernel -------------------------------------------------------------------------------------------
 
-    cdef bint submit(self, request *r) noexcept nogil:
+    cdef int submit(self, request *r) noexcept nogil:
         cdef iovec *table
         self.idle_count -= 1
         # The chain that it came in is used for the next.
@@ -164,30 +181,33 @@ cdef class AsyncEngine(Engine):
             if r.waits_for:
                 self.held[self.held_count] = r
                 self.held_count += 1
-                return False
+                return REQUEST_IN_FLIGHT
         elif r.what != DO_READ:
             self.number += 1
             self.writing += 1
         self.put(r)
-        return False
+        return REQUEST_IN_FLIGHT
 
     cdef void put(self, request *r) noexcept nogil:
         # Never NULL: the ring has an entry for each request.
         cdef io_uring_sqe *sqe = io_uring_get_sqe(&self.ring)
+        self.cut_piece(r)
+        if r.what == DO_READ or r.what == DO_WRITE:
+            self.bytes += r.piece
         if r.what == DO_READ:
-            if r.count == 1:
+            if r.piece_count == 1:
                 io_uring_prep_read(sqe, FILE, r.iov.iov_base, r.iov.iov_len, r.offset)
             else:
-                io_uring_prep_readv(sqe, FILE, r.iov, r.count, r.offset)
+                io_uring_prep_readv(sqe, FILE, r.iov, r.piece_count, r.offset)
         elif r.what == DO_WRITE:
-            if r.count == 1:
+            if r.piece_count == 1:
                 io_uring_prep_write(sqe, FILE, r.iov.iov_base, r.iov.iov_len, r.offset)
             else:
-                io_uring_prep_writev(sqe, FILE, r.iov, r.count, r.offset)
+                io_uring_prep_writev(sqe, FILE, r.iov, r.piece_count, r.offset)
         elif r.what == DO_FLUSH:
             io_uring_prep_fsync(sqe, FILE, IORING_FSYNC_DATASYNC)
         else:
-            io_uring_prep_fallocate(sqe, FILE, r.mode, r.offset, r.length)
+            io_uring_prep_fallocate(sqe, FILE, r.mode, r.offset, r.piece)
         io_uring_sqe_set_flags(sqe, IOSQE_FIXED_FILE)
         sqe.user_data = <uint64_t> r
         self.queued += 1
@@ -201,15 +221,28 @@ cdef class AsyncEngine(Engine):
             self.queued -= <uint32_t> taken
         return True
 
-    cdef bint wait(self) noexcept nogil:
-        cdef int taken
-        if self.in_flight == 0:
-            return False
-        if next_completion(&self.ring) == NULL:
-            taken = io_uring_submit_and_wait(&self.ring, 1)
-            if taken > 0:
-                self.queued -= <uint32_t> taken
-        return True
+    cdef int wait(self, uint64_t until) noexcept nogil:
+        cdef pollfd waiting
+        cdef uint64_t ticks, now
+        cdef int result = 1
+        # Those that are held wait for one that is in flight, or for one that will never be again.
+        if self.in_flight == self.held_count:
+            return 0
+        waiting.fd, waiting.events = self.event_fd, POLLIN
+        while True:
+            # The eventfd is for the I/O thread too, which asks the ring whatever it is woken for.
+            read(self.event_fd, &ticks, sizeof(ticks))
+            self.kick()
+            self.announce(True)
+            if self.ready():
+                break
+            now = now_ns()
+            if now >= until:
+                result = -1
+                break
+            poll(&waiting, 1, <int> min((until - now) // 1_000_000 + 1, <uint64_t> 1000))
+        self.announce(False)
+        return result
 
     # -- and back ------------------------------------------------------------------------------------------------
 
@@ -220,15 +253,27 @@ cdef class AsyncEngine(Engine):
         while True:
             cqe = next_completion(&self.ring)
             if cqe == NULL:
-                return NULL
+                break
             r, result = <request *> cqe.user_data, cqe.res
             io_uring_cq_advance(&self.ring, 1)
-            if self.advance(r, result):
-                self.in_flight -= 1
-                if r.what != DO_READ and r.what != DO_FLUSH:
-                    self.written(r)
-                return r
-            self.put(r)
+            if r.what == DO_READ or r.what == DO_WRITE:
+                self.bytes -= r.piece
+            r.unfinished = not self.advance(r, result)
+            if r.unfinished and not self.winding_down:
+                self.put(r)
+                continue
+            self.in_flight -= 1
+            if r.what != DO_READ and r.what != DO_FLUSH:
+                self.written(r)
+            return r
+        if self.winding_down and self.held_count and self.in_flight == self.held_count:
+            # The writes before it have not been done.
+            self.held_count -= 1
+            self.in_flight -= 1
+            r = self.held[self.held_count]
+            r.unfinished = True
+            return r
+        return NULL
 
     cdef void written(self, request *r) noexcept nogil:
         """One write less: let the flushes go that waited for it."""
@@ -237,7 +282,8 @@ cdef class AsyncEngine(Engine):
         self.writing -= 1
         for i in range(self.held_count):
             flush = self.held[i]
-            if flush.number > r.number:
+            # One that has to wait for a write that is not done waits for good.
+            if flush.number > r.number and not r.unfinished:
                 flush.waits_for -= 1
             if flush.waits_for:
                 self.held[kept] = flush

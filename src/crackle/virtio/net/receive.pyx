@@ -33,13 +33,14 @@ cdef class Receiver(VirtioDevice):
         self.chain_first, self.chain_count, self.iov_first, self.iov_count = 0, 0, 0, 0
         self.room, self.deferred, self.unpublished = 0, 0, 0
 
-    cdef void on_drain(self) noexcept nogil:
+    cdef bint on_drain(self, uint64_t until) noexcept nogil:
         """Let go of the window: what was taken from the queue ahead is available again, as the saved state says."""
         if self.deferred:
             self.finish(<Virtqueue> self.table[RX], self.deferred)
             self.tell_driver(<Virtqueue> self.table[RX])
         (<Virtqueue> self.table[RX]).put_back(<uint16_t> self.chain_count)
         self.forget()
+        return True
 
     cdef bint window_full(self) noexcept nogil:
         return self.chain_count == QUEUE_SIZE or self.iov_count + CHAIN_IOV > WINDOW

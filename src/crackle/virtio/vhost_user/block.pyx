@@ -203,10 +203,14 @@ cdef class VhostUserBlock(VirtioDevice):
             nanosleep(&pause, NULL)
         return True
 
-    cdef void on_drain(self) noexcept nogil:
+    cdef bint on_drain(self, uint64_t until) noexcept nogil:
         # The guest stands still, so the ring has nothing in flight once all of it is used; the back end may keep it.
-        if self.started and self.settle(<Virtqueue> self.table[0], PAUSE_PATIENCE_NS):
+        cdef uint64_t now = now_ns()
+        cdef uint64_t patience = min(<uint64_t> PAUSE_PATIENCE_NS, until - now if until > now else 0)
+        if self.started and self.settle(<Virtqueue> self.table[0], patience):
             self.catch_up(<Virtqueue> self.table[0])
+        # A back end may be in the middle of something: who saves is told then, by `save_own`.
+        return True
 
     cdef void catch_up(self, Virtqueue queue) noexcept nogil:
         queue.next_avail = queue.cached_avail = queue.next_used = load_idx(&queue.used[IDX], __ATOMIC_ACQUIRE)
