@@ -109,8 +109,8 @@ def test_a_whole_system_is_written(kernel: LoadedKernel, vcpus: int, mib: int) -
     assert memory.read(0x20000, 6) == b"quiet\0"
     assert memory.read(0x9FC00, 4) == b"_MP_"
     assert memory.read(0xE0000, 8) == b"RSD PTR "
-    assert memory.read(0x500, 8) == bytes(8)
-    assert memory.read(0x508, 8) != bytes(8)
+    assert memory.read(0x500, 16) == bytes(16)
+    assert memory.read(0x510, 8) != bytes(8)
     assert (memory.read(0x6000, 4) == b"\x78\xc5\x6e\x33") == (kernel is PVH)
     assert (memory.read(0x9000, 8) != bytes(8)) == (kernel is LINUX64)
 

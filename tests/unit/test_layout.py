@@ -52,7 +52,7 @@ def test_the_map_is_the_one_firecracker_guests_know() -> None:
 
 def test_what_the_monitor_writes_does_not_overlap() -> None:
     ranges = [
-        (layout.BOOT_GDT, 4 * 8),
+        (layout.BOOT_GDT, 6 * 8),
         (layout.BOOT_IDT, 8),
         (layout.PVH_INFO_START, 56),
         (layout.MODLIST_START, 32),

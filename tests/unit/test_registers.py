@@ -103,10 +103,16 @@ def test_pvh_is_in_protected_mode_without_paging() -> None:
 def test_segments_are_flat_and_match_their_descriptors(kernel: LoadedKernel) -> None:
     sregs = configured(kernel).done("set_sregs")
     memory = tables(pvh=kernel is PVH)
-    assert sregs["gdt"] == {"base": 0x500, "limit": 31}
-    assert sregs["idt"] == {"base": 0x520, "limit": 7}
-    assert memory.read(0x500, 8) == bytes(8)
-    for name, selector in (("cs", 8), ("ds", 16), ("es", 16), ("fs", 16), ("gs", 16), ("ss", 16), ("tr", 24)):
+    assert sregs["gdt"] == {"base": 0x500, "limit": 47}
+    assert sregs["idt"] == {"base": 0x530, "limit": 7}
+    assert memory.read(0x500, 16) == memory.read(0x528, 16) == bytes(16)
+    # __BOOT_CS and __BOOT_DS (boot.rst, "64-bit Boot Protocol").
+    boot_cs, boot_ds = 0x10, 0x18
+    for name, selector in (
+        ("cs", boot_cs),
+        *((name, boot_ds) for name in ("ds", "es", "fs", "gs", "ss")),
+        ("tr", 0x20),
+    ):
         segment = sregs[name]
         low, base, middle, access, flags, top = struct.unpack("<HHBBBB", memory.read(0x500 + selector, 8))
         limit = low | (flags & 0xF) << 16

@@ -1,7 +1,7 @@
 """Guest physical addresses, ports and interrupt lines of the x86_64 microVM: the map Firecracker guests know.
 
 ```
-0x0000_0500    GDT; 0x520 IDT                        0x0010_0000    kernel, RAM up to 3 GiB, initrd at its end
+0x0000_0500    GDT; 0x530 IDT                        0x0010_0000    kernel, RAM up to 3 GiB, initrd at its end
 0x0000_6000    PVH start info; 0x6040 module list    0xc000_0000    boot timer
 0x0000_7000    zero page, or PVH memory map          0xc000_1000    virtio-mmio windows of 4 KiB
 0x0000_8ff0    top of the boot stack                 0xfec0_0000    IOAPIC
@@ -20,7 +20,7 @@ from crackle.schema.machine import MAX_VCPUS as MAX_VCPUS
 PAGE_SIZE = 0x1000
 
 BOOT_GDT = 0x500
-BOOT_IDT = 0x520
+BOOT_IDT = 0x530
 PVH_INFO_START = 0x6000
 MODLIST_START = 0x6040
 MEMMAP_START = 0x7000

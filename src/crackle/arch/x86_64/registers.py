@@ -38,21 +38,26 @@ _DATA = 0x93
 _BUSY_TSS = 0x8B
 _GRANULAR, _SIZE_32, _LONG = 8, 4, 2
 
-# (access, flags, limit) of the null, code, data and TSS descriptors, at the selectors Firecracker's guests
-# find them.
+# (access, flags, limit) at the selectors that boot.rst names: code at __BOOT_CS (0x10) and data at __BOOT_DS (0x18); then
+# a TSS, whose descriptor has 16 bytes in long mode (Intel SDM volume 3, 8.2.3). PVH leaves the selectors to us.
+_UNUSED = (0, 0, 0)
 _GDT_LINUX64 = (
-    (0, 0, 0),
+    _UNUSED,
+    _UNUSED,
     (_CODE, _GRANULAR | _LONG, 0xF_FFFF),
     (_DATA, _GRANULAR | _SIZE_32, 0xF_FFFF),
     (_BUSY_TSS, _GRANULAR, 0xF_FFFF),
+    _UNUSED,
 )
 _GDT_PVH = (
-    (0, 0, 0),
+    _UNUSED,
+    _UNUSED,
     (_CODE, _GRANULAR | _SIZE_32, 0xF_FFFF),
     (_DATA, _GRANULAR | _SIZE_32, 0xF_FFFF),
     (_BUSY_TSS, 0, 0x67),
+    _UNUSED,
 )
-_CODE_INDEX, _DATA_INDEX, _TSS_INDEX = 1, 2, 3
+_CODE_INDEX, _DATA_INDEX, _TSS_INDEX = 2, 3, 4
 _IDT_LIMIT = 7
 
 _LVT_LINT0 = 0x350
@@ -70,7 +75,8 @@ _REGISTER_NAMES = (
 def write_tables(memory: GuestMemory, *, pvh: bool) -> None:
     """Write the GDT and an empty IDT, and for the 64-bit protocol the page tables."""
     descriptors = [_descriptor(*entry) for entry in (_GDT_PVH if pvh else _GDT_LINUX64)]
-    memory.write(layout.BOOT_GDT, pack("<5Q", *descriptors, 0))
+    memory.write(layout.BOOT_GDT, pack("<6Q", *descriptors))
+    memory.write(layout.BOOT_IDT, bytes(_IDT_LIMIT + 1))
     if not pvh:
         memory.write(layout.PML4_START, pack("<Q", layout.PDPTE_START | _PRESENT_WRITABLE))
         memory.write(layout.PDPTE_START, pack("<Q", layout.PDE_START | _PRESENT_WRITABLE))
