@@ -46,3 +46,45 @@ def test_a_running_microvm_does_without_the_heavy_libraries(module: str) -> None
         *("socket", "subprocess", "tempfile", "threading", "traceback", "rich", "typer", "pyroute2"),
     }
     assert modules & heavy == set()
+
+
+CONFIGURED = {
+    "drives=[Drive('a', False, path_on_host='x', io_engine='Async')]": {"crackle.virtio.block.uring"},
+    "drives=[Drive('a', False, path_on_host='x')]": {"crackle.virtio.block.backing"},
+    "drives=[Drive('a', False, socket='x')]": {"crackle.virtio.vhost_user.block", "socket"},
+    "drives=[], network_interfaces=[NetworkInterface('a', 'b')]": {"crackle.virtio.net.device"},
+    "drives=[], vsock=Vsock(3, 'v')": {"crackle.virtio.vsock.device"},
+    "drives=[], mmds_config=MmdsConfig(['a'])": {"crackle.mmds.service"},
+}
+
+
+@pytest.mark.parametrize("configured", CONFIGURED)
+def test_what_is_preloaded_is_what_a_configuration_uses(configured: str) -> None:
+    modules = imported_by(
+        "from crackle.schema import *; from crackle.schema.drive import Drive; from crackle.schema.vsock import Vsock; "
+        "from crackle.schema.net import NetworkInterface; from crackle.schema.mmds import MmdsConfig; "
+        "from crackle.schema.config import VmConfig; from crackle.schema.boot import BootSource; "
+        "from crackle.vmm.preload import preload; "
+        f"preload(VmConfig(boot_source=BootSource('k'), {configured}))"
+    )
+    assert modules >= CONFIGURED[configured] | {"crackle.vmm.probe", "crackle.schema.position"}
+    for other, names in CONFIGURED.items():
+        if not CONFIGURED[other] & CONFIGURED[configured] and "Async" not in configured:
+            assert not modules & {name for name in names if name.count(".") == 3}, other
+
+
+def test_a_module_that_is_not_there_is_told_before_the_start() -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from crackle.vmm.preload import preload; sys.modules['crackle.vmm.probe'] = None; preload()",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (
+        "ConfigError: cannot import crackle.vmm.probe, without which the microVM should not run"
+        in done.stderr
+    )

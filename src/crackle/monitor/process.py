@@ -25,6 +25,7 @@ from crackle.vmm import builder, shell
 from crackle.vmm.commands import Command
 from crackle.vmm.controller import Controller
 from crackle.vmm.machine import EXIT_OK, PANIC, BuildOptions
+from crackle.vmm.preload import preload
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ SIGNAL_STATUS = {
     signal.SIGXCPU: 154,
     signal.SIGHUP: 156,
 }
+
+# Seconds after the API answers when its clients are taken to be slow.
+_IDLE_S = 0.05
 
 # Seconds after the start of the guest when what only the start needed is given back.
 _SETTLED_S = 1.0
@@ -103,6 +107,8 @@ class VmmProcess:
         try:
             if self._server is not None:
                 self._report_start()
+                # What a start would import, while nobody asks for anything.
+                self._loop.call_later(_IDLE_S, preload)
             if self._metadata is not None:
                 self._put_metadata(self._metadata)
             if self._config is not None:

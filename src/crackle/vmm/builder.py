@@ -14,6 +14,7 @@ from crackle.memory import GuestMemory, huge_pages_missing
 from crackle.vmm.devices import configured, is_read_only, kind_of_drive
 from crackle.vmm.files import BootFile
 from crackle.vmm.machine import BuildOptions, Machine
+from crackle.vmm.preload import preload
 from crackle.vmm.shell import Shell
 
 TYPE_CHECKING = False
@@ -42,7 +43,15 @@ def build(
     if shell is not None and (shell.config, shell.shared) != wanted:
         shell.abandon()
         shell = None
-    parts = (shell or Shell(*wanted)).take()
+    shell = shell or Shell(*wanted)
+    try:
+        # While KVM makes the rest ready, on the shell's thread.
+        terminal = options.console_in >= 0 and os.isatty(options.console_in)
+        preload(config, custom=bool(options.devices), terminal=terminal)
+    except BaseException:
+        shell.abandon()
+        raise
+    parts = shell.take()
     try:
         machine = Machine(parts, options)
     except BaseException:

@@ -38,8 +38,8 @@ _DATA = 0x93
 _BUSY_TSS = 0x8B
 _GRANULAR, _SIZE_32, _LONG = 8, 4, 2
 
-# (access, flags, limit) at the selectors that boot.rst names: code at __BOOT_CS (0x10) and data at __BOOT_DS (0x18); then
-# a TSS, whose descriptor has 16 bytes in long mode (Intel SDM volume 3, 8.2.3). PVH leaves the selectors to us.
+# (access, flags, limit) at the selectors that boot.rst names: code at __BOOT_CS (0x10), data at __BOOT_DS (0x18).
+# Then a TSS, whose descriptor has 16 bytes in long mode (Intel SDM volume 3, 8.2.3). PVH leaves the selectors to us.
 _UNUSED = (0, 0, 0)
 _GDT_LINUX64 = (
     _UNUSED,
