@@ -10,6 +10,7 @@ load() {
     for module in /modules/$1/*; do insmod "$module" 2> /dev/null; done
 }
 
+load acpi
 load virtio_mmio
 # The virtio device numbers are those of virtio 1.2 section 5.
 for modalias in /sys/bus/virtio/devices/*/modalias; do

@@ -160,10 +160,21 @@ def test_ctrl_alt_del_reaches_the_guests_init(boot: Boot, rootfs: Path) -> None:
 
 def test_the_power_button_is_an_input_event(boot: Boot, rootfs: Path) -> None:
     guest = boot(rootfs=rootfs).wait_shell()
+    guest.sh("killall power")  # who would switch it off
     count = "grep -i 'ACPI:Ged' /proc/interrupts | awk '{print $2}'"
     before = int(guest.sh(count))
     guest.vm.press_power_button()
     assert int(guest.sh(f"sleep 1; {count}")) == before + 1
+
+
+@pytest.mark.parametrize("kind", ["small", "stock"])
+def test_the_power_button_switches_a_guest_off(
+    kind: str, boot: Boot, stock: dict[str, Path], rootfs: Path
+) -> None:
+    kernel = {"kernel": stock["vmlinux"], "initrd": stock["initrd"]} if kind == "stock" else {}
+    guest = boot(rootfs=rootfs, memory=256, **kernel).wait_shell()
+    status = guest.vm.shutdown(240)
+    assert (status.reason, status.step) == ("shutdown", "power button")
 
 
 def test_a_kernel_panic_ends_the_microvm(boot: Boot) -> None:

@@ -63,6 +63,7 @@ def base_files() -> dict[str, bytes]:
     return {
         "bin/busybox": busybox().read_bytes(),
         "bin/demo": (ROOTFS / "demo").read_bytes(),
+        "sbin/power": _compiled(ROOTFS / "power.c").read_bytes(),
         "etc/init.d/rcS": (ROOTFS / "rcS").read_bytes(),
         "etc/init.d/job": (ROOTFS / "job").read_bytes(),
         "etc/init.d/shell": (ROOTFS / "shell").read_bytes(),
@@ -152,7 +153,7 @@ def _programs() -> dict[str, Path]:
 
 
 def _compiled(source: Path) -> Path:
-    """A program of `guest/tools`, statically linked."""
+    """A program for guests, statically linked."""
 
     def make(path: Path) -> None:
         command = ["gcc", "-static", "-Os", "-s", "-Wall", "-Wextra", "-Werror", "-o", path, source]
