@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench.rows import BUILD, GUESTS, ROOT, Bench, Row
 
-AREAS = ("exits", "boot", "start", "api", "memory", "block", "net", "drivers", "vsock", "linux")
+AREAS = ("exits", "boot", "start", "api", "memory", "block", "net", "drivers", "vsock", "pause", "linux")
 
 
 def reference_name(path: str) -> str:

@@ -2,8 +2,11 @@
 
 import os
 import select
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -263,3 +266,58 @@ def test_a_closed_vcpu_says_so(box):
 def test_a_missing_kvm_is_one_sentence(tmp_path):
     with pytest.raises(KvmError, match=r"^cannot open .*: No such file or directory$"):
         Kvm(str(tmp_path / "kvm"))
+
+
+NEVER_RUNS = """
+#include <errno.h>
+#include <stdarg.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <linux/kvm.h>
+
+int ioctl(int fd, unsigned long request, ...)
+{
+    va_list arguments;
+    va_start(arguments, request);
+    void *argument = va_arg(arguments, void *);
+    va_end(arguments);
+    if (request == KVM_RUN) {
+        errno = EAGAIN;
+        return -1;
+    }
+    return (int)syscall(SYS_ioctl, fd, request, argument);
+}
+"""
+
+WAITS_FOR_THE_END = """
+import sys
+from crackle import MicroVM
+vm = MicroVM(sys.argv[1], memory=64)
+vm.start()
+try:
+    vm.wait(60)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_kvm_that_never_runs_the_vcpu_ends_it_with_a_reason_and_without_burning_a_cpu(
+    guests: Path, tmp_path: Path
+) -> None:
+    """As where a limit of processes keeps KVM from a thread of its own."""
+    library = tmp_path / "never.so"
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-o", str(library), "-x", "c", "-"], input=NEVER_RUNS.encode(), check=True
+    )
+    before = os.times()
+    done = subprocess.run(
+        [sys.executable, "-c", WAITS_FOR_THE_END, str(guests / "hello.elf")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"LD_PRELOAD": str(library)},
+    )
+    after = os.times()
+    assert "GuestError" in done.stdout, done
+    assert "KVM_RUN failed: Resource temporarily unavailable; KVM could not start a thread" in done.stdout
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 30

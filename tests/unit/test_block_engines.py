@@ -7,6 +7,7 @@ import resource
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from support.disk import (
     submit_reads,
     submit_writes,
 )
-from support.driver import F_EVENT_IDX, STATUS, Buffer
+from support.driver import F_EVENT_IDX, F_INDIRECT, F_VERSION_1, STATUS, Bench, Buffer, Ring
 
 BIG = 4096
 COUNT = 200
@@ -218,3 +219,62 @@ def test_only_the_async_engine_loads_liburing(tmp_path: Path, engine: str) -> No
     command = [sys.executable, "-c", program, str(tmp_path / "disk"), engine]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == str(engine == "Async")
+
+
+PARTS, PART = 253, 4 << 20
+
+
+def submit_gigabyte(bench: Bench, ring: Ring) -> int:
+    """One read of nearly 1 GiB, into the same 4 MiB again and again."""
+    table, header, status, data = 0x20000, 0x30000, 0x30100, 0x400000
+    bench.memory.write(header, bytes(16))
+    buffers = [
+        Buffer(header, 16),
+        *(Buffer(data, PART, True) for _ in range(PARTS)),
+        Buffer(status, 1, True),
+    ]
+    head = ring.add(buffers, direct=0, table=table)
+    ring.offer(head)
+    return head
+
+
+def test_a_request_that_is_only_begun_is_saved_and_begun_anew_elsewhere(tmp_path: Path, engine: str) -> None:
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        file.truncate(1 << 30)
+    features = F_VERSION_1 | F_INDIRECT
+
+    def bench() -> Bench:
+        return Bench(Block(GuestMemory([(0, 16 << 20)]), str(path), engine=engine))
+
+    with bench() as first, bench() as second:
+        ring = first.begin(RING, 256, features)
+        head = submit_gigabyte(first, ring)
+        first.notify()
+        for _ in range(10_000):
+            first.io.pause()
+            assert first.device.drain()
+            state = first.transport.save()
+            if state.device.queues[0].in_flight:
+                break
+            assert ring.used_idx == 0, "a gigabyte was read in one turn"
+            first.io.resume()
+        assert state.device.queues[0].in_flight == (head,)
+        image = first.memory.read(0, 1 << 20)
+        first.io.resume()
+        second.io.pause()
+        second.memory.write(0, image)
+        second.transport.restore(state)
+        second.device.kick()
+        second.io.resume()
+        # Each of the two does it, once.
+        for machine in (first, second):
+            ring.memory = machine.memory
+            end = time.monotonic() + 60
+            while ring.used_idx == 0:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            machine.settle()
+            assert ring.used_idx == 1
+            counters = machine.device.counters()
+            assert (counters["read_count"], counters["read_bytes"]) == (1, PARTS * PART)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from crackle.errors import ConfigError
 from crackle.ratelimit.limiter import RateLimiter
 from crackle.ratelimit.state import BucketState, LimiterState
+from crackle.runtime.clock import MachineClock
 from crackle.schema.rate_limiter import RateLimiter as Limits
 from crackle.schema.rate_limiter import TokenBucket
 
@@ -207,3 +208,34 @@ def test_closing_gives_the_timer_back() -> None:
     assert limited.timer_fd == -1
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
+
+
+def test_no_bucket_fills_while_the_machine_is_paused() -> None:
+    clock = MachineClock()
+    limiter = RateLimiter(Limits(ops=TokenBucket(size=10, refill_time=100)))
+    limiter.use(clock)
+    for _ in range(10):
+        assert limiter.try_consume(1, 1)
+    clock.pause()
+    begin = time.monotonic()
+    while time.monotonic() - begin < 0.25:  # as long as it takes to fill it twice
+        assert not limiter.try_consume(1, 10)
+        limiter.fired()
+    clock.resume()
+    assert not limiter.try_consume(1, 10)
+
+
+def test_a_limiter_of_a_machine_that_was_paused_fills_from_its_beginning() -> None:
+    clock = MachineClock()
+    clock.pause()
+    begin = time.monotonic()
+    while time.monotonic() - begin < 1:
+        pass
+    clock.resume()
+    limiter = RateLimiter(Limits(ops=TokenBucket(size=10, refill_time=1)))
+    limiter.use(clock)
+    assert limiter.try_consume(1, 10)
+    begin = time.monotonic()
+    while not limiter.try_consume(1, 10):
+        limiter.fired()
+        assert time.monotonic() - begin < 0.9

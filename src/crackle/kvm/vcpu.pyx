@@ -12,7 +12,7 @@ from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport strerror
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
-from posix.unistd cimport close, write
+from posix.unistd cimport close, usleep, write
 
 from crackle.includes.kvm cimport *
 from crackle.runtime.threads cimport *
@@ -24,6 +24,12 @@ from crackle.runtime.threads import Thread
 
 cdef extern from "<sys/ioctl.h>" nogil:
     int c_ioctl "ioctl" (int fd, unsigned long request, ...)
+
+cdef enum:
+    # A second in all, most of it asleep
+    AGAIN_AT_ONCE = 16
+    AGAIN_MOST = 1016
+    AGAIN_US = 1000
 
 _STATES = ("new", "running", "paused")
 
@@ -131,15 +137,20 @@ cdef class VcpuBase:
 
     cdef void run_guest(self) noexcept nogil:
         """Until the guest ends, or somebody ends it; `end` says why."""
-        cdef int result, error
+        cdef int result, error, again = 0
         while True:
             result = c_ioctl(self.fd, KVM_RUN, 0)
             if result >= 0:
+                again = 0
                 if self.handle():
                     return
                 continue
             error = errno
-            if error != EINTR and error != EAGAIN:
+            # EAGAIN is for a processor that is being started, a few times; for ever where KVM gets no thread of its own.
+            again = again + 1 if error == EAGAIN else 0
+            if again > AGAIN_AT_ONCE:
+                usleep(AGAIN_US)
+            if error != EINTR and error != EAGAIN or again == AGAIN_MOST:
                 self.end.why, self.end.error = END_IOCTL, error
                 return
             # An access that exited is completed by the next KVM_RUN; EINTR says that has happened, so here, and only
@@ -305,6 +316,8 @@ cdef class VcpuBase:
             text = f"KVM {kind}: suberror {end.suberror}" + (f", data {data}" if data else "")
         elif end.why == END_IOCTL:
             text = f"KVM_RUN failed: {strerror(end.error).decode()}"
+            if end.error == EAGAIN:
+                text += "; KVM could not start a thread for a second, which a limit of processes or threads may forbid"
         elif end.why == END_CRASH:
             text = "the guest reported a crash"
         else:

@@ -1,0 +1,152 @@
+"""A pause succeeds in bounded time or changes nothing, whatever the guest has asked for and whoever does not answer."""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from crackle import MicroVM
+from crackle.errors import KvmError
+from crackle.schema import Drive
+from support.driver import F_VERSION_1, NEXT, WRITE, Registers, Ring
+from support.faults import MissingPages
+
+PATIENCE = 60.0
+
+
+def sparse(path: Path, size: int) -> str:
+    with path.open("wb") as file:
+        file.truncate(size)
+    return str(path)
+
+
+@contextmanager
+def hostile(guests: Path, tmp_path: Path, engine: str, count: int) -> Iterator[MicroVM]:
+    disk = Drive("d", False, path_on_host=sparse(tmp_path / "disk", 1 << 30), is_read_only=True, io_engine=engine)  # type: ignore[arg-type]
+    with MicroVM(guests / "hostile.elf", drives=[disk], boot_args=f"n={count}", memory=64) as vm:
+        vm.console.expect("hostile")
+        yield vm
+
+
+def wait_until(what: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not what():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.01)
+
+
+def beats(vm: MicroVM) -> None:
+    """See the guest run on."""
+    for _ in range(2):
+        vm.console.expect("beat", timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("engine", ["Sync", "Async"])
+def test_a_pause_does_not_wait_for_what_the_guest_has_asked_for(
+    guests: Path, tmp_path: Path, engine: str
+) -> None:
+    with hostile(guests, tmp_path, engine, 250) as vm:
+        for _ in range(20):
+            vm.pause()
+            done = vm.metrics()["block_d"]["read_count"]
+            assert vm.state == "Paused"
+            assert vm.metrics()["block_d"]["read_count"] == done < 250
+            vm.resume()
+            assert vm.state == "Running"
+        beats(vm)
+
+
+@pytest.mark.parametrize("engine", ["Sync", "Async"])
+def test_what_a_pause_finds_begun_is_done_afterwards_and_once(
+    guests: Path, tmp_path: Path, engine: str
+) -> None:
+    with hostile(guests, tmp_path, engine, 3) as vm:
+        for _ in range(20):
+            vm.pause()
+            vm.resume()
+        wait_until(lambda: vm.metrics()["block_d"]["read_count"] == 3)
+        beats(vm)
+        counters = vm.metrics()["block_d"]
+        assert (counters["read_count"], counters["execute_fails"], counters["event_fails"]) == (3, 0, 0)
+
+
+def test_a_pause_under_a_thread_that_does_not_answer_fails_and_the_guest_goes_on(
+    guests: Path, tmp_path: Path
+) -> None:
+    disk = Drive("d", False, path_on_host=sparse(tmp_path / "disk", 1 << 20), is_read_only=True)
+    with MicroVM(
+        guests / "idle.elf", drives=[disk], boot_args="tick=100 beats=10", memory=64
+    ) as vm:
+        beats(vm)
+        machine = vm._machine()
+        base, header, status, data = 0x2000000, 0x2010000, 0x2011000, 0x2200000
+        registers = Registers(machine.mmio, 0xC0001000)
+        ring = Ring(machine.memory, base, 8)
+        assert registers.negotiate(F_VERSION_1)
+        assert registers.set_up_queue(0, ring)
+        registers.drive()
+        machine.memory.write(header, struct.pack("<IIQ", 0, 0, 0))
+        ring.write_descriptor(0, header, 16, NEXT, 1)
+        ring.write_descriptor(1, data, 4096, NEXT | WRITE, 2)
+        ring.write_descriptor(2, status, 1, WRITE, 0)
+        with MissingPages(machine.memory.regions[0].hva + data, 2 << 20):
+            # The drive's read waits for a page of the guest's that nobody gives.
+            ring.offer(0)
+            os.eventfd_write(machine.devices["block", "d"].notify_fds[0], 1)
+            for _ in range(2):
+                with pytest.raises(KvmError, match="the io thread did not stand still within 2 s"):
+                    vm.pause()
+                assert vm.state == "Running"
+                beats(vm)
+            vm.resume()
+            beats(vm)
+            assert ring.used_idx == 0
+        wait_until(lambda: ring.used_idx == 1)
+        vm.pause()
+        assert vm.state == "Paused"
+        vm.resume()
+        beats(vm)
+
+
+def test_a_pause_under_a_vcpu_that_does_not_answer_fails_and_the_guest_goes_on(guests: Path) -> None:
+    with MicroVM(guests / "hammer.elf", memory=64) as vm:
+        vm.console.expect("hammer")
+        keyboard = vm._machine().board.i8042  # type: ignore[union-attr]
+        entered, go_on, read = threading.Event(), threading.Event(), keyboard.read
+
+        def stuck(offset: int, size: int) -> int:
+            entered.set()
+            go_on.wait(PATIENCE)
+            return int(read(offset, size))
+
+        keyboard.read = stuck
+        assert entered.wait(PATIENCE)
+        with pytest.raises(KvmError, match=r"^vCPU 0 did not stand still within 2 s, and the microVM runs on"):
+            vm.pause()
+        assert vm.state == "Running"
+        del keyboard.read
+        go_on.set()
+        before = vm.metrics()["vcpu"]["exit_io_in"]
+        wait_until(lambda: vm.metrics()["vcpu"]["exit_io_in"] > before + 1000)
+        vm.pause()
+        assert vm.state == "Paused"
+
+
+def test_a_machine_is_stopped_while_it_cannot_be_paused_once_the_disk_answers(
+    guests: Path, tmp_path: Path
+) -> None:
+    """Stopping waits: the thread may write to guest memory for as long."""
+    with hostile(guests, tmp_path, "Sync", 250) as vm:
+        done = threading.Event()
+        stopping = threading.Thread(target=lambda: (vm.stop(), done.set()))
+        stopping.start()
+        assert done.wait(PATIENCE)
+        stopping.join()
+        assert vm.state == "Stopped"
