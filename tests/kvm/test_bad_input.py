@@ -82,7 +82,10 @@ def held() -> tuple[int, int]:
 
 CONFIGURATIONS = {
     "missing kernel": ({"kernel": "/none"}, "The kernel file cannot be opened: No such file .*: /none"),
-    "kernel is a directory": ({"kernel": "directory"}, "Cannot load the kernel: it is not a regular file"),
+    "kernel is a directory": (
+        {"kernel": "directory"},
+        "Cannot load kernel due to .*: it is not a regular file",
+    ),
     "initrd too large": ({"initrd": "large"}, "initrd: its 104857600 bytes do not fit"),
     "long command line": ({"boot_args": "a" * 2048}, "has 2048 bytes, 2047 is the most"),
     "too long with what is appended": (
@@ -94,7 +97,7 @@ CONFIGURATIONS = {
     "33 vCPUs": ({"cpus": 33}, "from 1 to 32.*got 33"),
     "vCPUs as text": ({"cpus": "2"}, 'Expected `int`, got `str`, at `.\\.vcpu_count` .given: "2"'),
     "half a vCPU": ({"cpus": 1.5}, "Expected `int`, got `float`"),
-    "no memory": ({"memory": 0}, "memory size .*got 0"),
+    "no memory": ({"memory": 0}, "memory size .* is 0"),
     "less than no memory": ({"memory": -1}, "Expected `int` >= 0.*given: -1"),
     "memory as text": ({"memory": "128"}, "Expected `int`, got `str`.*mem_size_mib"),
     "1 MiB": ({"memory": 1}, "segment at 0x100000 .* outside the 1 MiB"),

@@ -26,6 +26,7 @@ class Machine:
     """Has a duplicate of each disk's descriptor, as the real one does."""
 
     exit_fd = -1
+    state = "Running"
 
     def __init__(self, held: Mapping[tuple[str, str], Any]) -> None:
         self.seen = dict(held)

@@ -29,6 +29,7 @@ class FakeMachine:
     """Has the real network devices and nothing else."""
 
     exit_fd = -1
+    state = "Running"
 
     def __init__(self, config: schema.VmConfig, held: Mapping[tuple[str, str], Any]) -> None:
         self.memory = GuestMemory([(0, 1 << 20)])

@@ -228,12 +228,12 @@ def test_with_smt_the_vcpus_are_one_or_pairs(count: int, fits: bool) -> None:
 
 @pytest.mark.parametrize("pages", ["Transparent", "2M"])
 def test_huge_pages_need_a_multiple_of_2_mib(pages: str) -> None:
-    with pytest.raises(ConfigError, match=f"got 127, with huge_pages {pages}"):
+    with pytest.raises(ConfigError, match=f"is 127, with huge_pages {pages}"):
         updated(default_machine_config(), schema.MachineConfig(1, 127, huge_pages=pages))  # type: ignore[arg-type]
 
 
 def test_memory_of_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="got 0"):
+    with pytest.raises(ConfigError, match="memory size is 0"):
         updated(default_machine_config(), schema.MachineConfigUpdate(mem_size_mib=0))
 
 

@@ -71,12 +71,12 @@ def validate(machine: MachineConfig) -> None:
     count, size = machine.vcpu_count, machine.mem_size_mib
     if not 1 <= count <= MAX_VCPUS or (machine.smt and count > 1 and count % 2):
         raise ConfigError(
-            f"The number of vCPUs must be from 1 to {MAX_VCPUS}, and 1 or even with smt: got {count}"
-            f"{' with smt' if machine.smt else ''}."
+            "The number of vCPUs must be greater than 0, less than 32 and must be 1 or an even number if SMT is "
+            f"enabled. It can be from 1 to {MAX_VCPUS}: got {count}{' with smt' if machine.smt else ''}."
         )
     page_mib = 1 if machine.huge_pages == "None" else 2
     if size <= 0 or size % page_mib:
         raise ConfigError(
-            "The memory size (MiB) is either 0, or not a multiple of the configured page size: "
-            f"got {size}, with huge_pages {machine.huge_pages}."
+            "The memory size (MiB) is either 0, or not a multiple of the configured page size. "
+            f"The memory size is {size}, with huge_pages {machine.huge_pages}."
         )

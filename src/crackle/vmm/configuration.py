@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 _NO_INITRD = "The initrd file cannot be opened due to invalid path or invalid permissions. "
 
+_NO_DEVICE = "Failed perform action on device: Device not found Please verify the request arguments."
+
 DEFAULT_MMDS_ADDRESS = "169.254.169.254"
 
 
@@ -277,12 +279,12 @@ class Configuration:
         """The drive that `update` is about; ConfigError when it cannot be changed so."""
         drive = next((d for d in self.config.drives if d.drive_id == update.drive_id), None)
         if drive is None:
-            raise ConfigError(f"There is no drive {update.drive_id!r}. Please verify the request arguments.")
+            raise ConfigError(f"{_NO_DEVICE} There is no drive {update.drive_id!r}.")
         changes = update.path_on_host is not None or update.rate_limiter is not None
         if changes is (drive.socket is not None):
-            what = "a vhost-user drive's back end decides" if changes else "there is nothing to change"
+            what = "A vhost-user drive's back end decides" if changes else "There is nothing to change"
             raise ConfigError(
-                f"Running method expected different backend: {what}. Please verify the request arguments."
+                f"Block: Running method expected different backend. Please verify the request arguments. {what}."
             )
         self._check_limiter(update.rate_limiter)
         return drive
@@ -309,9 +311,7 @@ class Configuration:
         """The interface that `update` is about; ConfigError when it cannot be changed so."""
         interface = next((i for i in self.config.network_interfaces if i.iface_id == update.iface_id), None)
         if interface is None:
-            raise ConfigError(
-                f"There is no network interface {update.iface_id!r}. Please verify the request arguments."
-            )
+            raise ConfigError(f"{_NO_DEVICE} There is no network interface {update.iface_id!r}.")
         self._check_limiter(update.rx_rate_limiter)
         self._check_limiter(update.tx_rate_limiter)
         return interface

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 LINUX64 = "linux64"
 PVH = "pvh"
 
+# Firecracker's words: clients look for them.
+_NO_KERNEL = "System configuration error: " + (
+    "Cannot load kernel due to invalid memory configuration or invalid kernel image"
+)
+_NO_INITRD = "Error with initrd initialization: Cannot load the initrd"
+
 _HEAD_SIZE = 4096  # holds the ELF header, the usual program headers, and the whole bzImage setup header
 
 
@@ -70,9 +76,9 @@ def load_kernel(memory: GuestMemory, kernel_fd: int) -> LoadedKernel:
             )
         raise ConfigError(_describe(head))
     except OSError as error:
-        raise ConfigError(f"Cannot load the kernel: {error.strerror}") from error
+        raise ConfigError(f"{_NO_KERNEL}: {error.strerror}") from error
     except ConfigError as error:
-        raise ConfigError(f"Cannot load the kernel: {error}") from None
+        raise ConfigError(f"{_NO_KERNEL}: {error}") from None
 
 
 def load_initrd(memory: GuestMemory, initrd_fd: int, kernel: LoadedKernel) -> tuple[int, int]:
@@ -98,9 +104,9 @@ def load_initrd(memory: GuestMemory, initrd_fd: int, kernel: LoadedKernel) -> tu
         memory.load(address, initrd_fd, 0, size)
         return address, size
     except OSError as error:
-        raise ConfigError(f"Cannot load the initrd: {error.strerror}") from error
+        raise ConfigError(f"{_NO_INITRD}: {error.strerror}") from error
     except ConfigError as error:
-        raise ConfigError(f"Cannot load the initrd: {error}") from None
+        raise ConfigError(f"{_NO_INITRD}: {error}") from None
 
 
 _OTHER_KINDS = (
