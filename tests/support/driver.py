@@ -15,6 +15,7 @@ from crackle.kvm.bus import Bus
 from crackle.kvm.line import Line
 from crackle.memory import GuestMemory
 from crackle.runtime.iothread import IoThread
+from crackle.virtio.custom.device import PythonDevice
 from crackle.virtio.device import VirtioDevice
 from crackle.virtio.transport.mmio import MmioTransport
 
@@ -215,7 +216,9 @@ class Bench:
         self.bus = Bus("mmio")
         self.line = Line(5)
         self.transport = MmioTransport(device, self.ADDRESS, self.line)
-        self.io = IoThread() if io is None else io
+        # As in a machine: handlers in Python have a thread with a stack for it.
+        kind = "python" if isinstance(device, PythonDevice) else "io"
+        self.io = IoThread(kind) if io is None else io
         self.transport.plug(self.bus, self.io)
         self.registers = Registers(self.bus, self.ADDRESS)
         if io is None:
