@@ -28,6 +28,9 @@ for modalias in /sys/bus/virtio/devices/*/modalias; do
     esac
 done
 
+# What tells the monitor of a panic, where the ACPI tables have it.
+grep -qs QEMU0001 /sys/bus/acpi/devices/*/hid && load pvpanic
+
 root= type=ext4 flags= mode=ro init=/sbin/init
 read -r line < /proc/cmdline
 for word in $line; do

@@ -12,7 +12,8 @@ from _thread import allocate_lock
 from crackle.devices.state import I8042State
 from crackle.kvm.bus import CONTINUE, RESET
 
-_DATA, _COMMAND = 0, 4
+# Ports, from the first on.
+_DATA, COMMAND = 0, 4
 
 # Status register
 _OUTPUT_FULL = 0x01
@@ -36,7 +37,7 @@ _ENABLE_KEYBOARD = 0xAE
 _READ_OUTPUT = 0xD0
 _WRITE_OUTPUT = 0xD1
 _WRITE_KEYBOARD_BUFFER = 0xD2
-_RESET = 0xFE
+PULSE_RESET = 0xFE
 
 # Keyboard: answers, and how many parameter bytes a command takes
 _ACK = 0xFA
@@ -93,11 +94,11 @@ class I8042:
     def read(self, offset: int, size: int) -> int:
         """A read of port 0x60 + offset."""
         with self._lock:
-            if size != 1 or offset not in (_DATA, _COMMAND):
+            if size != 1 or offset not in (_DATA, COMMAND):
                 self.missed_read_count += 1
                 return 0
             self.read_count += 1
-            if offset == _COMMAND:
+            if offset == COMMAND:
                 return _SYSTEM_FLAG | _KEYBOARD_UNLOCKED | (_OUTPUT_FULL if self._pending else 0)
             if not self._pending:
                 return 0
@@ -108,11 +109,11 @@ class I8042:
     def write(self, offset: int, size: int, value: int) -> int:
         """A write of port 0x60 + offset. Returns what the vCPU is to do: go on, or reset the machine."""
         with self._lock:
-            if size != 1 or offset not in (_DATA, _COMMAND):
+            if size != 1 or offset not in (_DATA, COMMAND):
                 self.missed_write_count += 1
                 return CONTINUE
             self.write_count += 1
-            if offset == _COMMAND:
+            if offset == COMMAND:
                 return self._controller(value)
             command, self._command = self._command, 0
             if command == _WRITE_CONTROL:
@@ -129,7 +130,7 @@ class I8042:
             return CONTINUE
 
     def _controller(self, command: int) -> int:
-        if command == _RESET:
+        if command == PULSE_RESET:
             self.reset_count += 1
             return RESET
         if command in (_WRITE_CONTROL, _WRITE_OUTPUT, _WRITE_KEYBOARD_BUFFER):

@@ -10,6 +10,12 @@ cdef enum:
     # names nothing twice, no more are cut than there are regions.
     CHAIN_IOV = MAX_QUEUE_SIZE + MAX_REGIONS
 
+# Where fields are in the available and the used ring, in units of 16 bits (2.7.6 and 2.7.8).
+cdef enum:
+    RING_FLAGS = 0
+    RING_IDX = 1
+    RING_ENTRIES = 2
+
 # What pop() found.
 cdef enum:
     QUEUE_EMPTY = 0

@@ -30,12 +30,6 @@ cdef extern from * nogil:
     void full_barrier()
     void copy_once(vring_desc *to, vring_desc *source)
 
-cdef enum:
-    # Offsets in units of 16 bits, the same in both rings (2.7.6 and 2.7.8)
-    FLAGS = 0
-    IDX = 1
-    RING = 2
-
 
 cdef bint overlaps(uint64_t one, uint64_t one_size, uint64_t other, uint64_t other_size) noexcept nogil:
     return one < other + other_size and other < one + one_size
@@ -127,7 +121,7 @@ cdef class Virtqueue:
         if self.fault != NULL:
             return QUEUE_BROKEN
         if self.next_avail == self.cached_avail:
-            self.cached_avail = load_idx(&self.avail[IDX])
+            self.cached_avail = load_idx(&self.avail[RING_IDX])
             if self.next_avail == self.cached_avail:
                 return QUEUE_EMPTY
             if <uint16_t> (self.cached_avail - self.next_avail) > self.size:
@@ -135,8 +129,8 @@ cdef class Virtqueue:
             if not self.event_idx and not self.hushed:
                 # Until rearm() nobody need say that there is more (2.7.10): an event index does that by staying behind.
                 self.hushed = True
-                store_idx(&self.used[FLAGS], VRING_USED_F_NO_NOTIFY)
-        if self.walk(load_idx(&self.avail[RING + (self.next_avail & (self.size - 1))]), c) == QUEUE_BROKEN:
+                store_idx(&self.used[RING_FLAGS], VRING_USED_F_NO_NOTIFY)
+        if self.walk(load_idx(&self.avail[RING_ENTRIES + (self.next_avail & (self.size - 1))]), c) == QUEUE_BROKEN:
             return QUEUE_BROKEN
         self.next_avail += 1
         return QUEUE_CHAIN
@@ -215,13 +209,13 @@ cdef class Virtqueue:
 
     cdef void push(self, uint16_t head, uint32_t length) noexcept nogil:
         """Note that chain `head` is used, `length` bytes written into it; the driver sees it at the next `publish`."""
-        cdef vring_used_elem *ring = <vring_used_elem *> &self.used[RING]
+        cdef vring_used_elem *ring = <vring_used_elem *> &self.used[RING_ENTRIES]
         cdef uint32_t slot = self.next_used & (self.size - 1)
         ring[slot].id, ring[slot].len = head, length
         self.next_used += 1
 
     cdef void publish(self) noexcept nogil:
-        store_idx(&self.used[IDX], self.next_used)
+        store_idx(&self.used[RING_IDX], self.next_used)
         self.memory.mark_dirty(self.used_gpa, 6 + 8 * <uint64_t> self.size)
 
     cdef bint wants_interrupt(self) noexcept nogil:
@@ -229,8 +223,8 @@ cdef class Virtqueue:
         cdef uint16_t old = self.signalled, new = self.next_used, event
         full_barrier()
         if not self.event_idx:
-            return not load_idx(&self.avail[FLAGS]) & VRING_AVAIL_F_NO_INTERRUPT
-        event = load_idx(&self.avail[RING + self.size])
+            return not load_idx(&self.avail[RING_FLAGS]) & VRING_AVAIL_F_NO_INTERRUPT
+        event = load_idx(&self.avail[RING_ENTRIES + self.size])
         self.signalled = new
         if not self.signalled_valid:
             self.signalled_valid = True
@@ -238,18 +232,18 @@ cdef class Virtqueue:
         return <uint16_t> (new - event - 1) < <uint16_t> (new - old)
 
     cdef bint has_more(self) noexcept nogil:
-        return load_idx(&self.avail[IDX]) != self.next_avail
+        return load_idx(&self.avail[RING_IDX]) != self.next_avail
 
     cdef bint rearm(self) noexcept nogil:
         """Ask to be notified of the next chain; False when one has come meanwhile, and pop() must be called again."""
         if self.event_idx:
-            store_idx(&self.used[RING + 4 * self.size], self.next_avail)
+            store_idx(&self.used[RING_ENTRIES + 4 * self.size], self.next_avail)
         else:
             # Whatever stands there: a driver that was restored may have been told otherwise.
             self.hushed = False
-            store_idx(&self.used[FLAGS], 0)
+            store_idx(&self.used[RING_FLAGS], 0)
         full_barrier()
-        return load_idx(&self.avail[IDX]) == self.next_avail
+        return load_idx(&self.avail[RING_IDX]) == self.next_avail
 
     # -- saved state, and the same operations for tests ----------------------------------------------------------
 

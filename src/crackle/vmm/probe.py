@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from crackle.arch.x86_64 import layout
 from crackle.errors import CrackleError
 from crackle.kvm import Bus, Kvm
 from crackle.memory import GuestMemory
@@ -36,7 +37,7 @@ MEMORY_SIZE = 0x10000
 PAGE_MAP, PAGE_POINTERS, PAGES_LOW, PAGES_HIGH = 0x1000, 0x2000, 0x3000, 0x4000
 GDT, TSS, IDT, CODE = 0x5000, 0x6000, 0x7000, 0x8000
 KERNEL_STACK, USER_STACK, TICKS = 0xA000, 0xB000, 0xB000
-LOCAL_APIC = 0xFEE00000
+LOCAL_APIC = layout.APIC_ADDR
 
 # Selectors: SYSCALL takes CS and SS from STAR[47:32] and the next, SYSRET from STAR[63:48] + 16 and + 8.
 KERNEL_CODE, KERNEL_DATA, SYSRET_BASE, USER_DATA, USER_CODE, TASK = 0x08, 0x10, 0x18, 0x23, 0x2B, 0x30
@@ -215,7 +216,7 @@ def _run(kvm: Kvm, program: bytes) -> tuple[Trace, str]:
     try:
         with GuestMemory([(0, MEMORY_SIZE)]) as memory, kvm.create_vm() as vm:
             _write_tables(memory)
-            vm.set_tss_addr(0xFFFBD000)
+            vm.set_tss_addr(layout.KVM_TSS_ADDRESS)
             vm.create_irqchip()
             vm.set_user_memory_region(0, 0, MEMORY_SIZE, memory.regions[0].hva)
             vcpu = vm.create_vcpu(0)

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+from crackle.devices.i8042 import COMMAND, PULSE_RESET
 from crackle.errors import ConfigError
 from crackle.schema.machine import MAX_VCPUS as MAX_VCPUS
 
@@ -88,8 +89,8 @@ COM1_PORT = 0x3F8
 COM1_PORT_COUNT = 8
 I8042_PORT = 0x60
 I8042_PORT_COUNT = 5
-I8042_COMMAND_PORT = 0x64
-I8042_RESET = 0xFE
+I8042_COMMAND_PORT = I8042_PORT + COMMAND
+I8042_RESET = PULSE_RESET
 SLEEP_PORT = 0x600
 SLEEP_PORT_COUNT = 2
 """Sleep control register (ACPI 6.5, 4.8.3.7), one byte; the sleep status register is the next port."""

@@ -23,7 +23,7 @@ from crackle.includes.virtio cimport (
 from crackle.memory.guest cimport GuestMemory
 from crackle.memory.region cimport Region
 from crackle.virtio.device cimport VirtioDevice
-from crackle.virtio.queue cimport Virtqueue
+from crackle.virtio.queue cimport RING_IDX, Virtqueue
 
 from crackle.errors import ConfigError, CrackleError, StateError
 from crackle.virtio.state import VhostUserBlockState
@@ -41,7 +41,6 @@ cdef enum:
     PAUSE_PATIENCE_NS = 1_000_000_000
     RESET_PATIENCE_NS = 500_000_000
     POLL_NS = 500_000
-    IDX = 1     # of both rings, in units of 16 bits (2.7.6 and 2.7.8)
     # The configuration space as virtio 1.2 has it, which back ends before and after it know.
     CONFIG_SIZE = 60
 
@@ -163,7 +162,7 @@ cdef class VhostUserBlock(VirtioDevice):
     def save_own(self):
         """The configuration space. The machine is paused: StateError when the back end has not finished."""
         cdef Virtqueue queue = <Virtqueue> self.table[0]
-        if self.started and (not self.settled(queue) or queue.next_used != load_idx(&queue.used[IDX], __ATOMIC_ACQUIRE)):
+        if self.started and (not self.settled(queue) or queue.next_used != load_idx(&queue.used[RING_IDX], __ATOMIC_ACQUIRE)):
             raise StateError(f"the vhost-user back end at {self.backend.path} has not done what the guest asked for")
         return VhostUserBlockState(config=(<const char *> self.config)[:CONFIG_SIZE])
 
@@ -190,7 +189,7 @@ cdef class VhostUserBlock(VirtioDevice):
 
     cdef bint settled(self, Virtqueue queue) noexcept nogil:
         """Whether the back end has used every chain that the driver made available."""
-        return load_idx(&queue.used[IDX], __ATOMIC_ACQUIRE) == load_idx(&queue.avail[IDX], __ATOMIC_ACQUIRE)
+        return load_idx(&queue.used[RING_IDX], __ATOMIC_ACQUIRE) == load_idx(&queue.avail[RING_IDX], __ATOMIC_ACQUIRE)
 
     cdef bint settle(self, Virtqueue queue, uint64_t patience_ns) noexcept nogil:
         """Wait for the back end to finish what was submitted, for so long at most; whether it has."""
@@ -213,7 +212,7 @@ cdef class VhostUserBlock(VirtioDevice):
         return True
 
     cdef void catch_up(self, Virtqueue queue) noexcept nogil:
-        queue.next_avail = queue.cached_avail = queue.next_used = load_idx(&queue.used[IDX], __ATOMIC_ACQUIRE)
+        queue.next_avail = queue.cached_avail = queue.next_used = load_idx(&queue.used[RING_IDX], __ATOMIC_ACQUIRE)
 
     # -- on a vCPU thread, with the lock held --------------------------------------------------------------------
     #
