@@ -58,11 +58,13 @@ lint: build
 bench: setup
 	$(BIN)/python -m bench $(if $(FIRECRACKER),--firecracker $(FIRECRACKER))
 
-# Coverage-guided, for FUZZ_SECONDS each: all targets, or TARGET="net block"; then the hypothesis tests.
+# Coverage-guided, for FUZZ_SECONDS each: all targets, or TARGET="net block"; then the hypothesis tests, and
+# threads against each other under ThreadSanitizer.
 fuzz: build $(VENV)/.fuzz
 	$(BIN)/python tests/fuzz/fuzzer.py --seconds $(FUZZ_SECONDS) $(TARGET)
 	$(if $(TARGET),,CRACKLE_HYPOTHESIS=fuzz $(BIN)/python tests/fuzz/asan.py --timeout 0 \
 	  $(wildcard tests/fuzz/test_hostile*.py) tests/unit/test_queue.py tests/unit/test_block.py)
+	$(if $(TARGET),,$(BIN)/python tests/fuzz/tsan.py $(FUZZ_SECONDS))
 
 $(VENV)/.fuzz: $(VENV)/.ready
 	$(PYTHON) tools/setup-host fuzz

@@ -1,7 +1,8 @@
 """pause.*: milliseconds that a pause takes, the median and the longest, whatever guest and host programs do meanwhile.
 
 `idle`: a guest that sleeps. `hostile`: one that has asked its disk for 250 GiB at once. `connecting`: programs that
-connect to the guest's vsock socket in a loop. `streaming`: one that sends the guest as much as it takes, and has it back.
+connect to the guest's vsock socket in a loop. `streaming`: one that sends the guest as much as it takes, and has it
+back.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ def streaming(scratch: Path) -> Iterator[MicroVM]:
         program.recv(99)
         for command in ("cat /dev/zero", "exec cat > /dev/null"):
             end = program.fileno()
-            stream = subprocess.Popen(["sh", "-c", command], stdin=end, stdout=end if "zero" in command else None)
+            stream = subprocess.Popen(
+                ["sh", "-c", command], stdin=end, stdout=end if "zero" in command else None
+            )
             programs.callback(stream.wait)
             programs.callback(stream.kill)
         yield vm

@@ -1,4 +1,4 @@
-"""Builds the core with AddressSanitizer, apart from the ordinary build, and runs pytest on it.
+"""Builds the core with a sanitizer, apart from the ordinary build, and runs pytest on it (AddressSanitizer).
 
     python tests/fuzz/asan.py [pytest's arguments]
 
@@ -38,11 +38,12 @@ class Build(NamedTuple):
         return ROOT / "build" / self.name
 
 
-def _gcc_library() -> str:
-    return subprocess.check_output(["gcc", "-print-file-name=libasan.so"], text=True).strip()
+def _gcc_library(name: str) -> str:
+    return subprocess.check_output(["gcc", f"-print-file-name={name}"], text=True).strip()
 
 
-ASAN = Build("asan", "gcc", "address", _gcc_library)
+ASAN = Build("asan", "gcc", "address", lambda: _gcc_library("libasan.so"))
+TSAN = Build("tsan", "gcc", "thread", lambda: _gcc_library("libtsan.so"))
 
 
 def _digest(*things: Path | bytes) -> str:
@@ -89,6 +90,7 @@ def environment(kind: Build = ASAN) -> dict[str, str]:
     return os.environ | {
         "LD_PRELOAD": os.path.realpath(kind.library()),
         "ASAN_OPTIONS": f"detect_leaks=0:exitcode={FOUND}:allocator_may_return_null=1",
+        "TSAN_OPTIONS": f"exitcode={FOUND}:suppressions={HERE / 'tsan.supp'}:second_deadlock_stack=1",
         "PYTHONMALLOC": "malloc",
         "PYTHONPATH": str(build(kind)),
         "PYTHONDONTWRITEBYTECODE": "1",

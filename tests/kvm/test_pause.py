@@ -29,7 +29,9 @@ def sparse(path: Path, size: int) -> str:
 
 @contextmanager
 def hostile(guests: Path, tmp_path: Path, engine: str, count: int) -> Iterator[MicroVM]:
-    disk = Drive("d", False, path_on_host=sparse(tmp_path / "disk", 1 << 30), is_read_only=True, io_engine=engine)  # type: ignore[arg-type]
+    disk = Drive(
+        "d", False, path_on_host=sparse(tmp_path / "disk", 1 << 30), is_read_only=True, io_engine=engine
+    )  # type: ignore[arg-type]
     with MicroVM(guests / "hostile.elf", drives=[disk], boot_args=f"n={count}", memory=64) as vm:
         vm.console.expect("hostile")
         yield vm
@@ -81,9 +83,7 @@ def test_a_pause_under_a_thread_that_does_not_answer_fails_and_the_guest_goes_on
     guests: Path, tmp_path: Path
 ) -> None:
     disk = Drive("d", False, path_on_host=sparse(tmp_path / "disk", 1 << 20), is_read_only=True)
-    with MicroVM(
-        guests / "idle.elf", drives=[disk], boot_args="tick=100 beats=10", memory=64
-    ) as vm:
+    with MicroVM(guests / "idle.elf", drives=[disk], boot_args="tick=100 beats=10", memory=64) as vm:
         beats(vm)
         machine = vm._machine()
         base, header, status, data = 0x2000000, 0x2010000, 0x2011000, 0x2200000
@@ -128,7 +128,9 @@ def test_a_pause_under_a_vcpu_that_does_not_answer_fails_and_the_guest_goes_on(g
 
         keyboard.read = stuck
         assert entered.wait(PATIENCE)
-        with pytest.raises(KvmError, match=r"^vCPU 0 did not stand still within 2 s, and the microVM runs on"):
+        with pytest.raises(
+            KvmError, match=r"^vCPU 0 did not stand still within 2 s, and the microVM runs on"
+        ):
             vm.pause()
         assert vm.state == "Running"
         del keyboard.read

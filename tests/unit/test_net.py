@@ -666,7 +666,6 @@ def test_state_of_another_interface_is_refused(namespace: Namespace) -> None:
         ({"mtu": 67}, "MTU 67 is out of range"),
         ({"mtu": 65536}, "out of range"),
         ({"drop_spoofed": True}, "guest_mac"),
-        ({"rx_limiter": RateLimiter(TokenBucket(5, 0))}, "refill_time"),
     ],
 )
 def test_bad_options_leave_the_descriptor_to_the_caller(options: dict[str, Any], words: str) -> None:

@@ -233,7 +233,7 @@ cdef class VcpuBase:
 
         paused: come up paused, as after `pause()`. profile: also sum the nanoseconds spent handling exits.
         """
-        if self.worker.state != IS_NEW:
+        if load_acquire(&self.worker.state) != IS_NEW:
             raise StateError(f"vCPU {self.index} has been started already")
         if self.fd < 0:
             raise StateError(f"vCPU {self.index} is closed")
@@ -263,7 +263,7 @@ cdef class VcpuBase:
 
     def resume(self):
         """Let a paused vCPU run on, or one that is asked to pause. Idempotent."""
-        if self.worker.ask == ASK_PAUSE:
+        if load_acquire(&self.worker.ask) == ASK_PAUSE:
             with nogil:
                 ask_worker(&self.worker, ASK_RUN)
 

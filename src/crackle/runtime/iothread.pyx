@@ -240,7 +240,7 @@ cdef class IoThread:
 
     def start(self):
         """Start the thread."""
-        if self.worker.state != IS_NEW:
+        if load_acquire(&self.worker.state) != IS_NEW:
             raise StateError("the I/O thread has been started already")
         if self.epoll_fd < 0:
             raise StateError("the I/O thread is closed")
@@ -268,7 +268,7 @@ cdef class IoThread:
 
     def resume(self):
         """Go on after `pause`, or one that was only asked for. Idempotent."""
-        if self.worker.ask == ASK_PAUSE:
+        if load_acquire(&self.worker.ask) == ASK_PAUSE:
             with nogil:
                 ask_worker(&self.worker, ASK_RUN)
 
@@ -297,7 +297,7 @@ cdef class IoThread:
 
     def settle(self):
         """Wait until a look has found nothing ready: all that was ready before has been served."""
-        if self.worker.state != IS_RUNNING:
+        if load_acquire(&self.worker.state) != IS_RUNNING:
             return
         with nogil:
             pthread_mutex_lock(&self.worker.sync.mutex)

@@ -247,7 +247,7 @@ cdef int start_worker(worker *w, str kind, str name, void *(*entry)(void *) noex
 
 
 cdef void ask_worker(worker *w, int what) noexcept nogil:
-    if w.state == IS_NEW or not is_ours(&w.sync):
+    if load_acquire(&w.state) == IS_NEW or not is_ours(&w.sync):
         return
     pthread_mutex_lock(&w.sync.mutex)
     if w.ask != ASK_STOP:
@@ -264,7 +264,7 @@ cdef void ask_worker(worker *w, int what) noexcept nogil:
 cdef bint await_rest(worker *w, uint64_t until) noexcept nogil:
     cdef uint64_t now
     cdef bint done
-    if w.state == IS_NEW or not is_ours(&w.sync):
+    if load_acquire(&w.state) == IS_NEW or not is_ours(&w.sync):
         return True
     pthread_mutex_lock(&w.sync.mutex)
     while True:
@@ -282,7 +282,7 @@ cdef bint await_rest(worker *w, uint64_t until) noexcept nogil:
 
 cdef void join_worker(worker *w) noexcept nogil:
     cdef bint first
-    if w.state == IS_NEW or not is_ours(&w.sync):
+    if load_acquire(&w.state) == IS_NEW or not is_ours(&w.sync):
         return
     ask_worker(w, ASK_STOP)
     pthread_mutex_lock(&w.sync.mutex)

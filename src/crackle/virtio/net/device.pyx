@@ -22,8 +22,6 @@ from crackle.virtio.latency cimport note_latency
 from crackle.virtio.net.receive cimport HEADER, MAX_BATCH, MAX_FRAME, RX, TX, Receiver
 from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers
 
-import os
-
 from crackle.errors import ConfigError
 from crackle.virtio.state import NetState
 
@@ -38,10 +36,6 @@ cdef enum:
     TX_GROUP = 16
     # A notification takes this many times as long as looking out before one: the exit, and the wake-up of this thread.
     SOON = 4
-
-# Nanoseconds to look out for the next frame before asking for a notification. On a single CPU the driver could not send
-# one meanwhile.
-cdef uint64_t spin_ns = 10_000 if len(os.sched_getaffinity(0)) > 1 else 0
 
 cdef uint64_t GSO_IN = (
     <uint64_t> 1 << VIRTIO_NET_F_GUEST_TSO4 | <uint64_t> 1 << VIRTIO_NET_F_GUEST_TSO6
@@ -229,8 +223,8 @@ cdef class Net(Receiver):
             self.tx_throttled += 1
             return
         begin = before = now_ns()
-        if begin - self.gave_up < SOON * spin_ns:
-            self.patience_ns = spin_ns
+        if begin - self.gave_up < SOON * self.io.spin_ns:
+            self.patience_ns = self.io.spin_ns
         while True:
             found = queue.pop(&self.outgoing)
             if found == QUEUE_BROKEN:

@@ -24,8 +24,6 @@ from crackle.virtio.vsock.receive cimport HEADER, RX_QUEUE_SIZE, ReceiveBuffers
 from crackle.virtio.vsock.streams cimport Streams
 from crackle.virtio.vsock.table cimport MAX_CONNECTIONS, connection
 
-import os
-
 from crackle.errors import ConfigError
 from crackle.runtime.descriptors import measure_descriptors
 from crackle.virtio.state import VsockState
@@ -42,9 +40,6 @@ cdef enum:
     MAX_BATCH = 4 * QUEUE_SIZE
     # Times in a row that there was data for the guest and none from it.
     STREAM = 16
-
-# Nanoseconds to look out for more before asking to be notified. On a single CPU there could not be any meanwhile.
-cdef uint64_t spin_ns = 10_000 if len(os.sched_getaffinity(0)) > 1 else 0
 
 # The reset event (5.10.6.7) of a restored guest, whose connections are gone.
 cdef enum:
@@ -185,7 +180,7 @@ cdef class Vsock(VirtioDevice):
             if self.move(rx, tx):
                 self.note_direction()
                 now = now_ns()
-                until = now + spin_ns
+                until = now + self.io.spin_ns
                 if now - begin >= TURN_NS:
                     self.notify_again(TX)
                     break
