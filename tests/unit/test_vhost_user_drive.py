@@ -24,6 +24,7 @@ class Machine:
     """Has the drives only."""
 
     exit_fd = -1
+    state = "Running"
 
     def __init__(self, config: schema.VmConfig, held: Mapping[tuple[str, str], Any]) -> None:
         self.memory = GuestMemory([(0, 1 << 20)], backing="memfd")
