@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from crackle import CrackleError, GuestError, MicroVM, StateError
+from crackle import CrackleError, Drive, GuestError, MicroVM, StateError
 
 
 @pytest.fixture
@@ -42,6 +42,18 @@ def test_guest_talks_and_ends(make: Make) -> None:
         vm.console.expect("interrupts", timeout=20)
     assert vm.state == "Stopped"
     assert "ping" in vm.console.text
+
+
+@pytest.mark.parametrize("engine", ["Sync", "Async"])
+def test_a_drive_is_free_at_once_for_the_next(make: Make, tmp_path: Path, engine: str) -> None:
+    paths = [tmp_path / name for name in ("a", "b")]
+    for path in paths:
+        path.write_bytes(bytes(1 << 20))
+    for _ in range(5):
+        drive = Drive("d", False, path_on_host=str(paths[0]), is_read_only=False, io_engine=engine)
+        with make("idle", drives=[drive]) as vm:
+            for path in (paths[1], paths[0], paths[1], paths[0]):
+                vm.update_drive("d", path)
 
 
 def test_wait_gives_up_in_time(make: Make) -> None:

@@ -49,6 +49,7 @@ def test_a_file_system_survives(boot: Boot, rootfs: Path) -> None:
     )
     guest.console.write("reboot -f\n")
     guest.vm.wait(60)
+    guest.vm.stop()
     checked = subprocess.run(["/sbin/e2fsck", "-f", "-n", str(rootfs)], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
     again = boot(rootfs=rootfs).wait_shell()

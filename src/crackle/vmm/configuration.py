@@ -78,14 +78,21 @@ class Configuration:
 
     def close(self) -> None:
         """Let go of everything that is held. Idempotent."""
+        for kind, identifier in list(self.held):
+            self._hold(kind, identifier, None)
+
+    def disown(self) -> None:
+        """In a forked child: close the copies of what is held. Its locks are the parent's. Idempotent."""
         for held in self.held.values():
             held.close()
         self.held.clear()
 
     def _hold(self, kind: str, identifier: str, held: Held | None) -> None:
         """Keep `held` from now on, if there is something to keep, and let go of what it takes the place of."""
-        before = self.held.pop((kind, identifier), None)
+        before: Any = self.held.pop((kind, identifier), None)
         if before is not None:
+            if kind == "block":
+                before.unlock()
             before.close()
         if held is not None:
             self.held[kind, identifier] = held

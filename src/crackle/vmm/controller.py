@@ -311,7 +311,7 @@ class Controller:
             self._shell.disown()
         if self.machine is not None:
             self.machine.disown()
-        self._configuration.close()
+        self._configuration.disown()
 
     def _running_machine(self) -> Machine:
         assert self.machine is not None, "a started microVM has a machine"

@@ -21,7 +21,7 @@ class Backing:
 
     fd, size (bytes); identity: what GET_ID answers (5.2.6); discards: whether parts of it can be given back and zeroed
     without writing; granularity: bytes of its smallest part for which that helps. file: (device, inode), the same for
-    all that are open on one file. locking: whether it takes part in what `vmm.disks` locks.
+    all that are open on one file. locking: whether it takes part in what `vmm.files` locks.
     """
 
     __slots__ = ("discards", "fd", "file", "granularity", "identity", "locking", "path", "read_only", "size")
@@ -43,7 +43,7 @@ class Backing:
         return set_lock(self.fd, F_RDLCK if self.read_only else F_WRLCK)
 
     def unlock(self):
-        """The reverse. Idempotent."""
+        """The reverse. Idempotent. Closing alone is not: io_uring keeps a file that it had for a while."""
         set_lock(self.fd, F_UNLCK)
 
     def close(self):
