@@ -89,9 +89,13 @@ class Impostor:
             self._peer.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self._listener.close()
+        # Closing alone wakes nobody who waits in accept(), and keeps the descriptor that was set aside for what comes.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(OSError):
             self.hang_up()
+        self._thread.join(10)
+        self._listener.close()
         for _, fd in self.fds:
             os.close(fd)
         self.fds.clear()
