@@ -28,6 +28,12 @@ def test_a_stock_kernel_that_panics_ends_the_guest_with_that_reason(
     assert "Kernel panic - not syncing: Attempted to kill init!" in guest.console.text
 
 
+def test_the_small_kernel_tells_too(boot: Boot, kernels: dict[str, Path], rootfs: Path) -> None:
+    guest = boot(kernels["acpi"], NO_INIT, rootfs=rootfs)
+    with pytest.raises(GuestError, match="the guest's kernel has panicked"):
+        guest.vm.wait(120)
+
+
 def test_a_kernel_without_the_driver_resets(boot: Boot, kernels: dict[str, Path], rootfs: Path) -> None:
     guest = boot(kernels["mptable"], NO_INIT, rootfs=rootfs)
     assert guest.vm.wait(120).reason == "reset"
