@@ -5,6 +5,8 @@ from crackle.virtio.net.receive import Receiver
 
 MTU_RANGE: tuple[int, int]
 
+NEEDS: tuple[tuple[int, tuple[int, ...]], ...]
+
 class Net(Receiver):
     @property
     def mac(self) -> bytes | None: ...
