@@ -103,6 +103,9 @@ class Delegate:
             "no:cacheprovider",
             "-o",
             "faulthandler_timeout=150",
+            # Whatever was selected outside: these.
+            "-m",
+            "",
             *names,
         ]
         with open(share / "output", "wb") as output:

@@ -15,6 +15,7 @@ README = Path("README.md")
 READ = [path for path in documents() if any(not block.reason for block in blocks(path))]
 
 
+@pytest.mark.documents
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("path", READ, ids=str)
 def test_what_the_document_says_is_what_happens(
