@@ -236,10 +236,12 @@ class _Attendant:
         except BlockingIOError:
             return
         except OSError:
-            data = b""
+            # EIO: others' when it was read, whoever has it by now.
+            self._loop.forget(self._input)
+            self._terminal.take_soon()
+            return
         if not data:
             self._loop.forget(self._input)
-            # Others' for now: wait until it is not. Or gone.
             if not self._terminal.is_ours():
                 self._terminal.take()
             return

@@ -100,7 +100,12 @@ class Terminal:
             return
         if self.set_raw():
             self._raw()
-        elif not self._awaited and os.isatty(self._fd):
+        else:
+            self.take_soon()
+
+    def take_soon(self) -> None:
+        """As `take`, in a moment; of a terminal that is gone nothing comes."""
+        if self._loop is not None and not self._awaited and os.isatty(self._fd):
             self._awaited = True
             self._loop.call_later(_LOOK_AGAIN_S, self._look_again)
 
