@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crackle.cli import interrupt_by_exception
+from crackle.cli import end_on_interrupt, interrupt_by_exception
 from crackle.cli import net as network_commands
 from crackle.errors import ConfigError, CrackleError, reason_of
 from crackle.hostnet import DEFAULT_NETWORK
@@ -181,9 +181,13 @@ def version() -> None:
 def main() -> None:
     """The console script."""
     open_standard_streams()
-    interrupt_by_exception()
     try:
-        app()
+        interrupt_by_exception()
+        try:
+            app()
+        finally:
+            # There is nothing more to clean up.
+            end_on_interrupt()
     except KeyboardInterrupt:
         sys.exit(128 + SIGINT)
     except Exception as error:
