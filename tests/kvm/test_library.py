@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from crackle import CrackleError, Drive, GuestError, MicroVM, StateError
+from crackle.vmm.commands import Command
 
 
 @pytest.fixture
@@ -147,6 +148,8 @@ def test_a_guest_that_has_ended_is_stopped(make: Make, tmp_path: Path) -> None:
     with pytest.raises(GuestError, match="rip="):
         vm.wait(20)
     assert vm.state == "Stopped"
+    # The API's `GET /` asks the same one.
+    assert vm._controller.execute(Command("get_instance")).state == "Stopped"
     for call in (
         vm.pause,
         vm.resume,

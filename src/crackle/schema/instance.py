@@ -8,7 +8,8 @@ import msgspec
 
 from crackle.schema._base import Resource
 
-InstanceState = Literal["Not started", "Running", "Paused"]
+# "Stopped" is seen between the guest's end and the process's.
+InstanceState = Literal["Not started", "Running", "Paused", "Stopped"]
 
 
 class InstanceInfo(msgspec.Struct):

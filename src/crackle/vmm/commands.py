@@ -23,6 +23,7 @@ RUNNING = "Running"
 PAUSED = "Paused"
 STOPPED = "Stopped"
 
+_EVEN_AFTERWARDS = frozenset((NOT_STARTED, RUNNING, PAUSED, STOPPED))
 _ALWAYS = frozenset((NOT_STARTED, RUNNING, PAUSED))
 _BEFORE = frozenset((NOT_STARTED,))
 _AFTER = frozenset((RUNNING, PAUSED))
@@ -36,10 +37,10 @@ class Command(msgspec.Struct, frozen=True):
 
 
 ALLOWED = {
-    "get_instance": _ALWAYS,
-    "get_version": _ALWAYS,
-    "get_machine": _ALWAYS,
-    "get_config": _ALWAYS,
+    "get_instance": _EVEN_AFTERWARDS,
+    "get_version": _EVEN_AFTERWARDS,
+    "get_machine": _EVEN_AFTERWARDS,
+    "get_config": _EVEN_AFTERWARDS,
     "put_machine": _BEFORE,
     "patch_machine": _BEFORE,
     "put_cpu_config": _BEFORE,

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 # How a vCPU's end is told: the reason, the words, and the exit status of the process, as Firecracker's.
 _CLEAN = {"reset": "the guest asked for a reset", "shutdown": "the guest switched itself off"}
 PANIC = "panic"
+_ALIVE = frozenset(("new", "running", "paused"))
 EXIT_OK = 0
 EXIT_ERROR = 1
 
@@ -235,8 +236,8 @@ class Machine:
 
     @property
     def state(self) -> str:
-        """RUNNING, PAUSED or STOPPED; a machine exists from its start on."""
-        if self._stopped:
+        """RUNNING, PAUSED or, once its guest has ended, STOPPED; a machine exists from its start on."""
+        if self._stopped or any(vcpu.status not in _ALIVE for vcpu in self.vcpus):
             return STOPPED
         return PAUSED if self._paused else RUNNING
 

@@ -39,7 +39,7 @@ from crackle.vmm.arguments import (
     path_of,
 )
 from crackle.vmm.builder import build
-from crackle.vmm.commands import ALLOWED, NOT_STARTED, PAUSED, STOPPED, Command
+from crackle.vmm.commands import ALLOWED, NOT_STARTED, PAUSED, Command
 from crackle.vmm.console import DEFAULT_LIMIT, Console
 from crackle.vmm.controller import DEFAULT_METADATA_LIMIT, Controller
 from crackle.vmm.machine import BuildOptions, ExitStatus, Machine
@@ -316,7 +316,7 @@ class MicroVM:
 
     def __enter__(self) -> MicroVM:
         try:
-            if self._controller.state in (NOT_STARTED, STOPPED):
+            if self._controller.machine is None:
                 self.start()
         except BaseException:
             self.stop()
@@ -346,7 +346,7 @@ class MicroVM:
     def state(self) -> str:
         """ "Not started", "Running", "Paused" or "Stopped", which a guest that has ended by itself is too."""
         self._check_owner()
-        return STOPPED if self.exit_status is not None else self._controller.state
+        return self._controller.state
 
     @property
     def exit_status(self) -> ExitStatus | None:
