@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from crackle import MicroVM
-from crackle.errors import KvmError
+from crackle.errors import KvmError, StateError
 from crackle.schema import Drive
 from support.driver import F_VERSION_1, NEXT, WRITE, Registers, Ring
 from support.faults import MissingPages
+from support.vhost_user import Impostor
 
 PATIENCE = 60.0
 
@@ -113,6 +114,35 @@ def test_a_pause_under_a_thread_that_does_not_answer_fails_and_the_guest_goes_on
         assert vm.state == "Paused"
         vm.resume()
         beats(vm)
+
+
+def test_a_pause_does_not_wait_for_long_for_another_process(guests: Path, tmp_path: Path) -> None:
+    """A guest may ask for what no back end can do: that must not keep it from being paused. It is not saved then."""
+    backend = Impostor(tmp_path / "backend")
+    try:
+        with MicroVM(
+            guests / "idle.elf",
+            drives=[Drive("d", False, socket=backend.path)],
+            boot_args="tick=100 beats=10",
+            memory=64,
+        ) as vm:
+            beats(vm)
+            machine = vm._machine()
+            registers = Registers(machine.mmio, 0xC0001000)
+            ring = Ring(machine.memory, 0x2000000, 8)
+            assert registers.negotiate(F_VERSION_1)
+            assert registers.set_up_queue(0, ring)
+            registers.drive()
+            ring.write_descriptor(0, 0x2010000, 16, WRITE, 0)
+            ring.offer(0)
+            vm.pause()
+            assert vm.state == "Paused"
+            with pytest.raises(StateError, match="has not done what the guest asked for"):
+                machine.transports["vhost_user_block", "d"].save()
+            vm.resume()
+            beats(vm)
+    finally:
+        backend.close()
 
 
 def test_a_pause_under_a_vcpu_that_does_not_answer_fails_and_the_guest_goes_on(guests: Path) -> None:

@@ -323,6 +323,57 @@ def test_requests_that_were_kept_come_again_in_their_order_after_a_restore(
         assert second.transport.save().device.queues[0].in_flight == ()
 
 
+def test_what_a_devices_own_thread_does_during_a_pause_comes_when_the_machine_goes_on(
+    keeper: tuple[Keeper, Bench],
+) -> None:
+    device, host = keeper
+    ring = host.begin(RING, 16)
+    heads = [send(host, ring, bytes([65 + n]), at=DATA + n * 0x100) for n in range(3)]
+    host.memory.write(DATA + 0x1000, bytes(0x300))
+    device.kept[1].write(b"be")
+    host.interrupts()
+    host.device.drain()
+    before, paused = host.memory.read(0, 1 << 20), host.transport.save()
+    assert paused.device.queues[0].in_flight == tuple(heads)
+
+    def work() -> None:
+        for data in (b"fo", b"re"):
+            device.kept[1].write(data)
+        device.kept[1].complete()
+        device.write_config(0, b"news")
+        assert device.queue(0).take() is None
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    with pytest.raises(StateError, match="completed already"):
+        device.kept[1].complete()
+    assert device.read_config().startswith(b"news")
+    assert host.memory.read(0, 1 << 20) == before
+    assert (host.transport.save(), host.interrupts()) == (paused, 0)
+
+    host.device.kick()
+    assert host.memory.read(DATA + 0x1100, 8) == b"before".ljust(8, b"\0")
+    assert ring.reap() == [(heads[1], 6)]
+    assert host.interrupts() > 0
+    device.kept[0].complete()
+    assert ring.reap() == [(heads[0], 0)]
+    state = host.transport.save().device
+    assert state.queues[0].in_flight == (heads[2],)
+    assert state.config_generation == paused.device.config_generation + 1
+
+
+def test_what_was_postponed_ends_with_the_device(keeper: tuple[Keeper, Bench]) -> None:
+    device, host = keeper
+    send(host, host.begin(RING, 16), b"one")
+    (request,) = device.kept
+    host.device.drain()
+    request.write(b"late")
+    host.transport.device.close()
+    host.device.kick()
+    assert host.memory.read(DATA + 0x1000, 4) == bytes(4)
+
+
 def test_a_reset_ends_what_was_kept(keeper: tuple[Keeper, Bench]) -> None:
     _, host = keeper
     send(host, host.begin(RING, 16), b"old")

@@ -3,6 +3,10 @@
 The lock of a device is never held while the device's Python code runs. Each operation takes it for itself, so that a vCPU
 at the registers waits for no Python. Whoever takes it with the GIL held releases the GIL first (docs/architecture.md,
 Threads); a thread that holds it may wait for the GIL, because nobody waits for a lock with the GIL in hand.
+
+The device's own threads know nothing of a pause. What they do meanwhile is *postponed*: neither guest memory nor the queues
+change until the machine goes on, so that what is saved is whole; a request that was completed meanwhile is saved as one that
+the device has, and a restored device gets it again.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -46,10 +50,14 @@ cdef class PythonDevice(VirtioDevice):
     cdef uint64_t generation            # grows with every reset
     cdef uint32_t writable_config
     cdef object throttle                # of their reports: the guest may cause them at will
+    cdef bint held                      # the machine is paused
+    cdef list postponed                 # meanwhile: (request, bytes it writes, or None where it was completed)
+    cdef bint config_postponed          # its configuration space has changed meanwhile
     cdef readonly uint64_t failures     # exceptions that left the device's methods
 
     def __init__(self, GuestMemory memory, device):
         self.throttle = Throttle()
+        self.postponed = []
         name = type(device).__name__
         if device._native is not None:
             raise ConfigError(f"this {name} belongs to another microVM; make one for each")
@@ -82,8 +90,45 @@ cdef class PythonDevice(VirtioDevice):
                 pthread_mutex_lock(&self.lock)
                 self.generation += 1
                 pthread_mutex_unlock(&self.lock)
+        self.postponed = []
         if self.device is not None:
             self.device._native = None
+
+    def drain(self, double timeout=10.0):
+        """Postpone what the device's own threads do from here on, until `kick`. Always True."""
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+            self.held = True
+            pthread_mutex_unlock(&self.lock)
+        return True
+
+    def kick(self):
+        """Do what was postponed, in its order, and serve every queue once."""
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+        try:
+            self.held = False
+            postponed, self.postponed = self.postponed, []
+            for request, data in postponed:
+                self.catch_up(request, data)
+            if self.config_postponed:
+                self.config_postponed = False
+                self.config_changed()
+        finally:
+            pthread_mutex_unlock(&self.lock)
+        VirtioDevice.kick(self)
+
+    cdef void catch_up(self, Request request, data) noexcept:
+        try:
+            if data is None:
+                request.give()
+            else:
+                request.put(data)
+        except Exception as error:
+            # Guest memory that was there when the request was made has gone.
+            self.failures += 1
+            report(error)
+            self.need_reset()
 
     def counters(self):
         """Notifications, and exceptions that left the device's methods."""
@@ -113,7 +158,10 @@ cdef class PythonDevice(VirtioDevice):
         with nogil:
             pthread_mutex_lock(&self.lock)
             memcpy(&self.config[offset], source, size)
-            self.config_changed()
+            if self.held:
+                self.config_postponed = True
+            else:
+                self.config_changed()
             pthread_mutex_unlock(&self.lock)
 
     def save_own(self):
@@ -190,7 +238,8 @@ cdef class PythonDevice(VirtioDevice):
         cdef int found = 0
         pthread_mutex_lock(&self.lock)
         generation[0] = self.generation
-        if self.running() and queue.ready and self.sources[index].fd >= 0:
+        # While the machine is paused there is none; when it goes on the queue is served.
+        if self.running() and queue.ready and self.sources[index].fd >= 0 and not self.held:
             while True:
                 found = queue.pop_to_keep(c)
                 if found != 0 or queue.rearm():
@@ -201,17 +250,14 @@ cdef class PythonDevice(VirtioDevice):
         return found
 
     cdef bint give(self, int index, Virtqueue queue, uint16_t head, uint32_t length, uint64_t generation) noexcept nogil:
-        """Return a chain; False when the driver has reset the device since it was taken."""
-        cdef bint valid
-        pthread_mutex_lock(&self.lock)
-        valid = generation == self.generation and self.running()
-        if valid:
-            queue.push_kept(head, length)
-            queue.publish()
-            if queue.wants_interrupt():
-                self.signal_queue(index)
-        pthread_mutex_unlock(&self.lock)
-        return valid
+        """Return a chain, with the lock held; False when the driver has reset the device since it was taken."""
+        if generation != self.generation or not self.running():
+            return False
+        queue.push_kept(head, length)
+        queue.publish()
+        if queue.wants_interrupt():
+            self.signal_queue(index)
+        return True
 
 
 cdef class RequestQueue:
@@ -247,7 +293,7 @@ cdef class Request:
     """A chain of buffers (virtio 1.2, section 2.7): what the driver sent, and room for what it wants to have.
 
     readable: bytes that the driver sent. writable: bytes of room for the answer. A request may be kept and completed
-    later, from any thread.
+    later, from any thread. While the machine is paused nothing waits: the driver has it when the machine goes on.
     """
 
     cdef PythonDevice owner
@@ -259,6 +305,7 @@ cdef class Request:
     cdef list targets           # ... and to write
     cdef readonly uint64_t readable, writable
     cdef uint64_t done_reading, written
+    cdef uint64_t put_bytes     # of `written`, those that guest memory has
     cdef bint completed
 
     def __init__(self, *args, **kwargs):
@@ -282,7 +329,7 @@ cdef class Request:
 
     def write(self, data):
         """Put `data` after what was written before. ValueError when there is no room for all of it."""
-        cdef uint64_t size, done = 0
+        cdef uint64_t size
         view = memoryview(data).cast("B")
         size = len(view)
         if size > self.writable - self.written:
@@ -292,24 +339,45 @@ cdef class Request:
         try:
             # A reset waits for the lock: after it nothing is written any more.
             self.check()
-            for gpa, n in pieces(self.targets, self.written, size):
-                self.memory.write(gpa, view[done:done + n])
-                done += n
+            if self.owner.held:
+                self.owner.postponed.append((self, bytes(view)))
+            else:
+                self.put(view)
+            self.written += size
         finally:
             pthread_mutex_unlock(&self.owner.lock)
-        self.written += size
+
+    cdef put(self, view):
+        """Into guest memory, after what is there already; with the lock held."""
+        cdef uint64_t done = 0
+        for gpa, n in pieces(self.targets, self.put_bytes, len(view)):
+            self.memory.write(gpa, view[done:done + n])
+            done += n
+        self.put_bytes += done
 
     def complete(self):
         """Return the request to the driver, and interrupt it if it wants that. StateError after a reset, or done twice."""
-        cdef bint valid
-        cdef uint32_t length = <uint32_t> min(self.written, <uint64_t> 0xffffffff)
+        cdef bint valid = True
         if self.completed:
             raise StateError("the request has been completed already")
         self.completed = True
         with nogil:
-            valid = self.owner.give(self.queue.index, self.queue.queue, self.head, length, self.generation)
+            pthread_mutex_lock(&self.owner.lock)
+        try:
+            if self.owner.held:
+                valid = self.generation == self.owner.generation
+                self.owner.postponed.append((self, None))
+            else:
+                valid = self.give()
+        finally:
+            pthread_mutex_unlock(&self.owner.lock)
         if not valid:
             raise StateError("the driver has reset the device since it made this request")
+
+    cdef bint give(self) noexcept:
+        """Return it to the driver, with the lock held; False after a reset."""
+        cdef uint32_t length = <uint32_t> min(self.written, <uint64_t> 0xffffffff)
+        return self.owner.give(self.queue.index, self.queue.queue, self.head, length, self.generation)
 
     cdef check(self):
         if self.completed:

@@ -208,7 +208,7 @@ cdef class VhostUserBlock(VirtioDevice):
         cdef uint64_t patience = min(<uint64_t> PAUSE_PATIENCE_NS, until - now if until > now else 0)
         if self.started and self.settle(<Virtqueue> self.table[0], patience):
             self.catch_up(<Virtqueue> self.table[0])
-        # A back end may be in the middle of something: who saves is told then, by `save_own`.
+        # A pause is not up to the guest, who may have asked for what no back end can do: who saves is told, by `save_own`.
         return True
 
     cdef void catch_up(self, Virtqueue queue) noexcept nogil:
