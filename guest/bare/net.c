@@ -6,6 +6,7 @@
  *   buffer=N        bytes of each receive buffer (default 2048)
  *   split           transmits chains of two descriptors, the header in one of its own
  *   group=N         frames that are made available at a time (default 16)
+ *   told            asks for interrupts, as a driver does that has not thought of it, and polls all the same
  *   to=N from=N     the last byte of the frames' addresses 06:00:00:00:00:N (defaults 2 and 1)
  *   t=OP,SIZE[,COUNT]   may be repeated; run in order. OP is
  *     tx        sends frames of SIZE bytes as fast as they are taken; above 1,514 each is a TCP segment to be cut by the host.
@@ -36,7 +37,7 @@ struct net_header { /* 5.1.6 */
 static struct virtio device;
 static struct queue rx, tx;
 static u64 milliseconds, buffer_size, group;
-static bool split;
+static bool split, told;
 static u8 *rx_data, *tx_data;
 static u32 tx_free[ENTRIES], tx_free_count, tx_slots;
 
@@ -104,8 +105,8 @@ static void open_device(void)
         tx_free[tx_free_count++] = slot;
     tx_slots = tx_free_count;
     virtio_ready(&device);
-    queue_want_interrupts(&rx, 0);
-    queue_want_interrupts(&tx, 0);
+    queue_want_interrupts(&rx, told);
+    queue_want_interrupts(&tx, told);
     for (u32 slot = 0; slot < rx.size; slot++)
         provide(slot);
     queue_publish(&rx);
@@ -113,8 +114,8 @@ static void open_device(void)
 
 static void silence(struct queue *queue)
 {
-    /* The event index goes round: keep it behind. */
-    queue->available->ring[queue->size] = (u16)(queue->used_index - 1);
+    /* The event index goes round: keep it behind, or at the next entry. */
+    queue->available->ring[queue->size] = (u16)(queue->used_index - !told);
 }
 
 static void submit(const u8 *data, u32 size)
@@ -305,6 +306,7 @@ int main(void)
     milliseconds = option_number("ms", 300);
     buffer_size = option_number("buffer", 2048);
     split = option("split") != 0;
+    told = option("told") != 0;
     group = option_number("group", 16);
     tsc_khz();
     open_device();

@@ -261,6 +261,10 @@ class Bench:
         except BlockingIOError:
             return 0
 
+    def acknowledge(self) -> None:
+        """What a driver does first when it is interrupted (4.2.2, InterruptACK)."""
+        self.registers[INTERRUPT_ACK] = self.registers[INTERRUPT_STATUS]
+
     def close(self) -> None:
         self.io.close()
         self.device.close()

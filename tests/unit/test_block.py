@@ -237,6 +237,7 @@ def test_one_interrupt_for_a_batch_that_passes_the_used_event_and_none_otherwise
         disk.notify()
         disk.settle()
         assert disk.interrupts() == 1  # the first is always announced
+        disk.acknowledge()
         disk.ring.reap()
         disk.ring.set_used_event(event)
         submit_reads(disk, 40)

@@ -159,6 +159,24 @@ def test_without_event_index_the_driver_suppresses_interrupts_by_a_flag(memory: 
     assert wanted == [True, False, True]
 
 
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_in_a_turn_only_a_driver_with_an_event_index_is_told_before_the_last(
+    memory: GuestMemory, event_idx: bool
+) -> None:
+    ring = Ring(memory, RING, 8)
+    queue = queue_for(ring, event_idx=event_idx)
+    ring.set_used_event(0)
+    wanted = []
+    for last in (False, False, True, False, True):
+        head = ring.add([Buffer(DATA, 1)])
+        ring.offer(head)
+        queue.take()
+        wanted.append(queue.give(head, 0, last=last))
+        # What was used is seen all the same.
+        assert [used for used, _ in ring.reap()] == [head]
+    assert wanted == ([True, False, False, False, False] if event_idx else [False, False, True, False, True])
+
+
 @given(
     start=st.integers(0, 0xFFFF), events=st.lists(st.integers(-3, 3) | st.integers(0, 0xFFFF), max_size=20)
 )

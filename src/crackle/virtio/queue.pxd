@@ -45,7 +45,8 @@ cdef class Virtqueue:
     cdef bint hushed            # the driver has been told, by the flag, that no notification is wanted
     cdef uint16_t next_avail
     cdef uint16_t next_used
-    cdef uint16_t signalled     # next_used when the driver was last interrupted
+    cdef uint16_t published     # next_used as the driver sees it
+    cdef uint16_t signalled     # next_used when it was last decided whether to interrupt the driver
     cdef bint signalled_valid
     cdef const char *fault      # why the queue broke
     cdef vring_desc *desc
@@ -69,6 +70,7 @@ cdef class Virtqueue:
     cdef void put_back(self, uint16_t count) noexcept nogil
     cdef void push(self, uint16_t head, uint32_t length) noexcept nogil
     cdef void publish(self) noexcept nogil
+    cdef bint show(self, bint last) noexcept nogil
     cdef bint wants_interrupt(self) noexcept nogil
     cdef bint has_more(self) noexcept nogil
     cdef bint rearm(self) noexcept nogil

@@ -53,7 +53,7 @@ cdef class Virtqueue:
         self.ready = False
         self.size = self.max_size
         self.desc_gpa = self.avail_gpa = self.used_gpa = 0
-        self.next_avail = self.next_used = self.cached_avail = 0
+        self.next_avail = self.next_used = self.published = self.signalled = self.cached_avail = 0
         self.kept_count = self.in_hand = 0
         self.signalled_valid = False
         self.event_idx = self.indirect = self.hushed = False
@@ -215,21 +215,31 @@ cdef class Virtqueue:
         self.next_used += 1
 
     cdef void publish(self) noexcept nogil:
+        self.published = self.next_used
         store_idx(&self.used[RING_IDX], self.next_used)
         self.memory.mark_dirty(self.used_gpa, 6 + 8 * <uint64_t> self.size)
+
+    cdef bint show(self, bint last) noexcept nogil:
+        """Publish what was pushed, if anything; whether to interrupt the driver now.
+
+        By its event index it says when it wants to hear of it. Without one it is told once a turn, at the `last` of it.
+        """
+        if self.next_used != self.published:
+            self.publish()
+        return (last or self.event_idx) and self.wants_interrupt()
 
     cdef bint wants_interrupt(self) noexcept nogil:
         """After `publish`: must the driver be interrupted (2.7.7 and 2.7.10)?"""
         cdef uint16_t old = self.signalled, new = self.next_used, event
+        cdef bint first = not self.signalled_valid
+        if old == new:
+            return False
+        self.signalled, self.signalled_valid = new, True
         full_barrier()
         if not self.event_idx:
             return not load_idx(&self.avail[RING_FLAGS]) & VRING_AVAIL_F_NO_INTERRUPT
         event = load_idx(&self.avail[RING_ENTRIES + self.size])
-        self.signalled = new
-        if not self.signalled_valid:
-            self.signalled_valid = True
-            return True
-        return <uint16_t> (new - event - 1) < <uint16_t> (new - old)
+        return first or <uint16_t> (new - event - 1) < <uint16_t> (new - old)
 
     cdef bint has_more(self) noexcept nogil:
         return load_idx(&self.avail[RING_IDX]) != self.next_avail
@@ -277,7 +287,7 @@ cdef class Virtqueue:
             self.kept[self.kept_count] = head
             self.kept_count += 1
         self.next_avail = self.cached_avail = state.next_avail
-        self.next_used = state.next_used
+        self.next_used = self.published = self.signalled = state.next_used
 
     def take(self):
         """pop() for tests: None when empty, else (head, [(gpa, length, device-writable)]). ValueError when broken."""
@@ -293,13 +303,12 @@ cdef class Virtqueue:
             return None
         return c.head, [(c.gpa[i], c.iov[i].iov_len, i >= c.readable) for i in range(c.readable + c.writable)]
 
-    def give(self, uint16_t head, uint32_t length):
-        """push() and publish() for tests; whether the driver is to be interrupted."""
+    def give(self, uint16_t head, uint32_t length, *, bint last=True):
+        """push() and show() for tests; whether the driver is to be interrupted."""
         if not self.ready or not self.memory.table.count:
             raise ValueError("the queue is not enabled")
         self.push(head, length)
-        self.publish()
-        return self.wants_interrupt()
+        return self.show(last)
 
 
 cdef size_t copy_buffers(

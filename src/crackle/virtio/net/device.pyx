@@ -217,7 +217,7 @@ cdef class Net(Receiver):
 
     cdef void transmit(self, Virtqueue queue) noexcept nogil:
         cdef uint64_t begin, before
-        cdef uint32_t served = 0, hidden = 0
+        cdef uint32_t served = 0
         cdef int found
         if self.tx_limiter.blocked:
             self.tx_throttled += 1
@@ -231,13 +231,11 @@ cdef class Net(Receiver):
                 self.need_reset()
                 break
             if found == QUEUE_EMPTY:
-                if hidden:
-                    hidden = 0
-                    queue.publish()
-                    if queue.wants_interrupt():
-                        self.signal_queue(TX)
-                if not self.look_out(queue) and queue.rearm():
-                    break
+                self.show(queue, TX, False)
+                if not self.look_out(queue):
+                    self.show(queue, TX, True)
+                    if queue.rearm():
+                        break
                 before = now_ns()
                 continue
             self.tx_remaining += <uint16_t> (queue.cached_avail - queue.next_avail)
@@ -247,19 +245,12 @@ cdef class Net(Receiver):
                 break
             queue.push(self.outgoing.head, 0)
             served += 1
-            hidden += 1
-            if hidden == TX_GROUP:
-                hidden = 0
-                queue.publish()
-                if queue.wants_interrupt():
-                    self.signal_queue(TX)
+            if served % TX_GROUP == 0:
+                self.show(queue, TX, False)
             if served == MAX_BATCH or before - begin >= TURN_NS:
                 self.notify_again(TX)
                 break
-        if hidden:
-            queue.publish()
-            if queue.wants_interrupt():
-                self.signal_queue(TX)
+        self.show(queue, TX, True)
         if not served:
             self.no_tx_buffer += 1
 

@@ -37,7 +37,6 @@ cdef class Receiver(VirtioDevice):
     cdef bint merging
     cdef uint32_t budget            # chains that may be taken from the queue before others have a turn
     cdef uint64_t deferred          # bytes of the frame in the window that the limiter holds back, or 0
-    cdef uint32_t unpublished       # used chains that the driver cannot see yet
     cdef chain incoming
     cdef readonly uint64_t no_rx_buffer, rx_bytes, rx_frames, rx_fails, tap_read_fails, rx_throttled, wire_received
 
@@ -48,4 +47,4 @@ cdef class Receiver(VirtioDevice):
     cdef ssize_t fetch(self) noexcept nogil
     cdef void receive(self, Virtqueue queue) noexcept nogil
     cdef void finish(self, Virtqueue queue, uint64_t size) noexcept nogil
-    cdef void tell_driver(self, Virtqueue queue) noexcept nogil
+    cdef void show(self, Virtqueue queue, int index, bint last) noexcept nogil

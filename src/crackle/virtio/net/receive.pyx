@@ -31,13 +31,13 @@ cdef class Receiver(VirtioDevice):
 
     cdef void forget(self) noexcept nogil:
         self.chain_first, self.chain_count, self.iov_first, self.iov_count = 0, 0, 0, 0
-        self.room, self.deferred, self.unpublished = 0, 0, 0
+        self.room, self.deferred = 0, 0
 
     cdef bint on_drain(self, uint64_t until) noexcept nogil:
         """Let go of the window: what was taken from the queue ahead is available again, as the saved state says."""
         if self.deferred:
             self.finish(<Virtqueue> self.table[RX], self.deferred)
-            self.tell_driver(<Virtqueue> self.table[RX])
+            self.show(<Virtqueue> self.table[RX], RX, True)
         (<Virtqueue> self.table[RX]).put_back(<uint16_t> self.chain_count)
         self.forget()
         return True
@@ -74,7 +74,6 @@ cdef class Receiver(VirtioDevice):
             place.buffers, place.size = 0, 0
             if self.chain_count == 0:
                 queue.push(c.head, 0)
-                self.unpublished += 1
                 return True
         memcpy(&self.iov[end], c.iov, place.buffers * sizeof(iovec))
         memcpy(&self.gpa[end], c.gpa, place.buffers * sizeof(uint64_t))
@@ -150,12 +149,12 @@ cdef class Receiver(VirtioDevice):
                 break
             self.largest = max(self.largest, min(size, <uint64_t> MAX_FRAME))
             frames += 1
-            if self.unpublished >= RX_GROUP:
-                self.tell_driver(queue)
+            if <uint16_t> (queue.next_used - queue.published) >= RX_GROUP:
+                self.show(queue, RX, False)
             if frames == MAX_BATCH or (frames & 15 == 0 and now_ns() - begin >= TURN_NS):
                 self.notify_again(RX)
                 break
-        self.tell_driver(queue)
+        self.show(queue, RX, True)
 
     cdef void finish(self, Virtqueue queue, uint64_t size) noexcept nogil:
         """The window begins with a frame of `size` bytes: give its chains to the driver."""
@@ -191,16 +190,11 @@ cdef class Receiver(VirtioDevice):
             queue.push(self.chains[self.chain_first].head, 0)
             self.chain_first += 1
             self.chain_count -= 1
-            count += 1
-        self.unpublished += count
         self.deferred = 0
         self.rx_frames += 1
         self.rx_bytes += size
 
-    cdef void tell_driver(self, Virtqueue queue) noexcept nogil:
-        """Show the receive buffers used so far."""
-        if self.unpublished:
-            self.unpublished = 0
-            queue.publish()
-            if queue.wants_interrupt():
-                self.signal_queue(RX)
+    cdef void show(self, Virtqueue queue, int index, bint last) noexcept nogil:
+        """Let the driver see what was used, and tell it if it wants to know; `last`: before others have their turn."""
+        if queue.show(last):
+            self.signal_queue(index)

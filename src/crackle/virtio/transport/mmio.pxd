@@ -10,6 +10,7 @@ cdef class MmioTransport:
     cdef readonly int irq_fd        # the line's
     cdef list steps                 # what `unplug` takes back
     cdef int interrupt_status       # changed by atomic operations only
+    cdef uint64_t raised_ns         # when the line was raised last; under the device's lock
     cdef bint lent                  # another process raises interrupts too, and cannot set the bit
     cdef uint32_t device_features_select, driver_features_select, queue_select
 

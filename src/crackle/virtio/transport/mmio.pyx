@@ -27,6 +27,8 @@ cdef enum:
     MAGIC = 0x74726976      # "virt"
     VERSION = 2
     VENDOR = 0
+    # While the driver has not acknowledged one interrupt, another for the same reason is raised this much later.
+    AGAIN_NS = 1_000_000
 
 SIZE = 0x1000
 
@@ -115,8 +117,16 @@ cdef class MmioTransport:
         return self.address + VIRTIO_MMIO_QUEUE_NOTIFY
 
     cdef bint interrupt(self, int cause) noexcept nogil:
-        cdef uint64_t one = 1
-        atomic_or(&self.interrupt_status, cause)
+        """Raise the line, or raise it again.
+
+        As of a line with a level (4.2.2, InterruptStatus), nothing new comes of it before the driver has acknowledged what
+        it was told: one that polls, and leaves interrupts on, is not taken out of the guest for each. It acknowledges first
+        and looks at its queues then, or after the next interrupt, as it must where the line does have a level.
+        """
+        cdef uint64_t one = 1, now = now_ns()
+        if atomic_or(&self.interrupt_status, cause) & cause and now - self.raised_ns < AGAIN_NS:
+            return True
+        self.raised_ns = now
         return write(self.irq_fd, &one, sizeof(one)) == sizeof(one)
 
     # -- on a vCPU thread ----------------------------------------------------------------------------------------
