@@ -47,6 +47,11 @@ def reason_of(error: BaseException) -> str | None:
     return None
 
 
-def os_reason(error: OSError) -> str:
-    """What the operating system said, with its number: ``No such file or directory (os error 2)``."""
-    return f"{error.strerror or error} (os error {error.errno})"
+def os_reason(error: OSError | ValueError) -> str:
+    """What the operating system said, with its number: ``No such file or directory (os error 2)``.
+
+    Or why it was not even asked: a ValueError is about a path that cannot be one.
+    """
+    if isinstance(error, OSError):
+        return f"{error.strerror or error} (os error {error.errno})"
+    return "file name contained an unexpected NUL byte" if "null byte" in str(error) else str(error)

@@ -83,7 +83,7 @@ CONFIGURATIONS = {
     "missing kernel": ({"kernel": "/none"}, "The kernel file cannot be opened: No such file .*: /none"),
     "kernel is a directory": (
         {"kernel": "directory"},
-        "Cannot load kernel due to .*: it is not a regular file",
+        "Cannot load kernel due to .*Unable to read elf header: it is not a regular file",
     ),
     "initrd too large": ({"initrd": "large"}, "initrd: its 104857600 bytes do not fit"),
     "long command line": ({"boot_args": "a" * 2048}, "has 2048 bytes, 2047 is the most"),

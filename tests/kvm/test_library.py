@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from crackle import CrackleError, Drive, GuestError, MicroVM, StateError
+from crackle.vmm import probe
 from crackle.vmm.commands import Command
+from crackle.vmm.silence import Silence
 
 
 @pytest.fixture
@@ -316,3 +319,24 @@ def test_twenty_in_turn_leave_nothing(make: Make, tmp_path: Path) -> None:
     while any(now > was for now, was in zip(held(), before, strict=True)):
         assert time.monotonic() < deadline, (before, held())
         time.sleep(0.05)
+
+
+def test_who_waits_for_a_guest_that_says_nothing_is_told_why_where_kvm_runs_no_linux(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Silence, "PERIOD_S", 0.2)
+    monkeypatch.setattr(probe, "why_no_linux", lambda: "This host's KVM is to blame.")
+    vm = make("idle")
+    vm.start()
+    vm.console.expect("idle", timeout=20)
+    with (
+        pytest.warns(RuntimeWarning, match=r"^The guest has said nothing for 0\.2 s\. This host's") as told,
+        pytest.raises(TimeoutError),
+    ):
+        vm.wait(1.5)
+    assert [warning.filename for warning in told] == [__file__]
+    monkeypatch.setattr(probe, "why_no_linux", lambda: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(TimeoutError):
+            vm.wait(0.5)

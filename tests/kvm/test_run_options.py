@@ -19,6 +19,7 @@ from crackle.cli import boot
 from crackle.errors import CrackleError, GuestError
 from crackle.runtime.loop import Loop
 from crackle.vmm import console, probe
+from crackle.vmm.silence import Silence
 
 COMMAND = (sys.executable, "-m", "crackle.cli.main", "run")
 
@@ -86,7 +87,7 @@ def attend(vm: MicroVM) -> None:
 def test_a_guest_that_fell_silent_is_told_of_where_kvm_runs_no_linux(
     guests: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(boot, "_LOOK_S", 0.3)
+    monkeypatch.setattr(Silence, "PERIOD_S", 0.3)
     monkeypatch.setattr(probe, "why_no_linux", lambda: "This host's KVM is to blame.")
     with MicroVM(guests / "idle.elf", memory=32, console=(-1, -1)) as vm:
         attend(vm)

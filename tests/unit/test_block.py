@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,11 +156,22 @@ def test_a_rest_of_the_file_that_is_no_sector_is_out_of_reach(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, SECTOR - 1])
-def test_a_file_smaller_than_a_sector_is_refused(tmp_path, size: int) -> None:
+def test_a_file_smaller_than_a_sector_is_an_empty_disk(tmp_path, size: int) -> None:
     path = tmp_path / "disk"
     path.write_bytes(bytes(size))
-    with pytest.raises(ConfigError, match=f"it has {size} bytes, less than a sector"):
-        Disk(path)
+    with Disk(path) as disk:
+        assert disk.device.size == 0
+        assert disk.request(IN, 0, room=SECTOR).status == IOERR
+        assert disk.request(OUT, 0, bytes(SECTOR)).status == IOERR
+    assert path.stat().st_size == size
+
+
+@pytest.mark.parametrize("path", ["/", "/dev/null", "/dev/zero"])
+def test_what_has_no_blocks_is_an_empty_disk(path: str) -> None:
+    with Disk(Path(path), read_only=path == "/") as disk:
+        assert disk.device.size == 0
+        assert disk.request(IN, 0, room=SECTOR).status == IOERR
+        assert disk.request(GET_ID, 0, room=20).status == OK
 
 
 def test_a_file_that_shrank_is_an_error_and_nothing_worse(disk: Disk) -> None:
@@ -349,16 +361,20 @@ def test_updates_while_requests_are_served_never_show_a_mixture(disk: Disk, tmp_
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_what_is_neither_a_file_nor_a_block_device_is_refused(tmp_path, read_only: bool) -> None:
-    pipe = tmp_path / "pipe"
+def test_what_cannot_be_opened_as_a_disk_is_refused(tmp_path, read_only: bool) -> None:
+    pipe, listening = tmp_path / "pipe", tmp_path / "socket"
     os.mkfifo(pipe)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(listening))
     with GuestMemory([(0, LOW)]) as memory:
-        for path in (tmp_path, pipe, Path("/dev/null")):
-            with pytest.raises(ConfigError, match=r"neither a regular file nor|Is a directory"):
+        for path, words in ((pipe, "named pipe"), (listening, "No such device or address")):
+            with pytest.raises(ConfigError, match=words):
                 Block(memory, str(path), read_only=read_only)
+        with pytest.raises(ConfigError, match="Is a directory"):
+            Block(memory, str(tmp_path), read_only=False)
         with pytest.raises(ConfigError, match=os.strerror(errno.ENOENT)):
             Block(memory, str(tmp_path / "missing"), read_only=read_only)
-        with pytest.raises(ConfigError, match="null"):
+        with pytest.raises(ConfigError, match="NUL byte"):
             Block(memory, "disk\0", read_only=read_only)
         with pytest.raises(ConfigError, match="surrogates"):
             Block(memory, "disk\ud800", read_only=read_only)

@@ -96,7 +96,9 @@ class Bench:
         self.machines: list[FakeMachine] = []
         self.shells: list[FakeShell] = []
         self.failure: Exception | None = None
+        self.warned: list[str] = []
         self.controller = Controller(self._build, self._prepare, logger=Logger(level=OFF))
+        self.controller._configuration._warn = self.warned.append
 
     def _build(self, config: schema.VmConfig, shell: object, _held: object) -> FakeMachine:
         machine = FakeMachine(config, shell)
@@ -366,7 +368,10 @@ def test_cpu_templates_are_not_supported_yet_except_none(bench: Bench) -> None:
             {"initrd_path": "/no/initrd"},
             r"The initrd file cannot be opened .* permissions\. No such file .*: /no/initrd",
         ),
-        ({"kernel_image_path": "a\0b"}, r"The kernel file cannot be opened: embedded null"),
+        (
+            {"kernel_image_path": "a\0b"},
+            r"The kernel file cannot be opened: file name contained an unexpected NUL",
+        ),
         ({"boot_args": "x" * 2048}, r"The kernel command line is invalid: .*2048"),
     ],
 )
@@ -440,14 +445,24 @@ def test_a_drive_needs_a_file(bench: Bench, path: str, message: str) -> None:
     assert bench.drive_ids() == []
 
 
-@pytest.mark.parametrize(
-    ("size", "words"), [(0, "it has 0 bytes"), (511, "it has 511 bytes, less than a sector")]
-)
-def test_a_drive_needs_a_sector_at_least(bench: Bench, size: int, words: str) -> None:
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 1000])
+def test_a_drive_of_less_than_whole_sectors_is_taken_and_told_of(bench: Bench, size: int) -> None:
     bench.disk.write_bytes(bytes(size))
-    with pytest.raises(ConfigError, match=f"^Drive config error: Unable to create .*backing file: .*{words}"):
-        bench.do("put_drive", bench.drive("data"))
-    assert bench.drive_ids() == []
+    bench.do("put_drive", bench.drive("data"))
+    assert bench.drive_ids() == ["data"]
+    told = (
+        f"{bench.disk} has {size} bytes: the guest sees a disk of {size // 512} whole sectors of 512 bytes."
+    )
+    assert (told in bench.warned) is (size != 512)
+
+
+@pytest.mark.parametrize("path", ["/", "/dev/null"])
+def test_what_has_no_blocks_is_an_empty_disk_that_is_told_of_and_not_locked(bench: Bench, path: str) -> None:
+    for name in ("a", "b"):
+        bench.do("put_drive", bench.drive(name, path_on_host=path, is_read_only=path == "/"))
+    held = bench.controller._configuration.held
+    assert [(backing.size, backing.locking) for backing in held.values()] == [(0, False)] * 2  # type: ignore[union-attr]
+    assert bench.warned == [f"{path} is neither a file nor a block device: the guest sees an empty disk."] * 2
 
 
 @pytest.mark.parametrize("engine", [None, "Sync", "Async"])

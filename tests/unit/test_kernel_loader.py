@@ -351,12 +351,11 @@ def test_the_initrd_stays_below_what_a_bzimage_can_reach(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("size", [0x1FF001, 4 * MIB, 5 * MIB])
 def test_an_initrd_that_would_touch_the_kernel_is_refused(tmp_path: Path, size: int) -> None:
-    with pytest.raises(
-        ConfigError, match=f"its {size} bytes do not fit between the kernel's end at 0x201000"
-    ):
+    words = f"Failed to compute the initrd address: its {size} bytes do not fit between the kernel's end at 0x201000"
+    with pytest.raises(ConfigError, match=words):
         load_disk(tmp_path, size, 4)
 
 
 def test_an_empty_initrd_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="Cannot load the initrd: the file is empty"):
+    with pytest.raises(ConfigError, match="invalid memory configuration: the file is empty"):
         load_disk(tmp_path, 0, 4)

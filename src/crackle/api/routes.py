@@ -189,10 +189,13 @@ def parse(route: Route, path_id: str, body: bytes) -> Request:
     if route.body is None:
         return Request(Command(route.command, path_id if route.id_field is not None else None), route, False)
     resource = _decode_body(route, body)
-    if route.id_field is not None and getattr(resource, route.id_field) != path_id:
+    if route.id_field is not None and (body_id := getattr(resource, route.id_field)) != path_id:
+        if route.id_field == "iface_id":  # Firecracker has two sentences for it
+            raise RequestError(
+                f"The id from the path [{path_id}] does not match the id from the body [{body_id}]!"
+            )
         raise RequestError(
-            f"The id from the path [{path_id}] does not match the id from the body "
-            f"[{getattr(resource, route.id_field)}]!"
+            f"The id from the path does not match the id from the body! They are {path_id!r} and {body_id!r}."
         )
     if not route.command:
         return Request(Command(_BY_VALUE[getattr(resource, resource.__struct_fields__[0])]), route, False)

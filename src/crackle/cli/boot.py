@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from crackle.schema.config import VmConfig
     from crackle.schema.net import NetworkInterface
 
-_LOOK_S = 10.0
-_LOOKS = 12
-
 _SIZE = re.compile(r"([0-9]+)\s*(?:(M|G)(?:i?B)?)?", re.IGNORECASE)
 
 # What a configuration file may say that goes to another place here, or that MicroVM has no word for.
@@ -175,14 +172,7 @@ def attending(listener: socket | None, vm: MicroVM, loop: Loop) -> Iterator[None
 
         server = ApiServer(loop, listener, vm._controller, DEFAULT_PAYLOAD_LIMIT)
 
-    def look(seen: int = 0, left: int = _LOOKS) -> None:
-        said = _said(vm)
-        if said == seen:
-            _tell_silence()
-        elif left:
-            loop.call_later(_LOOK_S, lambda: look(said, left - 1))
-
-    loop.call_later(_LOOK_S, look)
+    vm.silence(_tell).watch(loop)
     try:
         yield
     finally:
@@ -190,19 +180,12 @@ def attending(listener: socket | None, vm: MicroVM, loop: Loop) -> Iterator[None
             server.close()
 
 
-def _said(vm: MicroVM) -> int:
-    return int(vm.metrics()["uart"]["write_count"])
-
-
-def _tell_silence() -> None:
-    from crackle.vmm.probe import why_no_linux
-
-    if (reason := why_no_linux()) is not None:
-        # The terminal is raw.
-        text = f"\r\ncrackle: the guest has said nothing for {_LOOK_S:g} s. {reason}\r\n"
-        messages = Sink(2)
-        messages.write(text.encode(errors="backslashreplace"))
-        messages.close()
+def _tell(sentence: str) -> None:
+    # The terminal is raw.
+    text = f"\r\ncrackle: {sentence[0].lower()}{sentence[1:]}\r\n"
+    messages = Sink(2)
+    messages.write(text.encode(errors="backslashreplace"))
+    messages.close()
 
 
 @contextlib.contextmanager

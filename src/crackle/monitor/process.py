@@ -54,10 +54,6 @@ _IDLE_S = 0.05
 # Seconds after the start of the guest when what only the start needed is given back.
 _SETTLED_S = 1.0
 
-# How often, and how many times, it is looked whether the guest says anything.
-_LOOK_S = 10.0
-_LOOKS = 12
-
 # These end it in order, and then by the signal itself, so that the parent sees what it sent.
 _TERMINATE = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
@@ -173,22 +169,13 @@ class VmmProcess:
         self._loop.attempt(self._flush)
         self._loop.call_every(FLUSH_PERIOD_S, self._flush)
         self._loop.call_later(_SETTLED_S, give_back)
-        self._loop.call_later(_LOOK_S, self._look_for_silence)
+        self._loop.attempt(self._listen_for_silence, machine)
         gc.freeze()
 
-    def _look_for_silence(self, seen: int = 0, left: int = _LOOKS) -> None:
-        """Say so if the guest has fallen silent on a host whose KVM cannot run Linux."""
-        machine = self._controller.machine
-        if machine is None:
-            return
-        said = machine.metrics()["uart"]["write_count"]
-        if said == seen:
-            from crackle.vmm.probe import why_no_linux
+    def _listen_for_silence(self, machine: Machine) -> None:
+        from crackle.vmm.silence import Silence
 
-            if (reason := why_no_linux()) is not None:
-                self._logger.warning(f"The guest has said nothing for {_LOOK_S:g} s. {reason}")
-        elif left:
-            self._loop.call_later(_LOOK_S, lambda: self._look_for_silence(said, left - 1))
+        Silence(lambda: int(machine.metrics()["uart"]["write_count"]), self._logger.warning).watch(self._loop)
 
     def _ended(self, _events: int) -> None:
         machine = self._controller.machine

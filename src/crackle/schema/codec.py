@@ -24,6 +24,8 @@ _WORDING = (
 )
 # How it opens where a text does not match a pattern, which says nothing to who reads the message.
 _PATTERN = "Expected `str` matching regex "
+# How what is wrong with a logger's level begins, which is checked by the Struct itself.
+_LEVEL = "Invalid LevelFilter"
 
 
 def decode(data: bytes, resource: type[T]) -> T:
@@ -104,11 +106,17 @@ def explain(error: msgspec.DecodeError, resource: type | None = None, data: byte
     from crackle.schema.position import line_and_column
 
     line, column = line_and_column(data, at)
-    return f"{phrase.partition(' (byte ')[0]} at line {line} column {column}"
+    where = f" at line {line} column {column}"
+    if phrase.startswith(_LEVEL):
+        # Firecracker's sentence ends here.
+        return f"{_LEVEL}{where}{phrase.removeprefix(_LEVEL)}"
+    return f"{phrase.partition(' (byte ')[0]}{where}"
 
 
 def _phrase(error: msgspec.DecodeError, resource: type | None, data: bytes) -> str:
     text, _, path = str(error).partition(" - at ")
+    if text.startswith(_LEVEL):
+        return text.rstrip(".")
     if text.startswith(_PATTERN):
         text = _NO_MAC if MAC_PATTERN in text else "invalid syntax"
     for opening, wording in _WORDING:
@@ -139,6 +147,8 @@ def _offset(error: msgspec.DecodeError, data: bytes) -> int | None:
         except UnicodeDecodeError as where:
             return where.start
         return None
+    if text.startswith(_LEVEL):
+        path = f"{path.strip('`') or '$'}.level"
     unknown = text.startswith("Object contains unknown field ")
     return offset_of(data, path.strip("`") or "$", text.split("`")[1] if unknown else None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from crackle.errors import ConfigError
 from crackle.schema._base import Resource
 
 
@@ -19,6 +20,15 @@ class LoggerConfig(Resource):
     show_level: bool | None = None
     show_log_origin: bool | None = None
     module: str | None = None
+
+    def __post_init__(self) -> None:
+        from crackle.telemetry.logger import parse_level
+
+        if self.level is not None:
+            try:
+                parse_level(self.level)
+            except ConfigError as error:
+                raise ValueError(f"Invalid LevelFilter: {error}") from None
 
 
 class MetricsConfig(msgspec.Struct):

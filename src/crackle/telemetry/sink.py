@@ -37,7 +37,7 @@ class Sink:
         except OSError as error:
             raise ConfigError(f"{problem}: {os_reason(error)}: {path}") from None
         except ValueError as error:
-            raise ConfigError(f"{problem}: {error}") from None
+            raise ConfigError(f"{problem}: {os_reason(error)}: {path!r}") from None
         return sink
 
     def write(self, line: bytes) -> bool:

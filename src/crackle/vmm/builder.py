@@ -110,7 +110,7 @@ def _console_output(machine: Machine, config: VmConfig, options: BuildOptions) -
     except OSError as error:
         raise ConfigError(f"cannot open the serial output {path}: {os_reason(error)}") from None
     except ValueError as error:
-        raise ConfigError(f"cannot open the serial output {path!r}: {error}") from None
+        raise ConfigError(f"cannot open the serial output {path!r}: {os_reason(error)}") from None
 
 
 def _load(

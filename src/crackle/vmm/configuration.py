@@ -36,27 +36,31 @@ if TYPE_CHECKING:
 
 _NO_INITRD = "The initrd file cannot be opened due to invalid path or invalid permissions. "
 
-_NO_DEVICE = "Failed perform action on device: Device not found Please verify the request arguments."
+_VERIFY = " Please verify the request arguments."
+_NO_DEVICE = f"Failed perform action on device: Device not found{_VERIFY}"
+
+SECTOR_SIZE = 512  # virtio 1.2, 5.2.4: what the size of a disk is counted in
 
 DEFAULT_MMDS_ADDRESS = "169.254.169.254"
 
 
 class context:  # noqa: N801 - reads as a statement
-    """Puts words in front of an error that passes through; what the host refuses becomes a ConfigError."""
+    """Puts words in front of an error that passes through, and behind; what the host refuses becomes a ConfigError."""
 
-    __slots__ = ("_words",)
+    __slots__ = ("_end", "_words")
 
-    def __init__(self, words: str) -> None:
+    def __init__(self, words: str, end: str = "") -> None:
         self._words = words
+        self._end = end
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, CrackleError):
-            error.args = (f"{self._words}: {error}",)
+            error.args = (f"{self._words}: {error}{self._end}",)
         elif error is not None and (reason := reason_of(error)) is not None:
-            raise ConfigError(f"{self._words}: {reason}") from error
+            raise ConfigError(f"{self._words}: {reason}{self._end}") from error
 
 
 class Configuration:
@@ -278,7 +282,15 @@ class Configuration:
         assert path is not None, "a drive with a file has a path"
         leaving: Any = self.held.get(("block", drive.drive_id))
         locking = self._lock_drives if drive.lock is msgspec.UNSET else drive.lock
-        return open_disk(path, bool(drive.is_read_only), bool(locking), self._disks(), leaving)
+        backing = open_disk(path, bool(drive.is_read_only), bool(locking), self._disks(), leaving)
+        if not backing.lockable:
+            self._warn(f"{path} is neither a file nor a block device: the guest sees an empty disk.")
+        elif backing.size % SECTOR_SIZE or not backing.size:
+            self._warn(
+                f"{path} has {backing.size} bytes: the guest sees a disk of {backing.size // SECTOR_SIZE} whole "
+                f"sectors of {SECTOR_SIZE} bytes."
+            )
+        return backing
 
     # -- changes to what runs ----------------------------------------------------------------------------------
 
@@ -290,9 +302,7 @@ class Configuration:
         changes = update.path_on_host is not None or update.rate_limiter is not None
         if changes is (drive.socket is not None):
             what = "A vhost-user drive's back end decides" if changes else "There is nothing to change"
-            raise ConfigError(
-                f"Block: Running method expected different backend. Please verify the request arguments. {what}."
-            )
+            raise ConfigError(f"Block: Running method expected different backend.{_VERIFY} {what}.")
         self._check_limiter(update.rate_limiter)
         return drive
 
@@ -300,7 +310,7 @@ class Configuration:
         """Have `change` done with the file that `update` names, if it does; note it when that is well."""
         backing = None
         if update.path_on_host is not None:
-            with context("Block"):
+            with context("Block", _VERIFY):
                 backing = self._open_disk(drive, update.path_on_host)
         try:
             change(kind_of_drive(drive), drive.drive_id, update, backing)

@@ -34,7 +34,7 @@ class BootFile:
         except OSError as error:
             raise ConfigError(f"{problem}{os_reason(error)}: {path}") from None
         except ValueError as error:
-            raise ConfigError(f"{problem}{error}: {path!r}") from None
+            raise ConfigError(f"{problem}{os_reason(error)}: {path!r}") from None
 
     def close(self) -> None:
         """Idempotent."""
@@ -54,14 +54,14 @@ def open_disk(
     from crackle.virtio.block.backing import open_backing
 
     backing = open_backing(path, read_only)
-    backing.locking = locking
+    backing.locking = locking and backing.lockable
     others = [
         other for other in mine if other.locking and other.file == backing.file and other is not leaving
     ]
     before = others
     if leaving is not None and leaving.locking and leaving.file == backing.file:
         before = [*others, leaving]
-    if not locking:
+    if not backing.locking:
         return backing
     for other in before:
         if other.read_only is read_only:

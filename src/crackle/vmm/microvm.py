@@ -44,6 +44,7 @@ from crackle.vmm.console import DEFAULT_LIMIT, Console
 from crackle.vmm.controller import DEFAULT_METADATA_LIMIT, Controller
 from crackle.vmm.machine import BuildOptions, ExitStatus, Machine
 from crackle.vmm.shell import Shell, prepare
+from crackle.vmm.silence import Silence
 
 if TYPE_CHECKING:
     from crackle.vmm.devices import Held
@@ -238,14 +239,20 @@ class MicroVM:
     def wait(self, timeout: float | None = None) -> ExitStatus:
         """Wait until the guest ends, by itself or by another thread's `stop`, and say how. May be asked again.
 
-        TimeoutError after `timeout` seconds; GuestError, with the registers, when it did not end well.
+        TimeoutError after `timeout` seconds; GuestError, with the registers, when it did not end well. Of a guest that
+        says nothing where KVM runs no Linux a RuntimeWarning tells after ten seconds.
         """
         self._check_owner()
         self._check_waiter()
-        status = self._machine().wait(timeout)
+        status = self.silence(_warn).wait(self._machine().wait, timeout)
         if status is None:
             raise TimeoutError(f"the guest still runs after {timeout:g} s")
         return _unless_failed(status)
+
+    def silence(self, tell: Callable[[str], None]) -> Silence:
+        """What `wait` listens with, for who attends to the microVM in another way."""
+        serial = self._machine().serial
+        return Silence(lambda: serial.write_count, tell)
 
     def shutdown(self, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT) -> ExitStatus:
         """Ask the guest to end, and stop it if it does not; give everything back, and say how it ended.
@@ -435,6 +442,11 @@ class MicroVM:
         if self._started is not None and (status := self._started.exit_status()) is not None:
             raise StateError(f"the microVM has stopped: {status.message}")
         return self._machine()
+
+
+def _warn(sentence: str) -> None:
+    # At the line that called `wait`.
+    warnings.warn(sentence, RuntimeWarning, stacklevel=5)
 
 
 _STOPPED = ExitStatus("stopped", "the microVM was stopped", 0)

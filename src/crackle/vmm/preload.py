@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from crackle.schema.config import VmConfig
 
 # For what goes wrong: a request that is no JSON, a guest that fails or stays silent.
-ALWAYS = ("_socket", "select", "crackle.schema.position", "crackle.vmm.probe")
+ALWAYS = ("_socket", "select", "crackle.schema.position", "crackle.vmm.probe", "crackle.vmm.silence")
 
 
 def preload(config: VmConfig | None = None, *, custom: bool = False, terminal: bool = False) -> None:

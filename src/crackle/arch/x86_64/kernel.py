@@ -28,7 +28,10 @@ PVH = "pvh"
 _NO_KERNEL = "System configuration error: " + (
     "Cannot load kernel due to invalid memory configuration or invalid kernel image"
 )
-_NO_INITRD = "Error with initrd initialization: Cannot load the initrd"
+_NO_INITRD = "Error with initrd initialization: Cannot load initrd due to an invalid memory configuration"
+_NO_PLACE = "Error with initrd initialization: Failed to compute the initrd address"
+_NO_ELF = "Kernel Loader: failed to load ELF kernel image: Kernel Loader: Unable to read elf header"
+_NO_BZIMAGE = "Kernel Loader: failed to load bzImage kernel image: Kernel Loader: Invalid bzImage"
 
 _HEAD_SIZE = 4096  # holds the ELF header, the usual program headers, and the whole bzImage setup header
 
@@ -57,7 +60,7 @@ def load_kernel(memory: GuestMemory, kernel_fd: int) -> LoadedKernel:
     try:
         status = os.fstat(kernel_fd)
         if not S_ISREG(status.st_mode):
-            raise ConfigError("it is not a regular file")
+            raise ConfigError(f"{_NO_ELF}: it is not a regular file")
         head = os.pread(kernel_fd, _HEAD_SIZE, 0)
         if head[:4] == elf.MAGIC:
             image = elf.parse(kernel_fd, status.st_size, head)
@@ -74,7 +77,7 @@ def load_kernel(memory: GuestMemory, kernel_fd: int) -> LoadedKernel:
             return LoadedKernel(
                 loaded.entry, LINUX64, loaded.end, loaded.setup_header, min(loaded.initrd_max + 1, 1 << 32)
             )
-        raise ConfigError(_describe(head))
+        raise ConfigError(f"{_NO_BZIMAGE if head else _NO_ELF}: {_describe(head)}")
     except OSError as error:
         raise ConfigError(f"{_NO_KERNEL}: {error.strerror}") from error
     except ConfigError as error:
@@ -97,16 +100,17 @@ def load_initrd(memory: GuestMemory, initrd_fd: int, kernel: LoadedKernel) -> tu
         top = min(memory.regions[0].size, kernel.initrd_limit)
         bottom = max(HIMEM_START, -(-kernel.end // PAGE_SIZE) * PAGE_SIZE)
         address = (top - size) // PAGE_SIZE * PAGE_SIZE
-        if address < bottom:
-            raise ConfigError(
-                f"its {size} bytes do not fit between the kernel's end at {bottom:#x} and {top:#x}"
-            )
-        memory.load(address, initrd_fd, 0, size)
-        return address, size
+        if address >= bottom:
+            memory.load(address, initrd_fd, 0, size)
     except OSError as error:
         raise ConfigError(f"{_NO_INITRD}: {error.strerror}") from error
     except ConfigError as error:
         raise ConfigError(f"{_NO_INITRD}: {error}") from None
+    if address < bottom:
+        raise ConfigError(
+            f"{_NO_PLACE}: its {size} bytes do not fit between the kernel's end at {bottom:#x} and {top:#x}"
+        )
+    return address, size
 
 
 _OTHER_KINDS = (

@@ -6,6 +6,7 @@ class Backing:
     file: tuple[int, int]
     granularity: int
     identity: bytes
+    lockable: bool
     locking: bool
     path: str
     read_only: bool

@@ -21,10 +21,22 @@ class Backing:
 
     fd, size (bytes); identity: what GET_ID answers (5.2.6); discards: whether parts of it can be given back and zeroed
     without writing; granularity: bytes of its smallest part for which that helps. file: (device, inode), the same for
-    all that are open on one file. locking: whether it takes part in what `vmm.files` locks.
+    all that are open on one file. lockable: whether two can be in each other's way there; locking: whether it takes part in
+    what `vmm.files` locks.
     """
 
-    __slots__ = ("discards", "fd", "file", "granularity", "identity", "locking", "path", "read_only", "size")
+    __slots__ = (
+        "discards",
+        "fd",
+        "file",
+        "granularity",
+        "identity",
+        "lockable",
+        "locking",
+        "path",
+        "read_only",
+        "size",
+    )
 
     def duplicate(self):
         """Another on the same open file description, and so with the same lock, which goes with the last of them."""
@@ -77,17 +89,18 @@ def open_backing(str path, bint read_only):
     except OSError as error:
         raise ConfigError(f"{_PROBLEM}: {os_reason(error)} {path}") from None
     except ValueError as error:
-        raise ConfigError(f"{_PROBLEM}: {error}: {path!r}") from None
+        raise ConfigError(f"{_PROBLEM}: {os_reason(error)} {path!r}") from None
     try:
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
-            raise ConfigError(f"{_PROBLEM}: cannot use {path}: it is neither a regular file nor a block device")
+        if stat.S_ISFIFO(status.st_mode):
+            raise ConfigError(f"{_PROBLEM}: cannot use {path}: it is a named pipe")
+        has_blocks = stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)
         # io_uring takes the flag for a wish to fail rather than to wait.
         os.set_blocking(fd, True)
-        backing.fd, backing.size = fd, os.lseek(fd, 0, os.SEEK_END)
-        if backing.size < SECTOR:
-            raise ConfigError(f"{_PROBLEM}: cannot use {path}: it has {backing.size} bytes, less than a sector of {SECTOR}")
-        backing.path, backing.read_only, backing.locking = path, read_only, False
+        # What else can be opened, a directory or /dev/null, is an empty disk.
+        backing.fd, backing.size = fd, os.lseek(fd, 0, os.SEEK_END) if has_blocks else 0
+        backing.path, backing.read_only = path, read_only
+        backing.lockable, backing.locking = has_blocks, False
         backing.file = status.st_dev, status.st_ino
         backing.identity = f"{status.st_dev}{status.st_rdev}{status.st_ino}".encode()[:VIRTIO_BLK_ID_BYTES]
         backing.granularity = status.st_blksize

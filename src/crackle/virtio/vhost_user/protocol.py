@@ -16,7 +16,7 @@ from _thread import allocate_lock
 
 import msgspec
 
-from crackle.errors import ConfigError
+from crackle.errors import ConfigError, os_reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -193,13 +193,17 @@ class VhostUser:
     def _connect(self) -> None:
         self._socket.settimeout(self._timeout)
         try:
-            if not self.path or "\0" in self.path:
-                raise OSError(0, "no path of a socket")
+            if not self.path:
+                raise ValueError("the path is empty")
+            if "\0" in self.path:
+                raise ValueError("paths must not contain interior null bytes")
             self._socket.connect(self.path)
-        except OSError as error:
-            reason = error.strerror or str(error)
+        except (OSError, ValueError) as error:
+            # A time limit of our own, and a path that is too long, have no number.
+            reason = os_reason(error) if isinstance(error, OSError) and error.errno else error
             raise ConfigError(
-                f"cannot connect to the vhost-user back end at {self.path!r}: {reason}"
+                f"Vhost-user error: Failed to connect to UDS Unix stream: {reason}: "
+                f"cannot connect to the vhost-user back end at {self.path!r}"
             ) from None
 
     def _negotiate(self, wanted: int, needed: int) -> int:
