@@ -20,6 +20,7 @@ from crackle.errors import CrackleError, GuestError
 from crackle.runtime.loop import Loop
 from crackle.vmm import console, probe
 from crackle.vmm.silence import Silence
+from support.mounts import with_mounts
 
 COMMAND = (sys.executable, "-m", "crackle.cli.main", "run")
 
@@ -139,9 +140,8 @@ def test_without_a_kvm_every_door_says_what_to_do(guests: Path, tmp_path: Path, 
         ],
         "library": [sys.executable, "-c", program],
     }[door]
-    hidden = 'mount --make-rprivate / && mount --bind /dev/null /dev/kvm && exec "$@"'
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", hidden, "sh", *command],
+        [*with_mounts("mount --bind /dev/null /dev/kvm"), *command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

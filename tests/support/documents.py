@@ -162,12 +162,14 @@ class Reader:
         self.guest: Terminal | None = None
         self._others: list[Terminal] = []
         self._boots = False
+        self._began = time.monotonic()
 
     def _terminal(self, command: list[str]) -> Terminal:
         return Terminal(command, self.directory, self.environment)
 
     def do(self, block: Block) -> None:
         """Do what the block says; AssertionError when that is not what happens."""
+        self._say(f"{block.path}:{block.line} {block.kind or block.language}")
         if re.search(r"crackle run|crackle-vmm |MicroVM\(", block.text):
             self._end_guest()
         if block.language == "python":
@@ -195,8 +197,13 @@ class Reader:
             if block.kind == "starts the guest":
                 self._greet()
 
+    def _say(self, what: str) -> None:
+        """Where it is, and when: shown when it fails, or with pytest's -s."""
+        print(f"[{time.monotonic() - self._began:6.1f} s] {what}", flush=True)
+
     def run(self, command: str) -> str:
         """What a command prints in the shell; it must succeed."""
+        self._say(f"$ {command}")
         self.shell.type(f'{{ {command}\n}} < /dev/null 2>&1; echo "<$?>"\n')
         shown = self.shell.expect(r"<\d+>\n")
         assert shown.endswith("<0>\n"), f"{command}\n{shown}"

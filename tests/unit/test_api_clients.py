@@ -92,7 +92,8 @@ def exhaust() -> Iterator[Callable[[], list[int]]]:
     taken: list[int] = []
 
     def exhaust() -> list[int]:
-        top = max(int(name) for name in os.listdir("/proc/self/fd")) + 1
+        # However few gaps there are below: some to be closed again.
+        top = max(int(name) for name in os.listdir("/proc/self/fd")) + 5
         resource.setrlimit(resource.RLIMIT_NOFILE, (top, hard))
         with suppress(OSError):
             while True:

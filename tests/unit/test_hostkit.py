@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
-from hostkit import cache, cpio, kernel
+from hostkit import cache, cpio, kernel, relay
 
 ELF = b"\x7fELF" + bytes(range(256)) * 4096
 
@@ -117,3 +117,12 @@ def test_the_cache_makes_a_thing_once_and_keeps_no_part_of_a_failure(
     for _ in range(2):
         assert cache.made(thing, make).read_text() == "whole"
     assert len(calls) == 1
+
+
+def test_an_emulated_host_has_more_time_to_boot_where_it_waits_for_a_processor(tmp_path: Path) -> None:
+    patience = relay.Patience(str(tmp_path), 1000)
+    assert patience.left() <= 1000
+    for name, waited in (("1", 2_000_000_000_000), ("2", 5_000_000_000_000), ("3", 0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "schedstat").write_text(f"17000 {waited} 9\n")
+    assert 5000 < patience.left() <= 6000

@@ -18,6 +18,7 @@ import pytest
 from crackle.cli.net import attached
 from crackle.errors import ConfigError
 from crackle.hostnet import networks, nft, plan
+from support.mounts import with_mounts
 from support.network import Namespace
 
 ME = os.getpid()
@@ -349,8 +350,8 @@ def test_a_running_guests_tap_is_removed_by_force_only(host: Namespace) -> None:
 )
 def test_what_was_refused_is_named_and_nothing_is_made(host: Namespace, hide: str, words: str) -> None:
     before = host.state()
-    command = f"mount --make-rprivate /; {hide}; exec {sys.executable} -m crackle.cli.main net add web"
-    done = host.run("unshare", "--mount", "sh", "-c", command, check=False)
+    command = [sys.executable, "-m", "crackle.cli.main", "net", "add", "web"]
+    done = host.run(*with_mounts(hide), *command, check=False)
     assert done.returncode == 1
     assert done.stdout.startswith(f"crackle: {words}")
     assert done.stdout.count("\n") == 1

@@ -115,7 +115,7 @@ try:
     for _ in range(100):
         threads.append(Thread("python", lambda: time.sleep(5)))
 except KvmError as error:
-    print(error)
+    print(error, flush=True)
 import os
 os._exit(0)
 """

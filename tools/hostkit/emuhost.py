@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from . import cache, cpio, debian, kernel
-from .relay import Input, NotUpError, Output, Tail, relay
+from .relay import Input, NotUpError, Output, Patience, Tail, relay
 
 HERE = Path(__file__).parent
 PACKAGES = ("qemu-system-x86",)
@@ -224,7 +224,14 @@ def _run(options: Options, host: kernel.DebianKernel, initramfs: Path) -> int:
         outputs = [Output(mine["stdout"], 1, token.encode()), Output(mine["stderr"], 2, token.encode())]
         # A processor that sleeps and misses its timer sleeps for ever: an interrupt of the serial port wakes it.
         nudged = mine["console"]
-        relay(Input(0, mine["stdin"]), outputs, [control, console], process, BOOT_PATIENCE, nudged)
+        relay(
+            Input(0, mine["stdin"]),
+            outputs,
+            [control, console],
+            process,
+            Patience(f"/proc/{qemu.pid}/task", BOOT_PATIENCE),
+            nudged,
+        )
         while not control.data.endswith(b"\n") and not control.ended:
             control.receive()
         if control.data:

@@ -104,20 +104,43 @@ def _write(fd: int, data: bytes) -> None:
         data = data[os.write(fd, data) :]
 
 
+class Patience:
+    """So many seconds from now, but for those in which a process waited for a processor of this machine's.
+
+    tasks: its threads, /proc/PID/task.
+    """
+
+    def __init__(self, tasks: str, seconds: float) -> None:
+        self._tasks = tasks
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """How many of them are left."""
+        return self._end + self._waited() - time.monotonic()
+
+    def _waited(self) -> float:
+        """What the thread that waited longest has waited: the emulated processor, where others are busy."""
+        longest = 0
+        with contextlib.suppress(OSError):  # it has ended, or the kernel does not tell
+            for task in os.listdir(self._tasks):
+                with contextlib.suppress(OSError), open(f"{self._tasks}/{task}/schedstat") as file:
+                    longest = max(longest, int(file.read().split()[1]))
+        return longest / 1e9
+
+
 def relay(
     stdin: Input,
     outputs: list[Output],
     tails: list[Tail],
     process: int,
-    patience: float,
+    patience: Patience,
     nudged: socket.socket | None = None,
 ) -> None:
     """Move bytes until all `outputs` have ended or the process behind the pidfd `process` has.
 
-    NotUpError when they have not begun within `patience` seconds; nothing of `stdin` is read before. `nudged` is sent
-    a NUL byte every second.
+    NotUpError when they have not begun before `patience` is at its end; nothing of `stdin` is read before. `nudged` is
+    sent a NUL byte every second.
     """
-    deadline = time.monotonic() + patience
     nudge_at = time.monotonic() + _NUDGE_S
     while True:
         up = all(output.begun for output in outputs)
@@ -133,13 +156,13 @@ def relay(
             poll.register(stdin.target, select.POLLOUT)
         elif up and not stdin.ended:
             poll.register(stdin.source, select.POLLIN)
-        until = min(nudge_at if nudged else math.inf, math.inf if up else deadline)
-        events = dict(poll.poll(None if until == math.inf else max(0.0, until - time.monotonic()) * 1000))
+        wait = min(nudge_at - time.monotonic() if nudged else math.inf, math.inf if up else patience.left())
+        events = dict(poll.poll(None if wait == math.inf else max(0.0, wait) * 1000))
         if nudged and time.monotonic() >= nudge_at:
             nudge_at = time.monotonic() + _NUDGE_S
             with contextlib.suppress(OSError):
                 nudged.send(b"\0", socket.MSG_DONTWAIT)
-        if not up and time.monotonic() >= deadline:
+        if not up and patience.left() <= 0:
             raise NotUpError
         for fd, reader in readers.items():
             if fd in events:

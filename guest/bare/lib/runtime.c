@@ -164,15 +164,15 @@ u64 tsc_khz(void)
     if (khz || (khz = option_number("khz", 0)))
         return khz;
     /* PIT channel 2 in mode 0, gate by port 0x61 bit 0, output in bit 5 (Intel 8254; PC/AT port B). The shortest of several
-       measurements: an interrupted one is too long, never too short. */
+       measurements: an interrupted one is too long, never too short, as the clock is read before the counting begins. */
     enum { HERTZ = 1193182, MILLISECONDS = 5, COUNT = HERTZ * MILLISECONDS / 1000, TRIES = 6 };
     u64 shortest = ~0ul;
     out8(0x61, (in8(0x61) & 0xfc) | 1);
     for (u32 try = 0; try < TRIES; try++) {
         out8(0x43, 0xb0);
         out8(0x42, COUNT & 0xff);
-        out8(0x42, COUNT >> 8);
         u64 start = rdtsc();
+        out8(0x42, COUNT >> 8);
         while (!(in8(0x61) & 0x20))
             ;
         u64 taken = rdtsc() - start;
