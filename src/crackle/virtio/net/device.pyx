@@ -1,25 +1,25 @@
 """virtio-net (virtio 1.2, section 5.1): an Ethernet interface on a TAP of the host.
 
-Queue 0 receives (`net.receive`), queue 1 transmits; both are served on the I/O thread, by `readv` straight into the guest's
-buffers and `writev` straight out of them. Owns the TAP's descriptor and, where there is a metadata service, the device's
-end of the wire to it: a socket of frames beside the TAP.
+Queue 0 receives, queue 1 transmits; both are served on the I/O thread, by `readv` straight into the guest's buffers, a window of
+which is taken ahead (`net.window`), and `writev` straight out of them. Owns the TAP's descriptor and, where there is a metadata
+service, the device's end of the wire to it: a socket of frames beside the TAP.
 """
 
-from libc.errno cimport EINTR, ENOTTY, errno
+from libc.errno cimport EAGAIN, EINTR, ENOTTY, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 from posix.unistd cimport close, write
 
 from crackle.runtime.iothread cimport IoThread
 from crackle.includes.events cimport EPOLLET, EPOLLIN
-from crackle.includes.io cimport iovec, writev
+from crackle.includes.io cimport iovec, readv, writev
 from crackle.includes.net cimport *
 from crackle.runtime.threads cimport *
 from crackle.memory.guest cimport GuestMemory
 from crackle.ratelimit.limiter cimport RateLimiter
 from crackle.virtio.device cimport TURN_NS, VirtioDevice
 from crackle.virtio.latency cimport note_latency
-from crackle.virtio.net.receive cimport HEADER, MAX_BATCH, MAX_FRAME, RX, TX, Receiver
+from crackle.virtio.net.window cimport HEADER, MAX_FRAME, QUEUE_SIZE, ReceiveWindow
 from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers
 
 from crackle.errors import ConfigError
@@ -33,7 +33,10 @@ cdef enum:
     ETHERTYPE_IPV4 = 0x0800
     ETHERTYPE_ARP = 0x0806
     # Used chains are shown to the driver in groups: a polling driver shares the cache line with this thread.
+    RX_GROUP = 32
     TX_GROUP = 16
+    # Frames in a turn: neither direction keeps the I/O thread from the other.
+    MAX_BATCH = QUEUE_SIZE
     # A notification takes this many times as long as looking out before one: the exit, and the wake-up of this thread.
     SOON = 4
 
@@ -79,7 +82,7 @@ cdef unsigned int offload_flags(uint64_t features) noexcept nogil:
     return flags
 
 
-cdef class Net(Receiver):
+cdef class Net(VirtioDevice):
     """A network interface on `tap_fd`, from `crackle.virtio.net.tap.open_tap`; the device closes it.
 
     Any descriptor that passes whole frames with a `struct virtio_net_hdr_v1` before them will do, not blocking.
@@ -88,6 +91,10 @@ cdef class Net(Receiver):
     drop_spoofed: frames that the guest sends from another address than `mac` are dropped, not only counted.
     Raises ConfigError.
     """
+
+    def __cinit__(self, GuestMemory memory not None, *args, **kwargs):
+        self.tap_fd = self.wire_fd = -1
+        self.window = ReceiveWindow(memory)
 
     def __init__(
         self, GuestMemory memory, int tap_fd, *, bytes mac=None, mtu=None, rx_limiter=None, tx_limiter=None,
@@ -169,17 +176,24 @@ cdef class Net(Receiver):
         return self.tell_tap()
 
     cdef void on_reset(self) noexcept nogil:
-        self.forget()
+        self.window.forget()
+        self.deferred = 0
+
+    cdef bint on_drain(self, uint64_t until) noexcept nogil:
+        """Let go of the window, and give out what the limiter holds back."""
+        if self.deferred:
+            self.give(<Virtqueue> self.table[RX], self.deferred)
+            self.show(<Virtqueue> self.table[RX], RX, True)
+        self.window.put_back(<Virtqueue> self.table[RX])
+        return True
 
     cdef bint tell_tap(self) noexcept nogil:
         """Let the host use the offloads that the driver has accepted, and know what buffers it provides."""
         cdef uint64_t features = self.driver_features
         if ioctl(self.tap_fd, TUNSETOFFLOAD, <unsigned long> offload_flags(features)) < 0 and errno != ENOTTY:
             return False
-        self.merging = features >> VIRTIO_NET_F_MRG_RXBUF & 1
-        self.least = MAX_FRAME if features & GSO_IN else PLAIN_FRAME
-        self.chain_least = HEADER if self.merging else self.least
-        self.largest = 0
+        self.window.negotiated(
+            features >> VIRTIO_NET_F_MRG_RXBUF & 1, MAX_FRAME if features & GSO_IN else PLAIN_FRAME)
         self.offloads = features
         return True
 
@@ -212,6 +226,83 @@ cdef class Net(Receiver):
         if self.running():
             self.handle_queue(RX, <Virtqueue> self.table[RX])
         pthread_mutex_unlock(&self.lock)
+
+    cdef void show(self, Virtqueue queue, int index, bint last) noexcept nogil:
+        """Let the driver see what was used, and tell it if it wants to know; `last`: before others have their turn."""
+        if queue.show(last):
+            self.signal_queue(index)
+
+    # -- receiving (5.1.6.4) -------------------------------------------------------------------------------------
+
+    cdef void receive(self, Virtqueue queue) noexcept nogil:
+        cdef uint64_t begin, size
+        cdef uint32_t frames = 0
+        cdef ssize_t n
+        cdef int found
+        if self.rx_limiter.blocked:
+            self.rx_throttled += 1
+            return
+        begin = now_ns()
+        self.window.begin_turn()
+        while True:
+            size = self.deferred
+            if not size:
+                found = self.window.gather(queue)
+                if found == QUEUE_BROKEN:
+                    self.need_reset()
+                    break
+                if found == QUEUE_EMPTY:
+                    self.no_rx_buffer += 1
+                    if self.window.budget == 0 or not (self.window.full() or queue.rearm()):
+                        # More has come meanwhile; but others have their turn first.
+                        self.notify_again(RX)
+                    break
+                n = self.fetch()
+                if n < 0:
+                    break
+                size = n
+                if not self.window.whole(size):
+                    size = 0
+            if size:
+                if not self.rx_limiter.consume(size, 1):
+                    # It stays in the guest's buffers, untold: the limiter's timer comes back for it.
+                    self.deferred = size
+                    break
+                self.give(queue, size)
+            frames += 1
+            if <uint16_t> (queue.next_used - queue.published) >= RX_GROUP:
+                self.show(queue, RX, False)
+            if frames == MAX_BATCH or (frames & 15 == 0 and now_ns() - begin >= TURN_NS):
+                self.notify_again(RX)
+                break
+        self.show(queue, RX, True)
+
+    cdef ssize_t fetch(self) noexcept nogil:
+        """Read a frame into the window, from the wire if there is one; its length, or -1 when there is none."""
+        cdef const iovec *iov = &self.window.iov[self.window.iov_first]
+        cdef int count = self.window.entries()
+        cdef ssize_t n
+        if self.wire_ready:
+            n = readv(self.wire_fd, iov, count)
+            if n > 0:
+                self.wire_received += 1
+                return n
+            self.wire_ready = False
+        while True:
+            n = readv(self.tap_fd, iov, count)
+            if n > 0:
+                return n
+            if n == 0 or errno != EINTR:
+                if n < 0 and errno != EAGAIN:
+                    self.tap_read_fails += 1
+                return -1
+
+    cdef void give(self, Virtqueue queue, uint64_t size) noexcept nogil:
+        """The frame that the window begins with is the driver's."""
+        self.window.fill(queue, size)
+        self.deferred = 0
+        self.rx_frames += 1
+        self.rx_bytes += size
 
     # -- transmitting (5.1.6.2) ----------------------------------------------------------------------------------
 
@@ -348,6 +439,11 @@ cdef class Net(Receiver):
         )
 
     # -- what it tells -------------------------------------------------------------------------------------------
+
+    @property
+    def rx_fails(self):
+        """Receive chains that were of no use, and frames that were none or were cut."""
+        return self.window.unfit
 
     def counters(self):
         """Firecracker's metrics of a network device, since the start."""
