@@ -1,8 +1,8 @@
 """virtio-net (virtio 1.2, section 5.1): an Ethernet interface on a TAP of the host.
 
-Queue 0 receives, queue 1 transmits; both are served on the I/O thread, by `readv` straight into the guest's buffers, a window of
-which is taken ahead (`net.window`), and `writev` straight out of them. Owns the TAP's descriptor and, where there is a metadata
-service, the device's end of the wire to it: a socket of frames beside the TAP.
+Queue 0 receives, queue 1 transmits; both are served on the I/O thread, by `readv` straight into the guest's buffers, a
+window of which is taken ahead (`net.window`), and `writev` straight out of them. Owns the TAP's descriptor and, where
+there is a metadata service, the device's end of the wire to it: a socket of frames beside the TAP.
 """
 
 from libc.errno cimport EAGAIN, EINTR, ENOTTY, errno
