@@ -15,12 +15,14 @@ import pytest
 
 from crackle.errors import ConfigError
 from crackle.memory import GuestMemory
+from crackle.virtio.block.backing import open_backing
 from crackle.virtio.block.device import Block
 from support.disk import (
     ARENA,
     FEATURES,
     FLUSH,
     HIGH,
+    IN,
     LOW,
     OK,
     PAGE,
@@ -156,6 +158,27 @@ def test_a_device_that_nobody_closes_goes_with_everything_it_had(tmp_path: Path,
     for _ in range(10):
         Block(GuestMemory([(0, LOW)]), str(tmp_path / "disk"), engine=engine)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_that_io_uring_does_not_take_leaves_the_old_one(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(bytes(1 << 20))
+    with Disk(tmp_path / "disk", engine="Async") as disk:
+        before = disk.path.read_bytes()
+        backing = open_backing(str(other), False)
+        # Only a name of the file: the kernel registers none of these.
+        path_only = os.open(other, os.O_PATH)
+        os.dup2(path_only, backing.fd)
+        os.close(path_only)
+        with pytest.raises(ConfigError, match="io_uring does not take the new file: Bad file descriptor"):
+            disk.device.update(str(other), backing)
+        backing.close()
+        assert (disk.device.path, disk.device.size) == (str(disk.path), len(before))
+        assert (disk.device.updates, disk.device.update_fails) == (0, 1)
+        answer = disk.request(IN, 3, room=SECTOR)
+        assert (answer.status, answer.data) == (OK, before[3 * SECTOR : 4 * SECTOR])
+        disk.device.update(str(other))
+        assert disk.request(IN, 3, room=SECTOR).data == bytes(SECTOR)
 
 
 def test_the_file_changes_between_requests_not_within_one(large: Disk, tmp_path: Path) -> None:

@@ -148,6 +148,9 @@ cdef class AsyncEngine(Engine):
     cdef int use(self, int fd) noexcept nogil:
         cdef int result = io_uring_register_files_update(&self.ring, FILE, &fd, 1)
         if result < 0:
+            if self.fd >= 0:
+                # The kernel has let go of the old file before it looked at the new one.
+                io_uring_register_files_update(&self.ring, FILE, &self.fd, 1)
             return -result
         self.fd = fd
         return 0
