@@ -2,7 +2,7 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 from crackle.includes.kvm cimport kvm_run
 from crackle.kvm.bus cimport Bus, bus_reader
-from crackle.runtime.threads cimport worker
+from crackle.runtime.threads cimport Worker
 
 # Why the run loop ended.
 cdef enum:
@@ -38,7 +38,7 @@ cdef struct end_record:
 # An ioctl on one of KVM's descriptors, without the GIL; KvmError "cannot {what}: ..." when it fails or `fd` is closed (-1).
 cdef long checked_ioctl(int fd, unsigned long request, void *argument, str what) except -1
 
-cdef class VcpuBase:
+cdef class VcpuBase(Worker):
     cdef readonly int fd
     cdef readonly int index
     cdef kvm_run *run
@@ -48,8 +48,6 @@ cdef class VcpuBase:
     cdef int exit_fd
     cdef bus_reader pio_reader
     cdef bus_reader mmio_reader
-    cdef worker worker
-    cdef bint made
     cdef readonly bint profile
     cdef exit_counts counts
     cdef end_record end

@@ -19,7 +19,6 @@ from crackle.runtime.threads cimport *
 from crackle.kvm.bus cimport BUS_CONTINUE, BUS_PANIC, BUS_RESET, Bus
 
 from crackle.errors import KvmError, StateError
-from crackle.runtime.threads import Thread
 
 
 cdef extern from "<sys/ioctl.h>" nogil:
@@ -30,8 +29,6 @@ cdef enum:
     AGAIN_AT_ONCE = 16
     AGAIN_MOST = 1016
     AGAIN_US = 1000
-
-_STATES = ("new", "running", "paused")
 
 END_NAMES = {
     END_NONE: "running",
@@ -70,9 +67,10 @@ cdef long checked_ioctl(int fd, unsigned long request, void *argument, str what)
     return result
 
 
-cdef class VcpuBase:
+cdef class VcpuBase(Worker):
     """What every architecture's vCPU shares; `crackle.kvm.x86_64.Vcpu` adds the register state.
 
+    Paused, it stands between two instructions: the registers can be read and written.
     fd: the vCPU descriptor, owned from here on. run_size: KVM_GET_VCPU_MMAP_SIZE.
     """
 
@@ -88,13 +86,6 @@ cdef class VcpuBase:
             raise KvmError(f"cannot map the kvm_run page of vCPU {index}: {strerror(errno).decode()}")
         self.run = <kvm_run *> page
 
-    def __del__(self):
-        # Before the collector takes anything away that the thread still uses; it may run on that very thread.
-        if is_worker(&self.worker):
-            Thread("reaper", self.stop)
-        else:
-            self.stop()
-
     def __dealloc__(self):
         if not self.made:
             return
@@ -103,7 +94,6 @@ cdef class VcpuBase:
             munmap(self.run, self.run_size)
         if self.fd >= 0:
             close(self.fd)
-        destroy_worker(&self.worker)
 
     def close(self):
         """Stop the thread and give the descriptor and the kvm_run page back. Idempotent.
@@ -241,59 +231,16 @@ cdef class VcpuBase:
         self.run.immediate_exit = paused
         start_worker(&self.worker, "vcpu", f"vcpu {self.index}", thread_entry, paused)
 
-    def request_pause(self):
-        """Ask the thread to pause and return at once; `wait_paused` waits for it."""
-        with nogil:
-            ask_worker(&self.worker, ASK_PAUSE)
-
-    def wait_paused(self, double timeout=10.0):
-        """Wait until the vCPU is paused or has ended. KvmError after `timeout` seconds: it is still asked to pause."""
-        cdef uint64_t until = now_ns() + <uint64_t> (max(timeout, 0.0) * 1e9)
-        cdef bint done
-        check_waiter(&self.worker, f"thread of vCPU {self.index}")
-        with nogil:
-            done = await_rest(&self.worker, until)
-        if not done:
-            raise KvmError(f"vCPU {self.index} did not come out of the guest within {timeout:.3g} s")
-
-    def pause(self, double timeout=10.0):
-        """Pause and wait for it. The registers can then be read and written. Idempotent."""
-        self.request_pause()
-        self.wait_paused(timeout)
-
-    def resume(self):
-        """Let a paused vCPU run on, or one that is asked to pause. Idempotent."""
-        if load_acquire(&self.worker.ask) == ASK_PAUSE:
-            with nogil:
-                ask_worker(&self.worker, ASK_RUN)
-
-    def request_stop(self):
-        """Ask the thread to end and return at once; `stop` waits for it."""
-        with nogil:
-            ask_worker(&self.worker, ASK_STOP)
-
-    def stop(self):
-        """End the thread, wherever it is, and wait for it. Idempotent; StateError on the thread itself."""
-        check_waiter(&self.worker, f"thread of vCPU {self.index}")
-        with nogil:
-            join_worker(&self.worker)
-
     @property
     def name(self):
         """In messages."""
         return f"vCPU {self.index}"
 
     @property
-    def ident(self):
-        """The thread, as threading.get_ident() names it; 0 without one."""
-        return <uint64_t> worker_ident(&self.worker)
-
-    @property
     def status(self):
         """"new", "running", "paused", or why it ended: "stopped", "reset", "shutdown", "triple-fault", ..."""
-        # Looked at once: the thread may end meanwhile.
-        cdef int state = load_acquire(&self.worker.state)
-        return END_NAMES[self.end.why] if state == IS_STOPPED else _STATES[state]
+        status = Worker.status.__get__(self)
+        return END_NAMES[self.end.why] if status == "stopped" else status
 
     @property
     def exits(self):

@@ -1,7 +1,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from crackle.runtime.clock cimport MachineClock
-from crackle.runtime.threads cimport worker
+from crackle.runtime.threads cimport Worker
 
 ctypedef void (*event_handler)(void *context, uint32_t events) noexcept nogil
 
@@ -15,14 +15,12 @@ cdef struct event_source:
     event_source *next          # among the removed
     uint64_t ticket         # of its removal
 
-cdef class IoThread:
+cdef class IoThread(Worker):
     cdef int epoll_fd
     cdef int wake_fd
     cdef str kind
     cdef readonly MachineClock clock
     cdef uint64_t spin_ns       # what its devices may look out for more, before they ask to be notified
-    cdef worker worker
-    cdef bint made
     cdef dict owners            # by address of the source
     cdef event_source *sources
     cdef event_source *removed  # taken out of the set, while the present batch may still hold them

@@ -15,7 +15,6 @@ from crackle.runtime.clock cimport MachineClock
 from crackle.runtime.threads cimport *
 
 from crackle.errors import ConfigError, KvmError, StateError
-from crackle.runtime.threads import Thread
 
 
 cdef extern from * nogil:
@@ -27,8 +26,6 @@ cdef extern from * nogil:
     }
     """
     bint may_look_out()
-
-_STATES = ("new", "running", "paused", "stopped")
 
 cdef enum:
     BATCH = 32
@@ -45,11 +42,11 @@ cdef void wake_thread(void *argument) noexcept nogil:
     (<IoThread> argument).wake()
 
 
-cdef class IoThread:
+cdef class IoThread(Worker):
     """An epoll loop on a thread of its own: of kind "io", or "python" where handlers run Python.
 
     clock: the machine's, for what its devices do after a time; by default one of its own.
-    `start`, `pause`, `resume` and `stop` are for any other thread.
+    Paused, it stands still after the turn of whatever it serves; what is ready then is served afterwards.
     """
 
     def __cinit__(self, *args, **kwargs):
@@ -70,13 +67,6 @@ cdef class IoThread:
         self.kind = name
         self.clock = MachineClock() if clock is None else clock
 
-    def __del__(self):
-        # Before the collector takes anything away that the thread still uses; it may run on that very thread.
-        if is_worker(&self.worker):
-            Thread("reaper", self.stop)
-        else:
-            self.stop()
-
     def __dealloc__(self):
         cdef event_source *source
         if not self.made:
@@ -89,7 +79,6 @@ cdef class IoThread:
             close(self.epoll_fd)
         if self.wake_fd >= 0:
             close(self.wake_fd)
-        destroy_worker(&self.worker)
 
     # -- what it watches -----------------------------------------------------------------------------------------
 
@@ -246,52 +235,10 @@ cdef class IoThread:
             raise StateError("the I/O thread is closed")
         start_worker(&self.worker, self.kind, self.kind, thread_entry, False)
 
-    def request_pause(self):
-        """Ask the thread to stand still after the turn of whatever it serves, and return at once; `wait_paused` waits."""
-        with nogil:
-            ask_worker(&self.worker, ASK_PAUSE)
-
-    def wait_paused(self, double timeout=10.0):
-        """Wait until it stands still or has ended. KvmError after `timeout` seconds: it is still asked to pause."""
-        cdef uint64_t until = now_ns() + <uint64_t> (max(timeout, 0.0) * 1e9)
-        cdef bint done
-        check_waiter(&self.worker, f"{self.kind} thread")
-        with nogil:
-            done = await_rest(&self.worker, until)
-        if not done:
-            raise KvmError(f"{self.name} did not come to rest within {timeout:.3g} s")
-
-    def pause(self, double timeout=10.0):
-        """Stand still. What is ready then is served after `resume`. Idempotent."""
-        self.request_pause()
-        self.wait_paused(timeout)
-
-    def resume(self):
-        """Go on after `pause`, or one that was only asked for. Idempotent."""
-        if load_acquire(&self.worker.ask) == ASK_PAUSE:
-            with nogil:
-                ask_worker(&self.worker, ASK_RUN)
-
-    def stop(self):
-        """End the thread and wait for it. Idempotent; StateError on the thread itself."""
-        check_waiter(&self.worker, f"{self.kind} thread")
-        with nogil:
-            join_worker(&self.worker)
-
     @property
     def name(self):
         """In messages."""
         return f"the {self.kind} thread"
-
-    @property
-    def ident(self):
-        """The thread, as threading.get_ident() names it; 0 without one."""
-        return <uint64_t> worker_ident(&self.worker)
-
-    @property
-    def status(self):
-        """"new", "running", "paused" or "stopped"."""
-        return _STATES[load_acquire(&self.worker.state)]
 
     # -- for tests -----------------------------------------------------------------------------------------------
 

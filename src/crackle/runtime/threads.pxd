@@ -111,3 +111,9 @@ cdef int check_waiter(worker *w, str name) except -1
 cdef pthread_t worker_ident(worker *w) noexcept nogil
 # Make a blocking system call of `thread` return EINTR.
 cdef void kick_thread(pthread_t thread) noexcept nogil
+
+# The worker as an object: what owns it subclasses this, says `init_worker(&self.worker, kick, <void *> self)` and `made` in
+# its __cinit__, starts it, and stops it in its __dealloc__ before it gives back what the thread uses.
+cdef class Worker:
+    cdef worker worker
+    cdef bint made          # the worker has been initialised

@@ -321,7 +321,7 @@ cdef bint is_worker(worker *w) noexcept nogil:
 
 cdef int check_waiter(worker *w, str name) except -1:
     if is_worker(w):
-        raise StateError(f"the {name} cannot wait for itself")
+        raise StateError(f"{name} cannot wait for itself")
     return 0
 
 
@@ -331,3 +331,73 @@ cdef pthread_t worker_ident(worker *w) noexcept nogil:
 
 cdef void kick_thread(pthread_t thread) noexcept nogil:
     pthread_kill(thread, KICK_SIGNAL)
+
+
+_STATES = ("new", "running", "paused", "stopped")
+
+
+cdef class Worker:
+    """A worker, as others see it: `pause`, `resume` and `stop` are for any other thread."""
+
+    def __del__(self):
+        # Before the collector takes anything away that the thread still uses; it may run on that very thread.
+        if is_worker(&self.worker):
+            Thread("reaper", self.stop)
+        else:
+            self.stop()
+
+    def __dealloc__(self):
+        if self.made:
+            destroy_worker(&self.worker)
+
+    @property
+    def name(self):
+        """In messages."""
+        return "a worker"
+
+    @property
+    def ident(self):
+        """The thread, as threading.get_ident() names it; 0 without one."""
+        return <uint64_t> worker_ident(&self.worker)
+
+    @property
+    def status(self):
+        """"new", "running", "paused" or "stopped"."""
+        return _STATES[load_acquire(&self.worker.state)]
+
+    def request_pause(self):
+        """Ask the thread to stand still as soon as it can, and return at once; `wait_paused` waits."""
+        with nogil:
+            ask_worker(&self.worker, ASK_PAUSE)
+
+    def wait_paused(self, double timeout=10.0):
+        """Wait until it stands still or has ended. KvmError after `timeout` seconds: it is still asked to pause."""
+        cdef uint64_t until = now_ns() + <uint64_t> (max(timeout, 0.0) * 1e9)
+        cdef bint done
+        check_waiter(&self.worker, self.name)
+        with nogil:
+            done = await_rest(&self.worker, until)
+        if not done:
+            raise KvmError(f"{self.name} did not come to rest within {timeout:.3g} s")
+
+    def pause(self, double timeout=10.0):
+        """Stand still, and wait for that. Idempotent."""
+        self.request_pause()
+        self.wait_paused(timeout)
+
+    def resume(self):
+        """Go on after `pause`, or one that was only asked for. Idempotent."""
+        if load_acquire(&self.worker.ask) == ASK_PAUSE:
+            with nogil:
+                ask_worker(&self.worker, ASK_RUN)
+
+    def request_stop(self):
+        """Ask the thread to end and return at once; `stop` waits for it."""
+        with nogil:
+            ask_worker(&self.worker, ASK_STOP)
+
+    def stop(self):
+        """End the thread, wherever it is, and wait for it. Idempotent; StateError on the thread itself."""
+        check_waiter(&self.worker, self.name)
+        with nogil:
+            join_worker(&self.worker)
