@@ -11,12 +11,16 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from crackle.kvm.bus import Bus
 from crackle.kvm.line import Line
 from crackle.memory import GuestMemory
 from crackle.runtime.iothread import IoThread
 from crackle.virtio.custom.device import PythonDevice
 from crackle.virtio.device import VirtioDevice
+from crackle.virtio.queue import Virtqueue
+from crackle.virtio.state import MmioState, QueueState
 from crackle.virtio.transport.mmio import MmioTransport
 
 NEXT, WRITE, INDIRECT = 1, 2, 4  # descriptor flags
@@ -201,6 +205,27 @@ class Registers:
     def drive(self) -> None:
         """DRIVER_OK: the device is live."""
         self[STATUS] = self[STATUS] | DRIVER_OK
+
+
+def queue_for(ring: Ring, *, event_idx: bool = False, indirect: bool = True) -> Virtqueue:
+    """The device's queue over the driver's ring, enabled, from where the ring stands."""
+    queue = Virtqueue(ring.memory, 256)
+    state = QueueState(
+        size=ring.size,
+        ready=True,
+        desc=ring.desc,
+        avail=ring.avail,
+        used=ring.used,
+        next_avail=ring.next_avail,
+        next_used=ring.next_used,
+    )
+    queue.restore(state, event_idx=event_idx, indirect=indirect)
+    return queue
+
+
+def through_a_file(state: MmioState) -> MmioState:
+    """As a snapshot gives it back: what the device itself has saved has no type then."""
+    return msgspec.json.decode(msgspec.json.encode(state), type=MmioState)
 
 
 class Bench:

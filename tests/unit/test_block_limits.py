@@ -25,7 +25,7 @@ from support.disk import (
     Disk,
     submit_reads,
 )
-from support.driver import NO_NOTIFY, Buffer, Ring
+from support.driver import NO_NOTIFY, Buffer, Ring, through_a_file
 
 HOUR_MS = 3_600_000
 
@@ -155,7 +155,7 @@ def test_what_waits_is_saved_and_goes_on_elsewhere(tmp_path: Path) -> None:
         other.io.pause()
         other.memory.write(0, image[0])
         other.memory.write(1 << 32, image[1])
-        other.transport.restore(state)
+        other.transport.restore(through_a_file(state))
         other.io.resume()
         other.settle()
         assert other.device.counters()["read_count"] == 0
@@ -171,7 +171,7 @@ def test_a_state_without_a_limiter_is_no_disks(tmp_path: Path) -> None:
     with Disk(tmp_path / "disk") as disk:
         disk.io.pause()
         state = disk.transport.save()
-        with pytest.raises(ValueError, match="for a disk"):
+        with pytest.raises(ValueError, match="what was saved is not of a Block"):
             disk.device.restore(msgspec.structs.replace(state.device, own=None))
         disk.io.resume()
 

@@ -20,6 +20,7 @@ from tests.support.driver import (
     Bench,
     Buffer,
     Ring,
+    through_a_file,
 )
 
 import crackle
@@ -257,7 +258,7 @@ def test_a_saved_device_goes_on_where_it_was(upper: tuple[Upper, Bench]) -> None
     other = Upper()
     with bench(other) as second:
         second.memory.write(0, host.memory.read(0, 1 << 20))
-        second.transport.restore(state)
+        second.transport.restore(through_a_file(state))
         assert len(other.told) == 3
         ring.memory = second.memory
         ring.reap()
@@ -301,7 +302,7 @@ def test_requests_that_were_kept_come_again_in_their_order_after_a_restore(
     with bench(other) as second:
         second.memory.write(0, host.memory.read(0, 1 << 20))
         ring.memory = second.memory
-        second.transport.restore(state)
+        second.transport.restore(through_a_file(state))
         # Saved again before the device has looked at them, they are still there.
         assert second.transport.save().device == state.device
         last = ring.add([Buffer(DATA + 6, 1)])

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,7 +39,7 @@ from support.card import (
     tcp_segment,
     udp_segment,
 )
-from support.driver import F_EVENT_IDX, F_INDIRECT, F_VERSION_1, NEEDS_RESET, STATUS, Buffer
+from support.driver import F_EVENT_IDX, F_INDIRECT, F_VERSION_1, NEEDS_RESET, STATUS, Buffer, through_a_file
 from support.network import Namespace
 
 PAGE = 4096
@@ -643,7 +644,7 @@ def test_a_restored_interface_goes_on_with_offloads_and_limits(namespace: Namesp
             other.memory.write(HIGH, image[1])
             other.rx, other.tx, other.buffers, other.place = link.rx, link.tx, link.buffers, link.place
             other.rx.memory = other.tx.memory = other.memory
-            other.transport.restore(saved)
+            other.transport.restore(through_a_file(saved))
             other.io.resume()
             header, sent = tcp_segment(60_000)
             other.host.send(header[:10] + sent)
@@ -657,8 +658,8 @@ def test_state_of_another_interface_is_refused(namespace: Namespace) -> None:
         link.io.pause()
         with pytest.raises(ValueError, match="are not"):
             other.device.restore_own(link.device.save_own())
-        with pytest.raises(ValueError, match="a saved NoneType for a network interface"):
-            other.device.restore_own(None)
+        with pytest.raises(ValueError, match="what was saved is not of a Net: Expected `object`, got `null`"):
+            other.device.restore(msgspec.structs.replace(other.device.save(), own=None))
 
 
 @pytest.mark.parametrize(

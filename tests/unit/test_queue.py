@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from crackle.memory import GuestMemory
 from crackle.virtio.queue import Virtqueue
 from crackle.virtio.state import QueueState
-from support.driver import INDIRECT, NEXT, NO_INTERRUPT, WRITE, Buffer, Ring
+from support.driver import INDIRECT, NEXT, NO_INTERRUPT, WRITE, Buffer, Ring, queue_for
 
 RING, TABLES, DATA, SIZE = 0x1000, 0x8000, 0x10000, 0x40000
 HIGH = 1 << 32
@@ -20,22 +20,6 @@ HIGH = 1 << 32
 def memory():
     with GuestMemory([(0, SIZE), (HIGH, SIZE)]) as memory:
         yield memory
-
-
-def queue_for(ring: Ring, *, event_idx: bool = False, indirect: bool = True) -> Virtqueue:
-    """The device's queue over the driver's ring, enabled, from where the ring stands."""
-    queue = Virtqueue(ring.memory, 256)
-    state = QueueState(
-        size=ring.size,
-        ready=True,
-        desc=ring.desc,
-        avail=ring.avail,
-        used=ring.used,
-        next_avail=ring.next_avail,
-        next_used=ring.next_used,
-    )
-    queue.restore(state, event_idx=event_idx, indirect=indirect)
-    return queue
 
 
 def as_taken(buffers: list[Buffer]) -> list[tuple[int, int, bool]]:

@@ -19,28 +19,13 @@ from crackle.virtio.block.device import Block
 from crackle.virtio.queue import Virtqueue
 from crackle.virtio.state import QueueState
 from crackle.virtio.vhost_user.block import VhostUserBlock
-from support.driver import F_VERSION_1, NEEDS_RESET, STATUS, Bench, Buffer, Ring
+from support.driver import F_VERSION_1, NEEDS_RESET, STATUS, Bench, Buffer, Ring, queue_for
 from support.vhost_user import DAEMON, Impostor, StorageDaemon
 
 PAGE = 4096
 MIB = 1 << 20
 RING, TABLE, DATA = 0x1000, 0x8000, 0x10000
 READ, WRITE = 0, 1
-
-
-def queue_for(ring: Ring) -> Virtqueue:
-    queue = Virtqueue(ring.memory, 256)
-    state = QueueState(
-        size=ring.size,
-        ready=True,
-        desc=ring.desc,
-        avail=ring.avail,
-        used=ring.used,
-        next_avail=ring.next_avail,
-        next_used=ring.next_used,
-    )
-    queue.restore(state, event_idx=False, indirect=True)
-    return queue
 
 
 def pieces(buffers: list[Buffer], edges: list[int]) -> list[tuple[int, int, bool]]:

@@ -31,6 +31,7 @@ from support.driver import (
     Bench,
     Buffer,
     Ring,
+    through_a_file,
 )
 from support.vhost_user import (
     DAEMON,
@@ -248,7 +249,7 @@ def test_a_saved_disk_goes_on_with_another_back_end(
         backend.kill()
         second = daemon(content + bytes(MIB))
         with Bench(VhostUserBlock(memory, str(second.socket))) as restored:
-            restored.transport.restore(state)
+            restored.transport.restore(through_a_file(state))
             # The first back end's answer, and an interrupt in any case.
             assert restored.interrupts()
             assert [written for _, written in guest.ring.reap()] == [513]

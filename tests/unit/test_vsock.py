@@ -13,9 +13,8 @@ import pytest
 
 from crackle.errors import ConfigError
 from crackle.memory import GuestMemory
-from crackle.virtio.state import VsockState
-from crackle.virtio.vsock.device import Vsock
-from support.driver import F_VERSION_1
+from crackle.virtio.vsock.device import Vsock, VsockState
+from support.driver import F_VERSION_1, through_a_file
 from support.vsock import (
     CID,
     CREDIT_REQUEST,
@@ -825,7 +824,7 @@ def test_a_restored_guest_is_told_that_its_connections_are_gone_before_anything_
     copy = Guest.__new__(Guest)
     copy.__dict__.update(guest.__dict__)
     super(Guest, copy).__init__(Vsock(guest.memory, CID, path))
-    copy.transport.restore(state)
+    copy.transport.restore(through_a_file(state))
     later = host_socket()
     later.connect(path)
     later.sendall(b"CONNECT 8\n")

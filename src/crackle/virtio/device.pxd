@@ -74,6 +74,7 @@ cdef class VirtioDevice:
     cdef uint32_t config_size
     cdef readonly uint64_t queue_events, broken_queues, activate_fails, cfg_fails, irq_fails
 
+    cdef own_of(self, saved)
     cdef set_up(self, uint32_t device_id, uint64_t features, queue_sizes, needs=*)
     cdef bint acceptable(self, uint64_t features) noexcept nogil
     cdef add_limiter(self, RateLimiter limiter, int queue)

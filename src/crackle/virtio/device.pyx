@@ -21,6 +21,8 @@ from crackle.memory.region cimport Region
 from crackle.ratelimit.limiter cimport RateLimiter, bucket, configure_bucket
 from crackle.virtio.queue cimport Virtqueue
 
+import msgspec
+
 from crackle.errors import ConfigError
 from crackle.virtio.state import DeviceState
 
@@ -39,6 +41,9 @@ cdef int new_eventfd() except -1:
 
 cdef class VirtioDevice:
     """A virtio device over `memory` with queues of the given sizes. Subclasses say what it is."""
+
+    # The Struct, with a tag, of what `save_own` gives; a subclass that saves something has its own.
+    own_state = None
 
     def __cinit__(self, GuestMemory memory not None, *args, **kwargs):
         pthread_mutex_init(&self.lock, NULL)
@@ -384,17 +389,27 @@ cdef class VirtioDevice:
             )
         self.driver_features, self.status = state.driver_features, state.status
         self.config_generation = state.config_generation
-        self.restore_own(state.own)
+        self.restore_own(self.own_of(state.own))
         self.kick()
 
     def save_own(self):
-        """What the device itself adds to DeviceState: a Struct of `crackle.virtio.state`, or None."""
+        """What the device itself adds to DeviceState: an `own_state`, or None."""
         return None
 
     def restore_own(self, state):
-        """The reverse of `save_own`, before the vCPUs run; ValueError when the state is not this device's."""
-        if state is not None:
-            raise ValueError(f"a saved {type(state).__name__} for a device that saves nothing of its own")
+        """The reverse of `save_own`, before the vCPUs run; ValueError when what was saved does not fit this device."""
+
+    cdef own_of(self, saved):
+        kind = type(self).own_state
+        if type(saved) is kind or (saved is None and kind is None):
+            return saved
+        try:
+            if kind is not None:
+                return msgspec.convert(saved, kind)
+            reason = "it saves nothing of its own"
+        except msgspec.ValidationError as error:
+            reason = str(error)
+        raise ValueError(f"what was saved is not of a {type(self).__name__}: {reason}")
 
     def accept_features(self, features):
         """Before a restore: offer what the saved driver has negotiated, where that depends on the host only."""

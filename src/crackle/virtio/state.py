@@ -1,10 +1,10 @@
-"""What virtio devices save in a snapshot."""
+"""What all virtio devices save in a snapshot: what a device adds is in its own module."""
 
 from __future__ import annotations
 
-import msgspec
+from typing import Any
 
-from crackle.ratelimit.state import LimiterState
+import msgspec
 
 
 class QueueState(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,56 +23,18 @@ class QueueState(msgspec.Struct, frozen=True, kw_only=True):
     in_flight: tuple[int, ...] = ()
 
 
-class BlockState(msgspec.Struct, frozen=True, kw_only=True, tag="block"):
-    """What a disk adds to its DeviceState."""
-
-    limiter: LimiterState
-
-
-class CustomState(msgspec.Struct, frozen=True, kw_only=True, tag="custom"):
-    """What a device written in Python gave to be kept."""
-
-    data: bytes
-
-
-class VhostUserBlockState(msgspec.Struct, frozen=True, kw_only=True, tag="vhost_user_block"):
-    """What a disk served by another process adds: the configuration space that the driver knows."""
-
-    config: bytes
-
-
-class NetState(msgspec.Struct, frozen=True, kw_only=True, tag="net"):
-    """What a network interface adds to its DeviceState: what its configuration space says, and its limiters."""
-
-    mac: bytes | None
-    mtu: int | None
-    rx_limiter: LimiterState
-    tx_limiter: LimiterState
-
-
-class VsockState(msgspec.Struct, frozen=True, kw_only=True, tag="vsock"):
-    """What a vsock device adds to its DeviceState. Connections end with the snapshot.
-
-    uds_path: of the Unix socket, unless whoever restores names another. last_port: the last that a host program got.
-    """
-
-    cid: int
-    uds_path: str
-    last_port: int
-
-
-# One for each device that has something of its own to save; `type` in the file tells which it is.
-OwnState = BlockState | CustomState | VhostUserBlockState | NetState | VsockState
-
-
 class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
-    """What the driver has negotiated with a device, and its queues: the same behind every transport."""
+    """What the driver has negotiated with a device, and its queues: the same behind every transport.
+
+    own: what the device adds, a Struct of its own module (`VirtioDevice.own_state`). Out of a file it comes as a dict,
+    and the device makes its Struct of it.
+    """
 
     driver_features: int
     status: int
     config_generation: int
     queues: tuple[QueueState, ...]
-    own: OwnState | None = None
+    own: Any = None
 
 
 class MmioState(msgspec.Struct, frozen=True, kw_only=True, tag="mmio"):

@@ -1,10 +1,19 @@
+from typing import ClassVar
+
+import msgspec
+
 from crackle.memory.guest import GuestMemory
 from crackle.ratelimit.limiter import RateLimiter
+from crackle.ratelimit.state import LimiterState
 from crackle.schema.rate_limiter import RateLimiter as Limits
 from crackle.virtio.block.backing import Backing
 from crackle.virtio.device import VirtioDevice
 
+class BlockState(msgspec.Struct, frozen=True, kw_only=True, tag="block"):
+    limiter: LimiterState
+
 class Block(VirtioDevice):
+    own_state: ClassVar[type[msgspec.Struct] | None]
     @property
     def path(self) -> str: ...
     @property

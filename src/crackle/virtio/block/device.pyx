@@ -31,9 +31,11 @@ from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, QUEUE_EMPTY, Virtqu
 
 import os
 
+import msgspec
+
 from crackle.errors import ConfigError
 from crackle.virtio.block.backing import open_backing
-from crackle.virtio.state import BlockState
+from crackle.ratelimit.state import LimiterState
 
 
 cdef enum:
@@ -52,6 +54,12 @@ cdef uint64_t ALLOCATE_FEATURES = <uint64_t> 1 << VIRTIO_BLK_F_DISCARD | <uint64
 cdef uint64_t UPDATE_PATIENCE_NS = 2_000_000_000
 
 
+class BlockState(msgspec.Struct, frozen=True, kw_only=True, tag="block"):
+    """What a disk adds to its DeviceState."""
+
+    limiter: LimiterState
+
+
 cdef class Block(VirtioDevice):
     """A disk.
 
@@ -64,6 +72,8 @@ cdef class Block(VirtioDevice):
     limiter: the schema's, for bytes read and written and for requests of any kind.
     Raises ConfigError when the file or the engine cannot be used.
     """
+
+    own_state = BlockState
 
     cdef readonly str path
     cdef int fd
@@ -495,8 +505,6 @@ cdef class Block(VirtioDevice):
 
     def restore_own(self, state):
         """The reverse of `save_own`; ValueError when the state is no disk's."""
-        if not isinstance(state, BlockState):
-            raise ValueError(f"a saved {type(state).__name__} for a disk")
         self.limiter.restore(state.limiter)
 
     def accept_features(self, features):

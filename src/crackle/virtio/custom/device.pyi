@@ -1,13 +1,18 @@
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
+import msgspec
 from typing_extensions import Buffer
 
 from crackle.memory.guest import GuestMemory
 from crackle.virtio.custom.base import VirtioDevice as Custom
 from crackle.virtio.device import VirtioDevice
 
+class CustomState(msgspec.Struct, frozen=True, kw_only=True, tag="custom"):
+    data: bytes
+
 class PythonDevice(VirtioDevice):
+    own_state: ClassVar[type[msgspec.Struct] | None]
     @property
     def failures(self) -> int: ...
     def __init__(self, memory: GuestMemory, device: Custom) -> None: ...

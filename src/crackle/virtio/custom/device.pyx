@@ -18,9 +18,10 @@ from crackle.memory.guest cimport GuestMemory
 from crackle.virtio.device cimport CONFIG_SPACE, VirtioDevice
 from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, Virtqueue, chain
 
+import msgspec
+
 from crackle.errors import ConfigError, StateError
 from crackle.telemetry.logger import Throttle
-from crackle.virtio.state import CustomState
 
 
 cdef enum:
@@ -41,8 +42,16 @@ cdef void report(error) noexcept:
     threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, None)))
 
 
+class CustomState(msgspec.Struct, frozen=True, kw_only=True, tag="custom"):
+    """What a device written in Python gave to be kept."""
+
+    data: bytes
+
+
 cdef class PythonDevice(VirtioDevice):
     """The registers and queues of `device`, a `VirtioDevice` of `custom.base`. ConfigError when it is no such thing."""
+
+    own_state = CustomState
 
     cdef object device
     cdef tuple request_queues
@@ -170,8 +179,6 @@ cdef class PythonDevice(VirtioDevice):
 
     def restore_own(self, state):
         """Hand the saved bytes to the device's `restore`; ValueError when they are another kind of device's."""
-        if not isinstance(state, CustomState):
-            raise ValueError(f"a saved {type(state).__name__} for a {type(self.device).__name__}")
         self.device.restore(state.data)
 
     # -- with the lock held, on a vCPU thread --------------------------------------------------------------------

@@ -1,5 +1,10 @@
+from typing import ClassVar
+
+import msgspec
+
 from crackle.memory.guest import GuestMemory
 from crackle.ratelimit.limiter import RateLimiter
+from crackle.ratelimit.state import LimiterState
 from crackle.schema.rate_limiter import RateLimiter as Limits
 from crackle.virtio.device import VirtioDevice
 
@@ -7,7 +12,14 @@ MTU_RANGE: tuple[int, int]
 
 NEEDS: tuple[tuple[int, tuple[int, ...]], ...]
 
+class NetState(msgspec.Struct, frozen=True, kw_only=True, tag="net"):
+    mac: bytes | None
+    mtu: int | None
+    rx_limiter: LimiterState
+    tx_limiter: LimiterState
+
 class Net(VirtioDevice):
+    own_state: ClassVar[type[msgspec.Struct] | None]
     @property
     def mac(self) -> bytes | None: ...
     @property

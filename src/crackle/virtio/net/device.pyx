@@ -22,8 +22,10 @@ from crackle.virtio.latency cimport note_latency
 from crackle.virtio.net.window cimport HEADER, MAX_FRAME, QUEUE_SIZE, ReceiveWindow
 from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers
 
+import msgspec
+
 from crackle.errors import ConfigError
-from crackle.virtio.state import NetState
+from crackle.ratelimit.state import LimiterState
 
 
 cdef enum:
@@ -82,6 +84,15 @@ cdef unsigned int offload_flags(uint64_t features) noexcept nogil:
     return flags
 
 
+class NetState(msgspec.Struct, frozen=True, kw_only=True, tag="net"):
+    """What a network interface adds to its DeviceState: what its configuration space says, and its limiters."""
+
+    mac: bytes | None
+    mtu: int | None
+    rx_limiter: LimiterState
+    tx_limiter: LimiterState
+
+
 cdef class Net(VirtioDevice):
     """A network interface on `tap_fd`, from `crackle.virtio.net.tap.open_tap`; the device closes it.
 
@@ -91,6 +102,8 @@ cdef class Net(VirtioDevice):
     drop_spoofed: frames that the guest sends from another address than `mac` are dropped, not only counted.
     Raises ConfigError.
     """
+
+    own_state = NetState
 
     def __cinit__(self, GuestMemory memory not None, *args, **kwargs):
         self.tap_fd = self.wire_fd = -1
@@ -483,8 +496,6 @@ cdef class Net(VirtioDevice):
 
     def restore_own(self, state):
         """The reverse of `save_own`; ValueError when the state is not this device's."""
-        if not isinstance(state, NetState):
-            raise ValueError(f"a saved {type(state).__name__} for a network interface")
         if (state.mac, state.mtu) != (self.mac, self.mtu):
             raise ValueError(f"saved address and MTU {state.mac}, {state.mtu} are not {self.mac}, {self.mtu}")
         self.rx_limiter.restore(state.rx_limiter)

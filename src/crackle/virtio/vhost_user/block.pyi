@@ -1,3 +1,7 @@
+from typing import ClassVar
+
+import msgspec
+
 from crackle.memory.guest import GuestMemory
 from crackle.virtio.device import VirtioDevice
 from crackle.virtio.vhost_user.protocol import VhostUser
@@ -7,7 +11,11 @@ WANTED: int
 
 def connect(path: str, *, writeback: bool = False) -> VhostUser: ...
 
+class VhostUserBlockState(msgspec.Struct, frozen=True, kw_only=True, tag="vhost_user_block"):
+    config: bytes
+
 class VhostUserBlock(VirtioDevice):
+    own_state: ClassVar[type[msgspec.Struct] | None]
     @property
     def backend(self) -> VhostUser: ...
     @property

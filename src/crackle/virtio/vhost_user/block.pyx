@@ -25,8 +25,9 @@ from crackle.memory.region cimport Region
 from crackle.virtio.device cimport VirtioDevice
 from crackle.virtio.queue cimport RING_IDX, Virtqueue
 
+import msgspec
+
 from crackle.errors import ConfigError, CrackleError, StateError
-from crackle.virtio.state import VhostUserBlockState
 from crackle.virtio.vhost_user.protocol import Ring, VhostUser
 
 
@@ -71,12 +72,20 @@ def connect(str path, *, bint writeback=False):
     return VhostUser(path, wanted=WANTED | (bit(VIRTIO_BLK_F_FLUSH) if writeback else 0), needed=NEEDED)
 
 
+class VhostUserBlockState(msgspec.Struct, frozen=True, kw_only=True, tag="vhost_user_block"):
+    """What a disk served by another process adds: the configuration space that the driver knows."""
+
+    config: bytes
+
+
 cdef class VhostUserBlock(VirtioDevice):
     """A disk that the vhost-user back end behind `backend` serves: its socket's path, or a connection that `connect` made.
 
     writeback: with a path, offer FLUSH where the back end has it. Guest memory must be a memfd (or another shared
     mapping). Whether the disk is read-only is the back end's to say. Raises ConfigError when the back end is no use.
     """
+
+    own_state = VhostUserBlockState
 
     cdef readonly object backend
     cdef readonly str failure           # why the back end serves no more, or None
@@ -173,8 +182,6 @@ cdef class VhostUserBlock(VirtioDevice):
         the configuration space has changed meanwhile.
         """
         cdef bint taken = True
-        if not isinstance(state, VhostUserBlockState):
-            raise ValueError(f"a saved {type(state).__name__} for a vhost-user disk")
         if self.running():
             with nogil:
                 pthread_mutex_lock(&self.lock)

@@ -1,3 +1,7 @@
+from typing import ClassVar
+
+import msgspec
+
 from crackle.memory.guest import GuestMemory
 from crackle.virtio.device import VirtioDevice
 from crackle.virtio.vsock.host import HostSockets
@@ -7,7 +11,13 @@ from crackle.virtio.vsock.streams import Streams
 def is_reserved(cid: int) -> bool: ...
 def check(cid: int, uds_path: str) -> None: ...
 
+class VsockState(msgspec.Struct, frozen=True, kw_only=True, tag="vsock"):
+    cid: int
+    uds_path: str
+    last_port: int
+
 class Vsock(VirtioDevice):
+    own_state: ClassVar[type[msgspec.Struct] | None]
     @property
     def streams(self) -> Streams: ...
     @property

@@ -24,9 +24,10 @@ from crackle.virtio.vsock.receive cimport HEADER, RX_QUEUE_SIZE, ReceiveBuffers
 from crackle.virtio.vsock.streams cimport Streams
 from crackle.virtio.vsock.table cimport MAX_CONNECTIONS, connection
 
+import msgspec
+
 from crackle.errors import ConfigError
 from crackle.runtime.descriptors import measure_descriptors
-from crackle.virtio.state import VsockState
 
 cdef extern from * nogil:
     void full_barrier "__sync_synchronize" ()
@@ -64,12 +65,25 @@ def check(cid, str uds_path not None):
     Listener(uds_path).close()
 
 
+class VsockState(msgspec.Struct, frozen=True, kw_only=True, tag="vsock"):
+    """What a vsock device adds to its DeviceState. Connections end with the snapshot.
+
+    uds_path: of the Unix socket, unless whoever restores names another. last_port: the last that a host program got.
+    """
+
+    cid: int
+    uds_path: str
+    last_port: int
+
+
 cdef class Vsock(VirtioDevice):
     """Streams for the guest with context identifier `cid`, 3 to 2^32 - 2 as a rule.
 
     uds_path: the socket that host programs connect to. last_port: of the ports given to host programs before, from a saved
     state, or 0. Raises ConfigError when the socket cannot be made.
     """
+
+    own_state = VsockState
 
     cdef Listener listener
     cdef readonly Streams streams
@@ -366,8 +380,6 @@ cdef class Vsock(VirtioDevice):
 
     def restore_own(self, state):
         """The reverse; the constructor was given the state's values, or another path."""
-        if not isinstance(state, VsockState):
-            raise ValueError(f"a saved {type(state).__name__} for a vsock device")
         if state.cid != self.mux.cid:
             raise ValueError(f"a saved vsock device of guest {state.cid}, this one is of {self.mux.cid}")
         self.host.last_port = state.last_port
