@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from crackle.arch.x86_64 import probe as programs
 from crackle.cli import doctor
 from crackle.vmm import probe
 
@@ -35,9 +36,9 @@ def test_the_verdict_is_right_about_the_kvm_it_knows():
 
 def test_a_guest_that_hangs_is_stopped(monkeypatch):
     hang = b"\xeb\xfe"  # jmp $
-    monkeypatch.setattr(probe, "TIME_LIMIT", 0.1)
-    monkeypatch.setattr(probe, "USER_PROGRAM", hang)
-    monkeypatch.setitem(probe.ENTRY, hang, probe.CODE + 0x800)
+    monkeypatch.setattr(programs, "TIME_LIMIT", 0.1)
+    monkeypatch.setattr(programs, "USER_PROGRAM", hang)
+    monkeypatch.setitem(programs.ENTRY, hang, programs.CODE + 0x800)
     before = time.monotonic()
     verdict = probe.probe()
     assert time.monotonic() - before < 10
@@ -46,9 +47,9 @@ def test_a_guest_that_hangs_is_stopped(monkeypatch):
 
 
 def test_code_and_tables_of_the_probe_do_not_overlap():
-    ends = [address + len(program) for program, address in probe.ENTRY.items()]
-    assert all(end <= start for end, start in zip(ends, [*probe.ENTRY.values()][1:], strict=False))
-    assert sum(map(len, probe.PROGRAMS)) <= 200
+    ends = [address + len(program) for program, address in programs.ENTRY.items()]
+    assert all(end <= start for end, start in zip(ends, [*programs.ENTRY.values()][1:], strict=False))
+    assert sum(map(len, programs.PROGRAMS)) <= 200
 
 
 def test_the_report_names_every_area():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from crackle.arch.interface import DeviceInfo
+from crackle.arch.interface import DeviceInfo, Finding
 from crackle.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -26,4 +26,4 @@ try:
 except ModuleNotFoundError:
     raise ConfigError(f"this host is {MACHINE}; only x86_64 hosts are supported yet") from None
 
-__all__ = ["MACHINE", "Board", "DeviceInfo", "LoadedKernel", "Platform", "platform"]
+__all__ = ["MACHINE", "Board", "DeviceInfo", "Finding", "LoadedKernel", "Platform", "platform"]

@@ -138,6 +138,20 @@ if TYPE_CHECKING:
         def restore_vcpu(self, vcpu: Vcpu, state: Any) -> None:
             """The reverse, before the vCPU runs."""
 
+        def probe(self, kvm: Kvm) -> list[Finding]:
+            """Find out, with guests that take milliseconds, whether this KVM does what Linux needs; in seconds at most.
+
+            What does it is imported then.
+            """
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """What one question to this KVM got for an answer. `detail` says what happened, in words."""
+
+    name: str
+    works: bool
+    detail: str
+
 
 class DeviceInfo(msgspec.Struct, frozen=True):
     """Where the guest finds a device: a window of `size` bytes at guest physical `address`, and its interrupt."""

@@ -7,6 +7,7 @@ that out. This is the one list of what is imported late; a test looks that nothi
 
 from __future__ import annotations
 
+import os
 import sys
 
 from crackle.errors import ConfigError
@@ -18,7 +19,14 @@ if TYPE_CHECKING:
     from crackle.schema.config import VmConfig
 
 # For what goes wrong: a request that is no JSON, a guest that fails or stays silent.
-ALWAYS = ("_socket", "select", "crackle.schema.position", "crackle.vmm.probe", "crackle.vmm.silence")
+ALWAYS = (
+    "_socket",
+    "select",
+    "crackle.schema.position",
+    "crackle.vmm.probe",
+    f"crackle.arch.{os.uname().machine}.probe",
+    "crackle.vmm.silence",
+)
 
 
 def preload(config: VmConfig | None = None, *, custom: bool = False, terminal: bool = False) -> None:

@@ -13,7 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from crackle.arch.interface import DeviceInfo
+    from crackle.arch.interface import DeviceInfo, Finding
     from crackle.arch.x86_64.kernel import LoadedKernel
     from crackle.kvm import Kvm, Vcpu, Vm
     from crackle.memory import GuestMemory
@@ -32,6 +32,7 @@ __all__ = [
     "make_board",
     "memory_layout",
     "prepare_vcpus",
+    "probe",
     "restore_vcpu",
     "restore_vm",
     "save_vcpu",
@@ -78,3 +79,10 @@ def describe(
         devices=devices,
         sleep_port=layout.SLEEP_PORT,
     )
+
+
+def probe(kvm: Kvm) -> list[Finding]:
+    """User code, interrupts, system calls and traps."""
+    from crackle.arch.x86_64.probe import examine
+
+    return examine(kvm)
