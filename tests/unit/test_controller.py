@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -543,6 +544,16 @@ def test_a_drive_update_that_cannot_be_done_changes_nothing(
 
 
 # Outputs and answers
+
+
+def test_the_id_and_the_operators_properties_are_in_every_line_on_request(
+    bench: Bench, tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics"
+    bench.do("put_metrics", schema.MetricsConfig(str(path), emit_id=True, properties={"zone": "b"}))
+    bench.controller.metrics.flush()
+    line = json.loads(path.read_text())
+    assert (line["id"], line["properties"]) == (bench.controller.instance_id, {"zone": "b"})
 
 
 def test_metrics_are_configured_once(bench: Bench, tmp_path: Path) -> None:

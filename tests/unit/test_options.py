@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from crackle.cli.options import OPTIONS, UsageError, help_text, parse
+from crackle.monitor.options import OPTIONS, UsageError, help_text, parse
 from crackle.version import VERSION
 
 

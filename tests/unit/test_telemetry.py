@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crackle import schema
 from crackle.errors import ConfigError, CrackleError
 from crackle.telemetry.logger import DEBUG, ERROR, OFF, TRACE, Logger, Throttle, parse_level
 from crackle.telemetry.metrics import Metrics
@@ -243,9 +242,9 @@ class Device:
         metrics.sources.append(lambda: self.tree)
 
 
-def metrics_to(path: Path, **config: Any) -> Metrics:
+def metrics_to(path: Path, **extra: Any) -> Metrics:
     metrics = Metrics()
-    metrics.configure(schema.MetricsConfig(str(path), **config), "vm-1")
+    metrics.configure(str(path), extra)
     return metrics
 
 
@@ -267,8 +266,8 @@ def test_a_line_holds_the_time_and_every_section(log: Path) -> None:
     assert line["put_api_requests"]["actions_fails"] == 0
 
 
-def test_the_id_and_the_operators_properties_are_added_on_request(log: Path) -> None:
-    metrics_to(log, emit_id=True, properties={"zone": "b"}).flush()
+def test_what_is_in_every_line_is_added_to_it(log: Path) -> None:
+    metrics_to(log, id="vm-1", properties={"zone": "b"}).flush()
     (line,) = written(log)
     assert (line["id"], line["properties"]) == ("vm-1", {"zone": "b"})
 

@@ -10,8 +10,8 @@ import os
 import sys
 
 from crackle.cli import end_on_interrupt
-from crackle.cli.options import Options, UsageError, help_text, parse
 from crackle.errors import ConfigError, CrackleError, os_reason, reason_of
+from crackle.monitor.options import Options, UsageError, help_text, parse
 from crackle.runtime.stream import open_standard_streams
 from crackle.telemetry.logger import Logger
 from crackle.telemetry.sink import Sink

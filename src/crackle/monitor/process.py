@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from crackle.cli.options import Options
+    from crackle.monitor.options import Options
     from crackle.schema import MachineConfig
     from crackle.telemetry.logger import Logger
     from crackle.telemetry.sink import Sink

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-    from crackle.schema import MetricsConfig
-
     Section = dict[str, Any]
     Tree = dict[str, Section]
     Source = Callable[[], Mapping[str, Mapping[str, Any]]]
@@ -65,15 +63,12 @@ class Metrics:
         self._extra: dict[str, Any] = {}
         self._written: Tree = {}
 
-    def configure(self, config: MetricsConfig, instance_id: str) -> None:
-        """Open the destination, which can be done once; raises ConfigError."""
+    def configure(self, path: str, extra: Mapping[str, Any]) -> None:
+        """Open the destination, which can be done once; raises ConfigError. `extra` is in every line."""
         if self._sink is not None:
             raise ConfigError(f"{_BAD_INPUT}: Reinitialization of metrics not allowed.")
-        self._sink = Sink.open(config.metrics_path, _BAD_INPUT)
-        if config.emit_id:
-            self._extra["id"] = instance_id
-        if config.properties is not None:
-            self._extra["properties"] = config.properties
+        self._sink = Sink.open(path, _BAD_INPUT)
+        self._extra.update(extra)
 
     def attach(self, sink: Sink) -> None:
         """Write to ``sink``, which is taken over."""

@@ -199,8 +199,11 @@ class Controller:
         self.config.logger = config
 
     def _put_metrics(self, config: MetricsConfig) -> None:
+        extra: dict[str, Any] = {"id": self.instance_id} if config.emit_id else {}
+        if config.properties is not None:
+            extra["properties"] = config.properties
         with context("Metrics error"):
-            self.metrics.configure(config, self.instance_id)
+            self.metrics.configure(config.metrics_path, extra)
         self.config.metrics = config
 
     # Metadata
