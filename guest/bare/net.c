@@ -16,6 +16,7 @@
  *     expect    waits until COUNT frames have come, checks that each has SIZE bytes, prints a sum of them
  *     echo      COUNT frames: sends each that comes back to where it came from
  *     wait      idles for SIZE ms
+ *     talk      writes SIZE bytes to the console
  */
 #include "lib/virtio.h"
 
@@ -297,6 +298,9 @@ static void run_option(const char *text)
     else if (word_is(text, "wait"))
         for (u64 start = rdtsc(); rdtsc() - start < size * tsc_khz();)
             cpu_relax();
+    else if (word_is(text, "talk"))
+        for (u64 i = 0; i < size; i++)
+            put_byte(i % 80 == 79 ? '\n' : (char)('a' + i % 26));
     else
         fail("unknown test");
 }

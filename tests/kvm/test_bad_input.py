@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ CONFIGURATIONS = {
         {"kernel": "directory"},
         "Cannot load kernel due to .*Unable to read elf header: it is not a regular file",
     ),
-    "initrd too large": ({"initrd": "large"}, "initrd: its 104857600 bytes do not fit"),
+    "initrd too large": ({"initrd": "large"}, "initrd address: its 104857600 bytes do not fit"),
     "long command line": ({"boot_args": "a" * 2048}, "has 2048 bytes, 2047 is the most"),
     "too long with what is appended": (
         {"boot_args": "a" * 2040, "rootfs": "disk"},
@@ -104,7 +105,6 @@ CONFIGURATIONS = {
     "absurd memory": ({"memory": 1 << 70}, f"`mem_size_mib` must be an `int` <= .*given: {1 << 70}"),
     "missing disk": ({"rootfs": "/none"}, "No such file .* /none"),
     "disk is a directory": ({"rootfs": "directory"}, "Is a directory .*directory"),
-    "disk is a device": ({"rootfs": "/dev/null"}, "/dev/null"),
     "two roots": (
         {"rootfs": "disk", "drives": [Drive("second", True, path_on_host="disk")]},
         "already exists! It is 'rootfs'; 'second' cannot be another",
@@ -150,6 +150,50 @@ def test_crackle_run_refuses(files: Path, options: list[str], status: int, messa
     assert re.search(message, ended.stderr)
     assert "Traceback" not in ended.stderr
     assert ended.stdout == ""
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """A control group for limits of processes and threads."""
+    path = Path("/sys/fs/cgroup/pids") / f"crackle-test-{os.getpid()}"
+    try:
+        path.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made: {error}")
+    yield path
+    path.rmdir()
+
+
+@pytest.mark.parametrize("door", ["crackle-vmm", "crackle run"])
+def test_where_threads_are_limited_it_runs_or_says_so(
+    group: Path, guests: Path, tmp_path: Path, door: str
+) -> None:
+    kernel = guests / "hello.elf"
+    config = {"boot-source": {"kernel_image_path": str(kernel)}, "drives": []}
+    (tmp_path / "vm.json").write_text(json.dumps(config))
+    command = [*REAL, "--no-api", "--config-file", "vm.json"]
+    if door == "crackle run":
+        command = [sys.executable, "-m", "crackle.cli.main", "run", str(kernel)]
+    ends = {}
+    for limit in (1, 2, 3, 4, 12):
+        (group / "pids.max").write_text(str(limit))
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            preexec_fn=lambda: (group / "cgroup.procs").write_text("0") and None,
+        )
+        told = done.stdout + done.stderr
+        assert "Traceback" not in told
+        assert done.returncode in (0, 1), (limit, told)
+        if done.returncode:
+            assert re.search(r"thread|Resource temporarily unavailable", told), (limit, told)
+        ends[limit] = done.returncode
+    assert (ends[1], ends[12]) == (1, 0)
 
 
 @pytest.fixture

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
 import random
 import re
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.api.conftest import REAL
 
 from crackle import MicroVM
 from crackle.schema import RateLimiter, TokenBucket
@@ -140,6 +145,46 @@ def test_a_paused_machine_takes_no_frames_and_loses_none(wired: Wired) -> None:
     running.machine.resume()
     wired.end(running)
     assert f"seen=30 sum={checksum(sent):#x}\n" in running.text
+
+
+def test_a_guest_whose_console_nobody_reads_is_reached_over_its_network(
+    wired: Wired, guests: Path, tmp_path: Path
+) -> None:
+    """As `crackle-vmm` promises: 100,000 bytes to a reader that has stopped, and the guest answers each frame."""
+    config = {
+        "boot-source": {
+            "kernel_image_path": str(guests / "net.elf"),
+            "boot_args": "t=talk,50000 t=talk,50000 t=echo,0,10 t=talk,50000 t=echo,0,10",
+        },
+        "drives": [],
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": 64},
+        "network-interfaces": [{"iface_id": "eth0", "host_dev_name": wired.tap}],
+    }
+    path = tmp_path / "vm.json"
+    path.write_text(json.dumps(config))
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    log = tmp_path / "log"
+    log.touch()
+    command = [*REAL, "--no-api", "--config-file", str(path), "--log-path", str(log)]
+    with wired.namespace.entered():
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=writing)
+    try:
+        while "Successfully started" not in log.read_text():
+            assert process.poll() is None
+            time.sleep(0.01)
+        for n in range(20):
+            wired.host.send(to_guest(100, n + 1))
+            [back] = wired.host.frames(1, 60)
+            assert back[14:] == to_guest(100, n + 1)[14:]
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(writing)
+    with open(reading, "rb") as output:
+        kept = output.read()
+    assert 0 < len(kept) <= 4096
 
 
 def test_an_idle_interface_wakes_nobody(wired: Wired) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,7 +19,6 @@ from crackle.vmm.controller import Controller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
 
 IN_USE = r"Resource temporarily unavailable \(os error 11\) .*another microVM"
 
@@ -204,6 +205,49 @@ def test_the_lock_goes_with_the_microvm_or_with_the_drive(vm, disks: list[Path])
         other.drive("b", disks[1])
     one.controller.stop()
     other.drive("b", disks[1])
+
+
+@pytest.fixture
+def loop_device(tmp_path: Path) -> Iterator[Path]:
+    """A block device, from linux/loop.h: LOOP_CTL_GET_FREE, LOOP_SET_FD, LOOP_CLR_FD."""
+    file = tmp_path / "behind"
+    file.write_bytes(bytes(1 << 20))
+    try:
+        with (
+            open("/dev/loop-control", "rb+", buffering=0) as control,
+            file.open("rb+", buffering=0) as behind,
+        ):
+            device = Path(f"/dev/loop{fcntl.ioctl(control, 0x4C82)}")
+            with device.open("rb+", buffering=0) as opened:
+                fcntl.ioctl(opened, 0x4C00, behind.fileno())
+    except OSError as error:
+        pytest.skip(f"no loop device can be had: {error}")
+    yield device
+    with device.open("rb+", buffering=0) as opened:
+        fcntl.ioctl(opened, 0x4C01)
+
+
+def test_a_block_device_is_locked_as_a_file_is(vm, loop_device: Path) -> None:
+    one, other = vm(), vm()
+    one.drive("a", loop_device)
+    with pytest.raises(ConfigError, match=IN_USE):
+        other.drive("b", loop_device)
+    with pytest.raises(ConfigError, match=IN_USE):
+        other.drive("b", loop_device, is_read_only=True)
+    one.drive("a", loop_device, is_read_only=True)
+    other.drive("b", loop_device, is_read_only=True)
+    with pytest.raises(ConfigError, match=IN_USE):
+        one.drive("a", loop_device)
+    other.controller.stop()
+    one.drive("a", loop_device)
+    # Another process has the lock in its way as well.
+    check = (
+        "import sys; from crackle.virtio.block.backing import open_backing; "
+        "sys.exit(open_backing(sys.argv[1], True).lock())"
+    )
+    assert subprocess.run([sys.executable, "-c", check, str(loop_device)], check=False).returncode == 0
+    one.controller.stop()
+    assert subprocess.run([sys.executable, "-c", check, str(loop_device)], check=False).returncode == 1
 
 
 def test_a_live_change_takes_the_new_lock_and_gives_the_old_one_back(vm, disks: list[Path]) -> None:
