@@ -16,6 +16,7 @@ demo: build $(VENV)/.images
 
 test: setup lint
 	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+	CRACKLE_LAUNCHED=1 $(BIN)/python -m pytest tests/api $(PYTEST_ARGS)
 
 # Every command and example of README and docs/, as a reader does them: minutes for each document where guests are emulated.
 documents: setup
@@ -38,7 +39,7 @@ $(VENV)/.ready: pyproject.toml | $(VENV)/.packages
 
 # What changed since is compiled in place.
 build: $(VENV)/.packages $(VENV)/.ready
-	@$(BIN)/python setup.py -q build_ext --inplace
+	@$(BIN)/python setup.py -q build_ext --inplace build_scripts --build-dir $(BIN)
 	@$(BIN)/python -m compileall -q src
 
 $(VENV)/.images: $(VENV)/.ready tools/setup-host $(wildcard tools/hostkit/* guest/rootfs/* guest/kernel/stock*)
@@ -77,4 +78,4 @@ $(VENV)/.fuzz: $(VENV)/.ready
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
-	find src \( -name '*.so' -o -name '*.c' -o -name __pycache__ \) -exec rm -rf {} +
+	find src \( -name '*.so' -o -name __pycache__ \) -exec rm -rf {} +

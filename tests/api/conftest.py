@@ -6,19 +6,27 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
+from support.launcher import FAKE, LAUNCHED, REAL, end_zygotes, start_zygotes
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-REAL = [sys.executable, "-m", "crackle.cli.vmm"]
-FAKE = [sys.executable, str(Path(__file__).with_name("fake_builder.py"))]
 TIMEOUT = 20.0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def zygotes() -> Iterator[None]:
+    """What REAL and FAKE need where they go by way of a launcher."""
+    started = start_zygotes() if LAUNCHED else []
+    yield
+    if started:
+        end_zygotes(started)
 
 
 class Answer(NamedTuple):

@@ -84,4 +84,12 @@ shell: Any = types.ModuleType("crackle.vmm.shell")
 shell.prepare = lambda _config, _shared=False: None
 sys.modules["crackle.vmm.shell"] = shell
 
-sys.exit(run(sys.argv[1:]))
+if sys.argv[1:2] == ["--zygote"]:
+    # Its children have the same machine.
+    from crackle.cli.zygote import load
+    from crackle.runtime.zygote import Zygote, listen
+
+    load()
+    Zygote(listen(sys.argv[2]), run, path=sys.argv[2]).serve()
+else:
+    sys.exit(run(sys.argv[1:]))

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from support.launcher import REAL
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 
     Run = Callable[..., subprocess.CompletedProcess[str]]
 
-REAL = [sys.executable, "-m", "crackle.cli.vmm"]
 LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9} \[[^]]*\] ")
 
 
@@ -260,8 +261,8 @@ def test_a_host_without_kvm_is_told_of_in_one_sentence(tmp_path: Path, config: d
 
 def test_standard_streams_that_are_closed_become_the_null_device(tmp_path: Path) -> None:
     path = str(tmp_path / "api")
-    shell = f'exec "{sys.executable}" -m crackle.cli.vmm --api-sock "{path}" <&- >&- 2>&-'
-    process = subprocess.Popen(["sh", "-c", shell])
+    shell = 'exec "$@" <&- >&- 2>&-'
+    process = subprocess.Popen(["sh", "-c", shell, "sh", *REAL, "--api-sock", path])
     try:
         deadline = time.monotonic() + 30
         while not os.path.exists(path):

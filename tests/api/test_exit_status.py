@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from support.launcher import REAL as VMM
 from support.mounts import with_mounts
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from tests.api.conftest import Vmm
 
-VMM = [sys.executable, "-m", "crackle.cli.vmm"]
 CRACKLE = [sys.executable, "-m", "crackle.cli.main"]
 
 

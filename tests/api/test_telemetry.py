@@ -8,11 +8,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from support.launcher import REAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -158,7 +159,7 @@ def test_a_full_standard_output_stops_nothing(tmp_path: Path) -> None:
     from_guest, stdout = os.pipe()
     fcntl.fcntl(stdout, fcntl.F_SETPIPE_SZ, 4096)
     process = subprocess.Popen(
-        [sys.executable, "-m", "crackle.cli.vmm", "--api-sock", str(tmp_path / "s")],
+        [*REAL, "--api-sock", str(tmp_path / "s")],
         stdin=subprocess.DEVNULL,
         stdout=stdout,
     )

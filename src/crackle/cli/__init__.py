@@ -20,11 +20,14 @@ def interrupt_by_exception() -> None:
         _signal.signal(_signal.SIGINT, _signal.default_int_handler)
 
 
+_MODULES = ("crackle.cli.main", "crackle.cli.vmm", "crackle.cli.zygote")
+
+
 def _is_command() -> bool:
     """Whether this process is one of the commands, and no program that imports them."""
     name = sys.argv[0].rpartition("/")[2] if sys.argv else ""
     if name == "-m":  # until the module runs that `python -m` names
-        return any(word.endswith(("crackle.cli.main", "crackle.cli.vmm")) for word in sys.orig_argv)
+        return any(word.endswith(_MODULES) for word in sys.orig_argv)
     return name in ("crackle", "crackle-vmm")
 
 

@@ -173,6 +173,28 @@ def doctor(
 
 
 @app.command()
+def zygote(
+    socket: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Where it listens; else CRACKLE_ZYGOTE, /run/crackle/zygote or one in XDG_RUNTIME_DIR.",
+        ),
+    ] = None,
+) -> None:
+    """Keep a warm process, from which crackle-launch has microVMs in a millisecond, until a signal ends it.
+
+    Those that it has started go on when it ends.
+    """
+    import os
+
+    from crackle.cli.zygote import command
+
+    words = command(*(() if socket is None else ("--socket", socket)))
+    os.execv(words[0], words)
+
+
+@app.command()
 def version() -> None:
     """Show the version."""
     _show_version(True)

@@ -14,7 +14,7 @@ from crackle.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from crackle.schema.config import VmConfig
 
@@ -28,13 +28,37 @@ ALWAYS = (
     "crackle.vmm.silence",
 )
 
+_VHOST_USER = "crackle.virtio.vhost_user.block"
+# What opens the file of a PATCH is another module than the device's.
+_BLOCK = ("crackle.virtio.block.device", "crackle.virtio.block.backing")
+_ASYNC = "crackle.virtio.block.uring"
+_LIMITER = "crackle.ratelimit.limiter"
+_NET = "crackle.virtio.net.device"
+_VSOCK = "crackle.virtio.vsock.device"
+_METADATA = ("crackle.mmds.store", "crackle.mmds.service")
+
 
 def preload(config: VmConfig | None = None, *, custom: bool = False, terminal: bool = False) -> None:
     """Import what a machine with `config` will want while it runs; without one, what each does.
 
     custom: it has devices written in Python. terminal: its console is one. ConfigError when a module is not there.
     """
-    for name in (*ALWAYS, *_configured(config), *_given(custom, terminal)):
+    _import((*ALWAYS, *_configured(config), *_given(custom, terminal)))
+
+
+def preload_all() -> None:
+    """Import what any machine of crackle-vmm will want, before and while it runs: for a process that forks them."""
+    _import(
+        (
+            *ALWAYS,
+            *("crackle.vmm.builder", "crackle.vmm.shell", "resource", "termios"),
+            *(_VHOST_USER, *_BLOCK, _ASYNC, _LIMITER, _NET, _VSOCK, *_METADATA),
+        )
+    )
+
+
+def _import(names: Iterable[str]) -> None:
+    for name in names:
         try:
             __import__(name)
         except (ImportError, OSError) as error:
@@ -58,16 +82,15 @@ def _configured(config: VmConfig | None) -> Iterator[str]:
         return
     for drive in config.drives:
         if drive.socket is not None:
-            yield "crackle.virtio.vhost_user.block"
+            yield _VHOST_USER
         else:
-            # What opens the file of a PATCH is another module than the device's.
-            yield from ("crackle.virtio.block.device", "crackle.virtio.block.backing")
+            yield from _BLOCK
             if drive.io_engine == "Async":
-                yield "crackle.virtio.block.uring"
-        yield "crackle.ratelimit.limiter"
+                yield _ASYNC
+        yield _LIMITER
     if config.network_interfaces:
-        yield from ("crackle.virtio.net.device", "crackle.ratelimit.limiter")
+        yield from (_NET, _LIMITER)
     if config.vsock is not None:
-        yield "crackle.virtio.vsock.device"
+        yield _VSOCK
     if config.mmds_config is not None:
-        yield from ("crackle.mmds.store", "crackle.mmds.service")
+        yield from _METADATA

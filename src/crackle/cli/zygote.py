@@ -1,0 +1,69 @@
+"""`python -m crackle.cli.zygote`: the process that `crackle zygote` executes, without what only a command line needs.
+
+[--socket PATH | --listener FD] [--children FD:PID,...]
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+import sys
+
+from crackle.cli import end_on_interrupt, vmm
+from crackle.errors import ConfigError, CrackleError
+from crackle.runtime.zygote import Zygote, listen, socket_path
+
+# sd_listen_fds(3): the first descriptor that systemd hands over.
+_FIRST_ACTIVATED = 3
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line of this module. -X utf8: a launcher's names are bytes, which UTF-8 keeps."""
+    return [sys.executable, "-X", "utf8", "-m", "crackle.cli.zygote", *arguments]
+
+
+def main(arguments: list[str]) -> None:
+    """Serve until a signal says to end. Raises CrackleError."""
+    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    fd = given.get("--listener") or _activated()
+    path = given.get("--socket")
+    if fd is None:
+        path = path or socket_path()
+        listener = listen(path)
+    else:
+        listener = _socket.socket(fileno=int(fd))
+        os.set_inheritable(listener.fileno(), False)
+    again = command("--listener", str(listener.fileno()), *(("--socket", path) if path else ()))
+    zygote = Zygote(listener, vmm.run, path=path, again=again, children=given.get("--children", ""))
+    load()
+    zygote.serve()
+
+
+def _activated() -> str | None:
+    """The socket that systemd gives, if it has started this process for it."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return None
+    if os.environ.get("LISTEN_FDS") != "1":
+        raise ConfigError(f"A zygote has one socket, not LISTEN_FDS={os.environ.get('LISTEN_FDS')}.")
+    return str(_FIRST_ACTIVATED)
+
+
+def load() -> None:
+    """Import everything that any microVM may want, so that no child imports anything."""
+    # As crackle-vmm does: msgspec would import it where it is installed.
+    sys.modules.setdefault("typing_extensions", None)  # type: ignore[arg-type]
+    import crackle.monitor.process  # noqa: F401
+    from crackle.vmm.preload import preload_all
+
+    preload_all()
+    if sys.modules["typing_extensions"] is None:
+        del sys.modules["typing_extensions"]
+
+
+if __name__ == "__main__":
+    end_on_interrupt()
+    try:
+        main(sys.argv[1:])
+    except CrackleError as problem:
+        print(f"crackle zygote: {problem}", file=sys.stderr)
+        sys.exit(1)

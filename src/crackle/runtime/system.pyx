@@ -1,0 +1,115 @@
+"""System calls that the os module of Python 3.11 lacks, as a zygote and its children need them. Each raises OSError.
+
+setns(2), prctl(2), close_range(2), sched_setattr(2), ioprio_set(2), inotify(7).
+"""
+
+from libc.errno cimport errno
+from libc.stdint cimport uint32_t
+from libc.string cimport memcmp, memcpy, memset
+
+import os
+
+cdef extern from * nogil:
+    """
+    #include <sys/inotify.h>
+    #include <sys/prctl.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    int setns(int fd, int type);
+
+    /* struct sched_attr, handed on as it is; its header and the C library's do not go together. */
+    #define SCHEDULING_SIZE 56
+    #define get_scheduling(pid, attributes) syscall(SYS_sched_getattr, pid, attributes, SCHEDULING_SIZE, 0)
+    #define set_scheduling(attributes) syscall(SYS_sched_setattr, 0, attributes, 0)
+    /* <linux/ioprio.h>, IOPRIO_WHO_PROCESS */
+    #define io_priority(pid) syscall(SYS_ioprio_get, 1, pid)
+    #define close_range(first) syscall(SYS_close_range, first, ~0u, 0)
+    #define set_io_priority(priority) syscall(SYS_ioprio_set, 1, 0, priority)
+    """
+    enum:
+        PR_SET_NAME
+        PR_SET_NO_NEW_PRIVS
+        IN_CLOEXEC
+        IN_NONBLOCK
+        IN_CLOSE_WRITE
+        IN_CREATE
+        IN_DELETE
+        IN_MOVED_FROM
+        IN_MOVED_TO
+        SCHEDULING_SIZE
+    int c_setns "setns"(int fd, int type)
+    int prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d)
+    long get_scheduling(int pid, char *attributes)
+    long set_scheduling(char *attributes)
+    long io_priority(int pid)
+    long close_range(unsigned int first)
+    long set_io_priority(int priority)
+    int inotify_init1(int flags)
+    int inotify_add_watch(int fd, const char *path, uint32_t mask)
+
+
+cdef long checked(long result) except? -1:
+    if result < 0:
+        raise OSError(errno, os.strerror(errno))
+    return result
+
+
+def join_namespace(int fd):
+    """Move this thread, the only one of its process, into the namespace that `fd` is open on."""
+    checked(c_setns(fd, 0))
+
+
+def close_from(unsigned int first):
+    """Close every descriptor from that number on."""
+    checked(close_range(first))
+
+
+def set_no_new_privs():
+    """For good: nothing that is executed gets more privileges."""
+    checked(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+
+
+def copy_scheduling(int pid):
+    """Have the policy, niceness and I/O priority of another process."""
+    cdef char theirs[SCHEDULING_SIZE]
+    cdef char own[SCHEDULING_SIZE]
+    cdef long priority
+    checked(get_scheduling(pid, theirs))
+    checked(get_scheduling(0, own))
+    if memcmp(theirs, own, SCHEDULING_SIZE):
+        checked(set_scheduling(theirs))
+    priority = checked(io_priority(pid))
+    if priority != checked(io_priority(0)):
+        checked(set_io_priority(<int> priority))
+
+
+def set_title(size_t place, size_t size, bytes line not None, bytes name not None):
+    """Be listed with the command `line` and the thread name `name`.
+
+    place, size: where the kernel finds this process's arguments and, right behind, its environment. Their last byte is
+    no NUL then, by which proc(5) knows that the line is one string.
+    """
+    if size < 2:
+        return
+    cdef char *area = <char *> place
+    cdef size_t length = min(<size_t> len(line), size - 1)
+    memset(area, 0, size)
+    memcpy(area, <char *> line, length)
+    prctl(PR_SET_NAME, <unsigned long> <char *> name, 0, 0, 0)
+
+
+def watch_directories(directories):
+    """A descriptor (inotify(7), not blocking) that is readable when a file in one of them has changed, come or gone."""
+    cdef int fd = <int> checked(inotify_init1(IN_CLOEXEC | IN_NONBLOCK))
+    cdef bytes path
+    try:
+        for directory in directories:
+            path = os.fsencode(directory)
+            checked(inotify_add_watch(
+                fd, path, IN_CLOSE_WRITE | IN_CREATE | IN_DELETE | IN_MOVED_FROM | IN_MOVED_TO
+            ))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd

@@ -1,0 +1,254 @@
+"""The zygote: a warm process without threads, which forks a ready child for each launcher that connects.
+
+It owns a listening socket (unix(7), SOCK_SEQPACKET) and, for each child, a descriptor of the process and one of the
+connection, over which the launcher is told how the child has ended. What the launcher sends is read by the child, so
+nothing that a launcher does, or does not, keeps the others waiting. Children outlive the zygote.
+
+When a file of the code that it has loaded changes, it refuses until a second has gone by without another change, and
+then executes itself anew, with its children and its socket.
+"""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found]  # the signal module makes enums of everything
+import _socket
+import contextlib
+import errno
+import gc
+import os
+import stat
+import struct
+import sys
+
+from crackle.errors import ConfigError, os_reason
+from crackle.runtime.inherit import ENDED, REFUSES, WILL, Home, RefusedError, adopt, alone, answer
+from crackle.runtime.loop import Loop
+from crackle.runtime.system import watch_directories
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import NoReturn
+
+    from crackle.runtime.loop import Timer
+
+# Launchers that wait to be accepted.
+_BACKLOG = 1024
+
+# Seconds without a change after which the code is taken to be complete again.
+_SETTLED_S = 1.0
+
+_ALL = _signal.valid_signals()
+_STOPPING = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP)
+
+# <sys/socket.h>, struct ucred.
+_CREDENTIALS = struct.Struct("=3i")
+# <sys/inotify.h>, struct inotify_event, before its name.
+_EVENT = struct.Struct("=iIII")
+
+
+def socket_path() -> str:
+    """Where this user's zygote listens; as `zygote_path` in src/crackle/launch/launch.c."""
+    given = os.environ.get("CRACKLE_ZYGOTE")
+    if given is not None:
+        return given
+    user = os.geteuid()
+    directory = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{user}"
+    return f"{directory if user else '/run'}/crackle/zygote"
+
+
+def listen(path: str) -> _socket.socket:
+    """A socket that listens at `path`, for this user only. What a dead zygote left there is replaced; ConfigError."""
+    listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
+    first = f"{path}.{os.getpid()}"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", mode=0o700, exist_ok=True)
+        if _is_taken(path):
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        mask = os.umask(0o177)
+        try:
+            listener.bind(first)
+        finally:
+            os.umask(mask)
+        listener.listen(_BACKLOG)
+        # It appears when it can be connected to.
+        os.rename(first, path)
+    except (OSError, ValueError) as error:
+        listener.close()
+        with contextlib.suppress(OSError, ValueError):
+            os.unlink(first)
+        reason = os_reason(error) if isinstance(error, OSError) else error
+        raise ConfigError(f"Cannot listen for launchers at {path!r}: {reason}") from None
+    return listener
+
+
+def _is_taken(path: str) -> bool:
+    """By anything but the socket of a zygote that is no more."""
+    probe = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+    try:
+        probe.connect(path)
+    except FileNotFoundError:
+        return False
+    except ConnectionRefusedError:
+        return not stat.S_ISSOCK(os.lstat(path).st_mode)
+    except OSError:
+        return True
+    finally:
+        probe.close()
+    return True
+
+
+class Zygote:
+    """Serves launchers on `listener`, whose file is `path`; without one it is somebody else's, who keeps it.
+
+    run: what a child does with its arguments; its result is the exit status. again: the command with which it executes
+    itself anew, with the listener under its number and ``--children FD:PID,...`` added, which says who its children are
+    and where their launchers are told; that is `children`.
+    """
+
+    def __init__(
+        self,
+        listener: _socket.socket,
+        run: Callable[[list[str]], int],
+        *,
+        path: str | None = None,
+        again: Sequence[str] = (),
+        children: str = "",
+    ) -> None:
+        self._listener = listener
+        self._run = run
+        self._path = path
+        self._again = again
+        self._loop = Loop(_complain)
+        self._launchers: dict[int, _socket.socket] = {}
+        self._ends: dict[int, int] = {}
+        self._changes = -1
+        self._settling: Timer | None = None
+        listener.setblocking(False)
+        self._loop.watch(listener.fileno(), self._accept)
+        for number in _STOPPING:
+            self._loop.on_signal(number, lambda _number: self._loop.stop())
+        for pair in filter(None, children.split(",")):
+            fd, pid = map(int, pair.split(":"))
+            os.set_inheritable(fd, False)
+            self._attend(pid, _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd))
+
+    def serve(self) -> None:
+        """Until a signal ends it. To be called when everything is imported, by a process without other threads."""
+        if len(os.listdir("/proc/self/task")) > 1:
+            raise ConfigError(
+                "A process with threads cannot be a zygote: a child has only the one that forks."
+            )
+        self._home = Home()
+        if self._again:
+            self._changes = watch_directories(_loaded_from())
+            self._loop.watch(self._changes, self._changed)
+        gc.collect()
+        gc.freeze()
+        self._loop.run()
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+
+    # -- launchers -----------------------------------------------------------------------------------------------------
+
+    def _accept(self, _events: int) -> None:
+        try:
+            fd, _ = self._listener._accept()  # type: ignore[attr-defined]
+        except OSError:
+            # Gone again, or no descriptor is left: the launcher goes on without.
+            return
+        connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd)
+        peer = connection.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, _CREDENTIALS.size)
+        launcher, user, _ = _CREDENTIALS.unpack(peer)
+        if user != os.geteuid() or self._settling is not None:
+            connection.close()
+            return
+        before = _signal.pthread_sigmask(_signal.SIG_BLOCK, _ALL)
+        try:
+            pid = os.fork()
+            if not pid:
+                self._be_child(connection, launcher)
+        except OSError as error:
+            connection.close()
+            _complain(f"cannot fork: {os_reason(error)}")
+            return
+        finally:
+            _signal.pthread_sigmask(_signal.SIG_SETMASK, before)
+        self._attend(pid, connection)
+
+    def _attend(self, pid: int, connection: _socket.socket) -> None:
+        """Tell the launcher when the child has ended."""
+        self._launchers[pid] = connection
+        end = os.pidfd_open(pid)
+        self._ends[pid] = end
+        self._loop.watch(end, lambda _events: self._ended(pid))
+
+    def _ended(self, pid: int) -> None:
+        end = self._ends.pop(pid)
+        self._loop.forget(end)
+        os.close(end)
+        _, status = os.waitpid(pid, 0)
+        connection = self._launchers.pop(pid)
+        with contextlib.suppress(OSError):
+            answer(connection, ENDED, status=status)
+        connection.close()
+
+    # -- the child -----------------------------------------------------------------------------------------------------
+
+    def _be_child(self, connection: _socket.socket, launcher: int) -> NoReturn:
+        status = 1
+        try:
+            # The loop's descriptors are copies, its handlers of signals the zygote's.
+            self._loop.close()
+            connection = alone(connection)
+            lifeline, arguments = adopt(connection, launcher, self._home)
+            status = self._run(arguments)
+            with contextlib.suppress(OSError):
+                answer(lifeline, WILL, status=(status & 0xFF) << 8)
+        except RefusedError as reason:
+            with contextlib.suppress(OSError):
+                answer(connection, REFUSES, str(reason))
+        except BaseException as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+        finally:
+            os._exit(status)
+
+    # -- changes of the code -------------------------------------------------------------------------------------------
+
+    def _changed(self, _events: int) -> None:
+        """inotify(7): a name that ends in .py or .so is code."""
+        events = os.read(self._changes, 65536)
+        while events:
+            size = _EVENT.unpack_from(events)[3]
+            name = events[_EVENT.size : _EVENT.size + size].rstrip(b"\0")
+            events = events[_EVENT.size + size :]
+            if name.endswith((b".py", b".so")):
+                self._settle(os.fsdecode(name))
+
+    def _settle(self, name: str) -> None:
+        if self._settling is None:
+            _complain(f"{name} has changed: starting anew")
+        else:
+            self._loop.cancel(self._settling)
+        self._settling = self._loop.call_later(_SETTLED_S, self._execute_again)
+
+    def _execute_again(self) -> None:
+        children = []
+        for pid, connection in self._launchers.items():
+            os.set_inheritable(connection.fileno(), True)
+            children.append(f"{connection.fileno()}:{pid}")
+        os.set_inheritable(self._listener.fileno(), True)
+        self._loop.close()
+        os.execv(self._again[0], [*self._again, "--children", ",".join(children)])
+
+
+def _loaded_from() -> set[str]:
+    """The directories of all modules that there are."""
+    files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    return {directory for file in files if file and os.path.isdir(directory := os.path.dirname(file))}
+
+
+def _complain(message: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"crackle zygote: {message}\n".encode(errors="backslashreplace"))
