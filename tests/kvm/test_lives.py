@@ -42,7 +42,7 @@ def drive(vm):
     "What a driver does until the device is its own; afterwards the device's methods run."
     from support.driver import F_VERSION_1, Registers, Ring
     machine = vm._machine()
-    registers = Registers(machine.mmio, list(machine.transports.values())[-1].address)
+    registers = Registers(machine.mmio, list(machine.plugs.transports.values())[-1].address)
     assert registers.negotiate(F_VERSION_1) and registers.set_up_queue(0, Ring(machine.memory, 0x2000000, 8))
     registers.drive()
 """

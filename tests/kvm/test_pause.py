@@ -158,7 +158,7 @@ def test_a_pause_does_not_wait_for_long_for_another_process(guests: Path, tmp_pa
             vm.pause()
             assert vm.state == "Paused"
             with pytest.raises(StateError, match="has not done what the guest asked for"):
-                machine.transports["vhost_user_block", "d"].save()
+                machine.plugs.transports["vhost_user_block", "d"].save()
             vm.resume()
             beats(vm)
     finally:

@@ -84,7 +84,7 @@ def _furnish(
         root=root is not None,
         partuuid=None if root is None else root.partuuid,
         read_only=read_only,
-        devices=machine.device_infos,
+        devices=machine.plugs.infos,
     )
     platform.describe(
         machine.memory,
@@ -92,7 +92,7 @@ def _furnish(
         cmdline=cmdline,
         initrd=initrd,
         vcpu_count=len(machine.vcpus),
-        devices=machine.device_infos,
+        devices=machine.plugs.infos,
     )
     platform.enter_kernel(machine.vcpus[0], kernel)
 

@@ -10,7 +10,7 @@ from _thread import RLock, get_ident
 
 import msgspec
 
-from crackle.arch import DeviceInfo, platform
+from crackle.arch import platform
 from crackle.devices.serial import Serial
 from crackle.errors import ConfigError, CrackleError, KvmError, StateError
 from crackle.kvm import Bus
@@ -18,11 +18,9 @@ from crackle.runtime.clock import MachineClock
 from crackle.runtime.iothread import IoThread
 from crackle.runtime.ownership import end_dropped, enrol
 from crackle.telemetry.logger import Throttle
-from crackle.virtio.transport.mmio import SIZE as MMIO_SIZE
-from crackle.virtio.transport.mmio import MmioTransport
 from crackle.vmm.commands import PAUSED, RUNNING, STOPPED
 from crackle.vmm.devices import KINDS, SINGLE, make
-from crackle.vmm.places import Places
+from crackle.vmm.plugs import Plugs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,9 +28,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from crackle.arch import Board
-    from crackle.kvm import Vcpu
     from crackle.mmds.service import Mmds
     from crackle.mmds.store import Store
+    from crackle.runtime.threads import Worker
     from crackle.schema import MmdsConfig
     from crackle.telemetry.logger import Logger
     from crackle.virtio.custom.base import VirtioDevice as CustomDevice
@@ -105,8 +103,7 @@ class Machine:
         self.clock = MachineClock()
         self.io = IoThread("io", self.clock)
         self._python_io: IoThread | None = None
-        self.places = Places()
-        self.transports: dict[tuple[str, str], MmioTransport] = {}
+        self.plugs = Plugs(self.mmio, self.vm)
         self.mmds: Mmds | None = None
         self.serial = Serial()
         self.board: Board | None = None
@@ -152,7 +149,7 @@ class Machine:
 
     def add(self, kind: str, identifier: str, resource: Any, held: Held | None = None) -> None:
         """Make a virtio device of a kind out of the registry, and attach it. ConfigError when it cannot be had."""
-        self._plug(kind, identifier, make(self.memory, kind, resource, held), self.io)
+        self.plugs.plug((kind, identifier), make(self.memory, kind, resource, held), self.io)
 
     def add_custom(self, identifier: str, device: CustomDevice) -> None:
         """Attach a device written in Python; all of them share a thread, apart from the other devices'."""
@@ -160,7 +157,7 @@ class Machine:
 
         if self._python_io is None:
             self._python_io = IoThread("python", self.clock)
-        self._plug("custom", identifier, PythonDevice(self.memory, device), self._python_io)
+        self.plugs.plug(("custom", identifier), PythonDevice(self.memory, device), self._python_io)
 
     def serve_metadata(self, config: MmdsConfig, store: Store) -> None:
         """Answer the guest's requests for the document in `store`, on the interfaces that `config` names."""
@@ -171,52 +168,14 @@ class Machine:
             net: Any = self.devices["net", name]
             net.detour(self.mmds.connect(), self.mmds.address)
 
-    def _plug(self, kind: str, identifier: str, device: VirtioDevice, io: IoThread) -> None:
-        """Give a virtio device its window, its interrupt, and its place on the I/O thread. The machine closes it."""
-        try:
-            transport = self._transport(device)
-            try:
-                transport.plug(self.mmio, io, self.vm)
-            except BaseException:
-                self._take_back(transport)
-                raise
-        except BaseException:
-            device.close()
-            raise
-        self.transports[kind, identifier] = transport
-
-    def _transport(self, device: VirtioDevice) -> MmioTransport:
-        line = self.places.lines.take()
-        try:
-            return MmioTransport(device, self.places.windows.take(), line)
-        except BaseException:
-            self.places.lines.release(line)
-            raise
-
-    def _take_back(self, transport: MmioTransport) -> None:
-        transport.close()
-        self.places.windows.release(transport.address)
-        self.places.lines.release(transport.line)
-
     def remove(self, kind: str, identifier: str) -> None:
-        """Take a virtio device away, and let others have its window and its interrupt. The guest is not asked.
-
-        KeyError when there is none.
-        """
-        transport = self.transports.pop((kind, identifier))
-        transport.unplug()
-        transport.device.close()
-        self._take_back(transport)
+        """Take a virtio device away. The guest is not asked. KeyError when there is none."""
+        self.plugs.unplug((kind, identifier))
 
     @property
     def devices(self) -> dict[tuple[str, str], VirtioDevice]:
         """The virtio devices by kind and identifier, in the order in which the guest numbers them."""
-        return {key: transport.device for key, transport in self.transports.items()}
-
-    @property
-    def device_infos(self) -> list[DeviceInfo]:
-        """Where the guest finds them, in the same order."""
-        return [DeviceInfo(each.address, MMIO_SIZE, each.gsi) for each in self.transports.values()]
+        return self.plugs.devices
 
     def _io_threads(self) -> list[IoThread]:
         return [self.io] if self._python_io is None else [self.io, self._python_io]
@@ -263,7 +222,7 @@ class Machine:
     def _stand_still(self, until: float) -> None:
         # No vCPU waits for a reader of the console from here on.
         self.serial.pause()
-        threads: list[Vcpu | IoThread] = [*self.vcpus, *self._io_threads()]
+        threads: list[Worker] = [*self.vcpus, *self._io_threads()]
         for thread in threads:
             thread.request_pause()
         try:
@@ -420,10 +379,7 @@ class Machine:
             io.close()
         if self.mmds is not None:
             self.mmds.stop()
-        for transport in self.transports.values():
-            transport.device.close()
-            transport.close()
-        self.places.lines.close()
+        self.plugs.close()
         self.serial.close()
         with self._closing:
             while self._fds:
@@ -442,7 +398,7 @@ class Machine:
 
     def runs(self, thread: int) -> bool:
         """Whether that is one of the machine's own threads, as threading.get_ident() names it."""
-        parts: list[Vcpu | IoThread | Mmds] = [*self.vcpus, *self._io_threads()]
+        parts: list[Worker | Mmds] = [*self.vcpus, *self._io_threads()]
         if self.mmds is not None:
             parts.append(self.mmds)
         return any(part.ident == thread for part in parts)
