@@ -7,15 +7,17 @@ interrupt must not wait for a queue that is being served. """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
-from posix.unistd cimport write
+from posix.unistd cimport close, read, write
 
 from crackle.runtime.threads cimport *
 from crackle.includes.virtio cimport *
-from crackle.runtime.iothread cimport IoThread
+from crackle.includes.events cimport *
+from crackle.runtime.iothread cimport IoThread, event_source
 from crackle.kvm.bus cimport BUS_CONTINUE, Bus
 from crackle.virtio.device cimport VirtioDevice, driver_link
 from crackle.virtio.queue cimport Virtqueue
 
+from crackle.errors import ConfigError
 from crackle.virtio.state import MmioState
 
 
@@ -27,7 +29,7 @@ cdef enum:
     MAGIC = 0x74726976      # "virt"
     VERSION = 2
     VENDOR = 0
-    # While the driver has not acknowledged one interrupt, another for the same reason is raised this much later.
+    # While the driver has not acknowledged one interrupt, the next for the same reason is raised this much later.
     AGAIN_NS = 1_000_000
 
 SIZE = 0x1000
@@ -49,7 +51,7 @@ cdef class MmioTransport:
 
     def __cinit__(self, VirtioDevice device not None, uint64_t address, line not None):
         cdef driver_link link
-        self.irq_fd = -1
+        self.irq_fd = self.timer_fd = -1
         self.address = address
         self.line = line
         self.steps = []
@@ -74,6 +76,8 @@ cdef class MmioTransport:
         try:
             self.steps.append((device.detach, {}))
             device.attach(io)
+            self.steps.append((self.stop_timer, {"io": io}))
+            self.start_timer(io)
             if vm is not None:
                 self.line.connect(vm)
                 self.steps.append((self.line.disconnect, {"vm": vm}))
@@ -97,12 +101,34 @@ cdef class MmioTransport:
             step, arguments = self.steps.pop()
             step(**arguments)
 
+    cdef start_timer(self, IoThread io):
+        self.timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
+        if self.timer_fd < 0:
+            raise ConfigError("cannot make a timer for a device's interrupt: no descriptor is left")
+        self.timer = io.add(self.timer_fd, EPOLLIN, timer_fired, <void *> self, self)
+
+    def stop_timer(self, IoThread io):
+        """The reverse of `start_timer`, for `unplug`. Idempotent."""
+        cdef event_source *timer = self.timer
+        self.timer = NULL
+        if timer != NULL:
+            with nogil:
+                io.remove(timer)
+        self.close_timer()
+
+    cdef void close_timer(self) noexcept:
+        cdef int fd = self.timer_fd
+        self.timer_fd = -1
+        if fd >= 0:
+            close(fd)
+
     def close(self):
         """Let go of the device and of the line: nobody accesses the registers any more. Idempotent."""
         if self.irq_fd < 0:
             return
         self.device.disconnect()
         self.irq_fd = -1
+        self.close_timer()
         # What was plugged and is not taken back goes as a whole, with the machine.
         self.steps.clear()
 
@@ -121,13 +147,34 @@ cdef class MmioTransport:
 
         As of a line with a level (4.2.2, InterruptStatus), nothing new comes of it before the driver has acknowledged what
         it was told: one that polls, and leaves interrupts on, is not taken out of the guest for each. It acknowledges first
-        and looks at its queues then, or after the next interrupt, as it must where the line does have a level.
+        and looks at its queues then, or after the next interrupt, as it must where the line does have a level. One that
+        sleeps without having acknowledged has the interrupt a little later: none is lost.
         """
-        cdef uint64_t one = 1, now = now_ns()
-        if atomic_or(&self.interrupt_status, cause) & cause and now - self.raised_ns < AGAIN_NS:
-            return True
+        cdef uint64_t now = now_ns()
+        cdef itimerspec when
+        if not atomic_or(&self.interrupt_status, cause) & cause or now - self.raised_ns >= AGAIN_NS or self.timer_fd < 0:
+            return self.raise_line(now)
+        if not self.owed:
+            self.owed = True
+            memset(&when, 0, sizeof(when))
+            when.it_value.tv_nsec = <long> (AGAIN_NS - (now - self.raised_ns))
+            timerfd_settime(self.timer_fd, 0, &when, NULL)
+        return True
+
+    cdef bint raise_line(self, uint64_t now) noexcept nogil:
+        cdef uint64_t one = 1
         self.raised_ns = now
         return write(self.irq_fd, &one, sizeof(one)) == sizeof(one)
+
+    cdef void raise_owed(self) noexcept nogil:
+        """On the I/O thread: what was put off, unless the driver has acknowledged meanwhile, and looked then."""
+        cdef uint64_t ticks
+        pthread_mutex_lock(&self.device.lock)
+        read(self.timer_fd, &ticks, sizeof(ticks))
+        self.owed = False
+        if atomic_or(&self.interrupt_status, 0):
+            self.raise_line(now_ns())
+        pthread_mutex_unlock(&self.device.lock)
 
     # -- on a vCPU thread ----------------------------------------------------------------------------------------
 
@@ -309,3 +356,7 @@ cdef bint config_changed(void *transport) noexcept nogil:
 cdef int call_fd(void *transport, int index) noexcept nogil:
     (<MmioTransport> transport).lent = True
     return (<MmioTransport> transport).irq_fd
+
+
+cdef void timer_fired(void *context, uint32_t events) noexcept nogil:
+    (<MmioTransport> context).raise_owed()
