@@ -73,12 +73,17 @@ def build(kind: Build = ASAN) -> Path:
         subprocess.run(command, cwd=ROOT, env=variables, check=True, stdout=subprocess.DEVNULL)
         stamp.write_text(f"{how} {what}")
     # The Python side is not part of the stamp: it is linked, as it is now.
-    for path in library.rglob("*.py"):
-        path.unlink()
-    for path in PACKAGE.rglob("*.py"):
-        link = library / path.relative_to(PACKAGE.parent)
+    wanted = {library / path.relative_to(PACKAGE.parent): path for path in PACKAGE.rglob("*.py")}
+    # What is as it should be stays: other processes may be at work with it.
+    there = {
+        link for link in library.rglob("*.py") if link.is_symlink() and link.readlink() == wanted.get(link)
+    }
+    for link in library.rglob("*.py"):
+        if link not in there:
+            link.unlink()
+    for link in wanted.keys() - there:
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(path)
+        link.symlink_to(wanted[link])
     return library
 
 

@@ -137,6 +137,26 @@ class Terminal:
         shown, self.text = self.text[: found.end()], self.text[found.end() :]
         return shown
 
+    def wait_listening(self) -> None:
+        """Until one of its processes accepts connections at a Unix socket."""
+        deadline = time.monotonic() + PATIENCE
+        while not self._listens():
+            assert self.process.poll() is None, "it has ended"
+            assert time.monotonic() < deadline, "it listens nowhere"
+            time.sleep(0.1)
+
+    def _listens(self) -> bool:
+        # <linux/net.h>: __SO_ACCEPTCON among the flags.
+        rows = [row.split() for row in Path("/proc/net/unix").read_text().splitlines()[1:]]
+        wanted = {f"socket:[{row[6]}]" for row in rows if int(row[3], 16) & 0x10000}
+        for directory in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if os.getsid(int(directory.name)) == self.process.pid and wanted & {
+                    os.readlink(fd) for fd in (directory / "fd").iterdir()
+                }:
+                    return True
+        return False
+
     def end(self) -> None:
         """End it, and what it has started."""
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -180,6 +200,8 @@ class Reader:
         elif block.kind in ("guest", "guest stays", "background"):
             ((command, _),) = block.steps()
             terminal = self._terminal(["bash", "-c", command])
+            if block.kind == "background":
+                terminal.wait_listening()
             if "crackle" not in command:
                 self._others.append(terminal)
                 return
@@ -215,7 +237,7 @@ class Reader:
         (self.directory / "example.py").write_text(text + "\n")
         if block.kind == "background":
             self._others.append(self._terminal(["python", "example.py"]))
-            time.sleep(1)  # until it listens
+            self._others[-1].wait_listening()
             return
         self.run("python example.py")
 
@@ -246,6 +268,7 @@ class Reader:
         assert self.guest is not None
         self.guest.type(f'{command}\necho "<$?>"\n')
         shown = self.guest.expect(r"<\d+>\n")
+        self._say(f"# {command}\n{shown}")
         assert shown.endswith("<0>\n"), f"{command}\n{shown}"
         return shown.removesuffix("<0>\n")
 

@@ -174,6 +174,7 @@ class DeviceTarget(Target):
         assert descriptors() <= before, "a descriptor was left open"
 
     def recover(self, station: Station) -> None:
+        station.device.kick()  # a machine that was paused goes on before its guest does anything
         station.registers[STATUS] = 0
         self.memory.write(GPA, bytes(SIZE))
         for index in range(len(station.device.limiters)):
