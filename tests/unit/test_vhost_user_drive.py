@@ -158,7 +158,7 @@ def test_what_the_back_end_decides_cannot_be_given(
 
 
 def test_a_back_end_that_is_no_use_is_refused_at_once(bench: Bench, tmp_path: Path) -> None:
-    words = "Drive config error: Unable to create the virtio block device: Vhost user backend error: cannot connect"
+    words = "Drive config error: Unable to create the virtio block device: Vhost user backend error: Vhost-user error"
     with pytest.raises(ConfigError, match=words):
         bench.put("data", str(tmp_path / "nothing"))
     assert bench.controller.config.drives == []
