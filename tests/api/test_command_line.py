@@ -74,8 +74,11 @@ def test_metadata_that_is_no_json_is_told_of_in_a_sentence(run_to_end: Run, tmp_
         ),
         (["--enable-pci"], 1, "Argument 'enable-pci': Crackle does not support PCI yet."),
         (["--metadata", "/none"], 1, "Unable to read the mmds content file: No such file or directory"),
-        (["--snapshot-version"], 1, "Crackle does not support snapshots yet."),
-        (["--describe-snapshot", "s"], 1, "Crackle does not support snapshots yet."),
+        (
+            ["--describe-snapshot", "/none"],
+            1,
+            "Unable to open snapshot state file: Failed to open snapshot file: No such",
+        ),
     ],
 )
 def test_a_bad_command_line_ends_with_one_sentence(

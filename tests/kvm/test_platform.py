@@ -92,8 +92,8 @@ def test_a_guest_goes_on_in_another_vm_where_it_was_saved() -> None:
         assert cpu.regs["rbx"] == 77
         second = Guest(memory)
         try:
+            platform.restore_vcpu(second.kvm, second.vcpu, cpu)
             platform.restore_vm(second.vm, chips)
-            platform.restore_vcpu(second.vcpu, cpu)
             again = platform.save_vcpu(second.kvm, second.vcpu)
             assert (again.regs, again.sregs, again.cpuid) == (cpu.regs, cpu.sregs, cpu.cpuid)
             assert (again.lapic, again.xcrs, again.debugregs) == (cpu.lapic, cpu.xcrs, cpu.debugregs)

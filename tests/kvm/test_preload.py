@@ -161,8 +161,11 @@ def configure(client: Client, directory: Path, guests: Path, kinds: set[str], ba
 
 def use(client: Client, directory: Path, kinds: set[str]) -> None:
     """Everything that can be asked of a running microVM with them, errors among it."""
+    snapshot = {"snapshot_path": str(directory / "s"), "mem_file_path": str(directory / "m")}
     for state in ("Paused", "Resumed", "Paused", "Paused", "Resumed"):
         client.ask("PATCH", "/vm", {"state": state})
+        expect = 400 if state == "Resumed" or "vhost-user" in kinds else 204
+        client.ask("PUT", "/snapshot/create", snapshot, expect=expect)
     client.ask("GET", "/", expect=200)
     client.ask("GET", "/version", expect=200)
     client.ask("GET", "/vm/config", expect=200)
@@ -250,7 +253,9 @@ def test_nothing_is_imported_for_a_signal(
         "machine-config": {"vcpu_count": 1, "mem_size_mib": 64},
     }
     (tmp_path / "config").write_text(json.dumps(config))
-    process = start("--no-api", "--config-file", str(tmp_path / "config"))
+    process = start(
+        "--no-api", "--config-file", str(tmp_path / "config"), "--log-path", str(tmp_path / "log")
+    )
     assert process.process.stdout is not None
     printed = b""
     while b"idle" not in printed:
@@ -269,7 +274,9 @@ def test_nothing_is_imported_for_a_guest_that_fails(
         "drives": [],
     }
     (tmp_path / "config").write_text(json.dumps(config))
-    process = start("--no-api", "--config-file", str(tmp_path / "config"))
+    process = start(
+        "--no-api", "--config-file", str(tmp_path / "config"), "--log-path", str(tmp_path / "log")
+    )
     process.process.communicate(timeout=60)
     assert process.process.returncode == (1 if fault == "triple" else 0)
     assert process.late() == []

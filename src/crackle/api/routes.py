@@ -30,8 +30,8 @@ class Route(msgspec.Struct, frozen=True):
 
     ``id_field`` the field the path repeats.
 
-    ``counter`` is the stem of the metrics ``<counter>_count`` and ``<counter>_fails``; ``deprecated`` is
-    the field whose presence makes the request a deprecated one, or whose value where ``deprecated_value`` is given.
+    ``counter`` is the stem of the metrics ``<counter>_count`` and ``<counter>_fails``; ``deprecated`` are
+    the fields whose presence makes the request a deprecated one, or whose value where ``deprecated_value`` is given.
     """
 
     command: str
@@ -45,6 +45,9 @@ class Route(msgspec.Struct, frozen=True):
     def deprecation(self) -> str:
         """What a client of a deprecated request should know."""
         if self.deprecated_value is None:
+            names = (self.deprecated or "").split()
+            if len(names) > 1:
+                return f"the fields {' and '.join(names)} are deprecated."
             return f"the field {self.deprecated} is deprecated."
         return f"{self.deprecated_value} is deprecated."
 
@@ -52,10 +55,12 @@ class Route(msgspec.Struct, frozen=True):
         """Whether what is asked for with ``resource`` is."""
         if self.deprecated is None:
             return False
-        value = getattr(resource, self.deprecated)
+        values = [getattr(resource, name) for name in self.deprecated.split()]
         if self.deprecated_value is not None:
-            return bool(value == self.deprecated_value)
-        return value is not None and value is not msgspec.UNSET
+            return self.deprecated_value in values
+        return any(
+            value is not None and value is not msgspec.UNSET and value is not False for value in values
+        )
 
 
 # By method, first segment and, where "/" is in the key, second segment. Devices' are in the registry of their kinds.
@@ -83,7 +88,9 @@ ROUTES = {
     ),
     ("PUT", "serial"): Route("put_serial", "Serial", counter="serial"),
     ("PUT", "snapshot/create"): Route("create_snapshot", "SnapshotCreate"),
-    ("PUT", "snapshot/load"): Route("load_snapshot", "SnapshotLoad", deprecated="mem_file_path"),
+    ("PUT", "snapshot/load"): Route(
+        "load_snapshot", "SnapshotLoad", deprecated="mem_file_path enable_diff_snapshots"
+    ),
     ("PATCH", "balloon/statistics"): Route("patch_balloon_statistics", "BalloonStatsUpdate"),
     ("PATCH", "balloon/hinting/start"): Route("start_balloon_hinting", "BalloonHintingStart"),
     ("PATCH", "balloon/hinting/stop"): Route("stop_balloon_hinting"),

@@ -57,7 +57,8 @@ _INTERNAL = "500 Internal Server Error"
 # Bytes of a request's body that the log shows.
 _SHOWN_BODY = 1024
 
-_LATENCIES = {"pause": "pause_vm", "resume": "resume_vm"}
+# Commands whose time is a metric.
+_LATENCIES = {"pause": "pause_vm", "resume": "resume_vm", "load_snapshot": "load_snapshot"}
 
 
 def response(status: str, body: bytes = b"", *, keep: bool = True, deprecated: bool = False) -> bytes:
@@ -183,6 +184,8 @@ class ApiServer:
                 controller.metrics.counters["deprecated_api"]["deprecated_http_api_calls"] += 1
                 logger.warning(f"{method} /{path.strip('/')}: {route.deprecation}")
             latency = _LATENCIES.get(request.command.name)
+            if request.command.name == "create_snapshot":
+                latency = f"{request.command.resource.snapshot_type.lower()}_create_snapshot"
             if latency is None:
                 result = controller.execute(request.command)
             else:

@@ -64,6 +64,11 @@ if TYPE_CHECKING:
         CMDLINE_MAX_SIZE: int
         """Bytes of the kernel command line, its terminating NUL included."""
 
+        VmState: Any
+        VcpuState: Any
+        BoardState: Any
+        """The Structs that `save_vm`, `save_vcpu` and the board's `save` give."""
+
         DEVICE_WINDOWS: range
         """Guest physical addresses for the windows of devices, in steps of the smallest window."""
 
@@ -129,14 +134,20 @@ if TYPE_CHECKING:
         def save_vm(self, vm: Vm) -> Any:
             """The state of the chips, a Struct; all vCPUs are paused."""
 
-        def restore_vm(self, vm: Vm, state: Any) -> None:
-            """The reverse, when chips and vCPUs are there; before the vCPUs' own state."""
+        def restore_vm(self, vm: Vm, state: Any, *, realtime: bool = False) -> None:
+            """The reverse, when the vCPUs have their own state. realtime: the guest's clock has gone on meanwhile."""
 
         def save_vcpu(self, kvm: Kvm, vcpu: Vcpu) -> Any:
             """A paused vCPU's state, a Struct."""
 
-        def restore_vcpu(self, vcpu: Vcpu, state: Any) -> None:
-            """The reverse, before the vCPU runs."""
+        def check_vcpus(self, kvm: Kvm, vcpus: Sequence[Vcpu], states: Sequence[Any]) -> list[str]:
+            """How this host, where `vcpus` are prepared, is unlike the one where others were saved.
+
+            ConfigError when it lacks what these need.
+            """
+
+        def restore_vcpu(self, kvm: Kvm, vcpu: Vcpu, state: Any) -> None:
+            """The reverse of `save_vcpu`, before the vCPU runs."""
 
         def probe(self, kvm: Kvm) -> list[Finding]:
             """Find out, with guests that take milliseconds, whether this KVM does what Linux needs; in seconds at most.

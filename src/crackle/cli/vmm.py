@@ -69,6 +69,9 @@ def run(arguments: list[str]) -> int:
         if "version" in options:
             _tell(f"Crackle v{VERSION}")
             return EXIT_OK
+        if "snapshot-version" in options or "describe-snapshot" in options:
+            _tell(_snapshot_version(options.value("describe-snapshot")))
+            return EXIT_OK
         status = _serve(options, logger)
     except Exception as error:
         message = str(error) if isinstance(error, CrackleError) else f"{reason_of(error) or repr(error)}."
@@ -139,11 +142,27 @@ def _serve(options: Options, logger: Logger) -> int:
         raise ExitError(str(error)) from None
 
 
+def _snapshot_version(path: str | None) -> str:
+    """The version of the format of a state file; without one, of those that this Crackle writes."""
+    from crackle.snapshot.statefile import VERSION, describe, version_text
+
+    if path is None:
+        return version_text(VERSION)
+    from crackle.snapshot.pair import read_state
+
+    try:
+        data = read_state(path)
+    except ConfigError as error:
+        raise ExitError(f"Unable to open snapshot state file: {error}") from None
+    try:
+        return version_text(describe(data))
+    except ConfigError as error:
+        raise ExitError(f"Invalid data format of snapshot file: {error}: {path}") from None
+
+
 def _refuse_unsupported(options: Options) -> None:
     for name, what in (
         ("enable-pci", "PCI"),
-        ("snapshot-version", "snapshots"),
-        ("describe-snapshot", "snapshots"),
         ("seccomp-filter", "seccomp filters"),
     ):
         if name in options:

@@ -33,6 +33,8 @@ cdef extern from "linux/kvm.h" nogil:
     unsigned long KVM_SET_PIT2
     unsigned long KVM_GET_CLOCK
     unsigned long KVM_SET_CLOCK
+    unsigned long KVM_GET_NESTED_STATE
+    unsigned long KVM_SET_NESTED_STATE
     unsigned long KVM_IRQ_LINE
     unsigned long KVM_IRQFD
     unsigned long KVM_IOEVENTFD
@@ -181,6 +183,7 @@ cdef extern from "linux/kvm.h" nogil:
     struct kvm_clock_data:
         uint64_t clock
         uint32_t flags
+        uint64_t realtime
 
     struct kvm_regs:
         uint64_t rax
@@ -282,6 +285,8 @@ cdef extern from "linux/kvm.h" nogil:
     struct kvm_mp_state:
         uint32_t mp_state
 
+    struct kvm_nested_state:
+        uint32_t size
     struct kvm_xsave:
         pass
 

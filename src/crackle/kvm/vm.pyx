@@ -58,6 +58,7 @@ cdef extern from "<linux/kvm.h>" nogil:
         KVM_CAP_XSAVE2
         KVM_CAP_X2APIC_API
         KVM_CAP_SPLIT_IRQCHIP
+        KVM_CAP_NESTED_STATE
 
 # Names as in the header, without the prefix: what `check_extension` is asked with.
 CAPABILITIES = {
@@ -96,6 +97,7 @@ CAPABILITIES = {
     "XSAVE2": KVM_CAP_XSAVE2,
     "X2APIC_API": KVM_CAP_X2APIC_API,
     "SPLIT_IRQCHIP": KVM_CAP_SPLIT_IRQCHIP,
+    "NESTED_STATE": KVM_CAP_NESTED_STATE,
 }
 
 MEM_LOG_DIRTY_PAGES = KVM_MEM_LOG_DIRTY_PAGES

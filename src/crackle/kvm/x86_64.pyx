@@ -25,6 +25,8 @@ CPUID_FLAG_SIGNIFICANT_INDEX = KVM_CPUID_FLAG_SIGNIFCANT_INDEX
 cdef extern from "<linux/kvm.h>" nogil:
     enum:
         KVM_CAP_XSAVE2
+        KVM_CAP_NESTED_STATE
+        KVM_CLOCK_REALTIME
 
 cdef extern from *:
     """
@@ -96,6 +98,8 @@ cdef class Kvm(KvmBase):
         cdef Vm vm = Vm.__new__(Vm)
         # The value is the size of the XSAVE area, at least 4096, or 0 on kernels without KVM_GET_XSAVE2.
         vm.xsave_size = self.check_extension(KVM_CAP_XSAVE2)
+        # The most that KVM_GET_NESTED_STATE gives, or 0 where guests cannot have guests.
+        vm.nested_size = self.check_extension(KVM_CAP_NESTED_STATE)
         self.new_vm(vm)
         return vm
 
@@ -104,6 +108,7 @@ cdef class Vm(VmBase):
     """One virtual machine with the chips of a PC. Made by `Kvm.create_vm`."""
 
     cdef size_t xsave_size
+    cdef size_t nested_size
 
     def create_irqchip(self):
         """The PICs, the IOAPIC and a LAPIC for each vCPU, in the kernel; before the first vCPU (api.rst 4.24)."""
@@ -126,7 +131,7 @@ cdef class Vm(VmBase):
 
     def create_vcpu(self, unsigned long index):
         """A Vcpu with APIC id `index` (api.rst 4.7)."""
-        return Vcpu(self.new_vcpu(index), index, self.run_size, self.xsave_size)
+        return Vcpu(self.new_vcpu(index), index, self.run_size, self.xsave_size, self.nested_size)
 
     # -- saved and restored as they are --------------------------------------------------------------------------
 
@@ -154,17 +159,19 @@ cdef class Vm(VmBase):
         self.ioctl(KVM_SET_PIT2, PyBytes_AS_STRING(state), "set the timer")
 
     def get_clock(self):
-        """(nanoseconds of the guest's kvmclock, flags) (api.rst 4.29)."""
+        """(nanoseconds of the guest's kvmclock, of the host's real time or None where KVM does not say) (api.rst 4.29)."""
         cdef kvm_clock_data clock
         memset(&clock, 0, sizeof(clock))
         self.ioctl(KVM_GET_CLOCK, &clock, "get the clock")
-        return clock.clock, clock.flags
+        return clock.clock, clock.realtime if clock.flags & KVM_CLOCK_REALTIME else None
 
-    def set_clock(self, uint64_t nanoseconds):
-        """Set the guest's kvmclock (api.rst 4.30)."""
+    def set_clock(self, uint64_t nanoseconds, realtime=None):
+        """Set the guest's kvmclock; realtime: and add what has passed since this time of the host's (api.rst 4.30)."""
         cdef kvm_clock_data clock
         memset(&clock, 0, sizeof(clock))
         clock.clock = nanoseconds
+        if realtime is not None:
+            clock.flags, clock.realtime = KVM_CLOCK_REALTIME, realtime
         self.ioctl(KVM_SET_CLOCK, &clock, "set the clock")
 
 
@@ -172,9 +179,10 @@ cdef class Vcpu(VcpuBase):
     """A vCPU with x86_64 registers. Set and get them only before `start`, while paused, or after the end."""
 
     cdef size_t xsave_size
+    cdef size_t nested_size
 
-    def __cinit__(self, int fd, int index, size_t run_size, size_t xsave_size=4096):
-        self.xsave_size = xsave_size
+    def __cinit__(self, int fd, int index, size_t run_size, size_t xsave_size=4096, size_t nested_size=0):
+        self.xsave_size, self.nested_size = xsave_size, nested_size
 
     # -- exits ---------------------------------------------------------------------------------------------------
 
@@ -393,6 +401,27 @@ cdef class Vcpu(VcpuBase):
 
     def set_vcpu_events(self, bytes data):
         self.set_bytes(KVM_SET_VCPU_EVENTS, sizeof(kvm_vcpu_events), data, "pending events")
+
+    def get_nested_state(self):
+        """struct kvm_nested_state: what the guest's own guests need (api.rst 4.114); empty where it can have none."""
+        cdef kvm_nested_state *state
+        if self.nested_size < sizeof(kvm_nested_state):
+            return b""
+        data = PyBytes_FromStringAndSize(NULL, self.nested_size)
+        memset(PyBytes_AS_STRING(data), 0, self.nested_size)
+        state = <kvm_nested_state *> PyBytes_AS_STRING(data)
+        state.size = <uint32_t> self.nested_size
+        self.ioctl(KVM_GET_NESTED_STATE, state, "get the nested state")
+        return data[:state.size]
+
+    def set_nested_state(self, bytes data not None):
+        """As `get_nested_state` gives it; guest memory is there already."""
+        if <size_t> len(data) < sizeof(kvm_nested_state):
+            raise ValueError(f"struct kvm_nested_state is at least {sizeof(kvm_nested_state)} bytes, not {len(data)}")
+        # KVM reads as much as the structure itself says.
+        if (<kvm_nested_state *> PyBytes_AS_STRING(data)).size != <size_t> len(data):
+            raise ValueError("struct kvm_nested_state is not as long as it says")
+        self.ioctl(KVM_SET_NESTED_STATE, PyBytes_AS_STRING(data), "set the nested state")
 
     # -- the rest ------------------------------------------------------------------------------------------------
 

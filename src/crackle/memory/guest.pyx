@@ -348,6 +348,24 @@ cdef class GuestMemory:
                 region.exports -= 1
             offset += part
 
+    def map_file(self, int fd):
+        """Have the contents of the file `fd`, copy-on-write: regions one after the other, as `write_memory` wrote them.
+
+        Nothing is read before somebody looks at it. The mappings stay where they are, and so do KVM's slots. Keeps a
+        descriptor of its own. ConfigError when memory is shared or in reserved huge pages, or the file is too short.
+        """
+        cdef Region region
+        cdef uint64_t offset = 0
+        if self.backing not in ("anonymous", "transparent"):
+            raise ConfigError(f"a memory file cannot be mapped over {self.backing} memory")
+        if os.fstat(fd).st_size < self.size:
+            raise ConfigError(f"the memory file has {os.fstat(fd).st_size} bytes, {self.size} are needed")
+        self.memfd = os.dup(fd)
+        for region in self.regions:
+            region.map_private(self.memfd, offset, self.backing == "transparent")
+            offset += region.r.size
+        self.backing = "file"
+
     # -- dirty pages ---------------------------------------------------------------------------------------------
 
     def track_dirty(self, bint enable):

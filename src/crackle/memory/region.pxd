@@ -19,6 +19,7 @@ cdef class Region:
     cdef int exports
     cdef void unmap(self) noexcept
     cdef int track(self, bint enable) except -1
+    cdef int map_private(self, int fd, uint64_t offset, bint transparent) except -1
     cdef bytes take_dirty(self)
     cdef int load(self, uint64_t place, int fd, uint64_t offset, uint64_t size) except -1
 

@@ -118,6 +118,17 @@ cdef class Region:
                 raise MemoryError("no memory for the dirty bitmap")
         return 0
 
+    cdef int map_private(self, int fd, uint64_t offset, bint transparent) except -1:
+        """Put a copy-on-write mapping of `fd` from `offset` on where the region is, whose bytes go."""
+        cdef int flags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE
+        if mmap(self.r.hva, self.r.size, PROT_READ | PROT_WRITE, flags, fd, <long> offset) == MAP_FAILED:
+            raise ConfigError(f"cannot map {self.r.size >> 20} MiB of a memory file: {strerror(errno).decode()}")
+        madvise(self.r.hva, self.r.size, MADV_DONTFORK)
+        if transparent:
+            madvise(self.r.hva, self.r.size, MADV_HUGEPAGE)
+        self.fd, self.offset = fd, offset
+        return 0
+
     cdef bytes take_dirty(self):
         cdef uint64_t words = (self.r.size + (PAGE_SIZE << 6) - 1) >> (PAGE_SHIFT + 6)
         cdef uint64_t i

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from crackle.monitor.options import Options
     from crackle.schema import MachineConfig
+    from crackle.snapshot.load import Loaded
     from crackle.telemetry.logger import Logger
     from crackle.telemetry.sink import Sink
     from crackle.vmm.controller import Machine, Shell
@@ -94,6 +95,7 @@ class VmmProcess:
             shell=ready,
             metadata_limit=limit if metadata_limit is None else metadata_limit,
             lock_drives="no-drive-locks" not in options,
+            restore=self._restore,
         )
         self._server = None if listener is None else ApiServer(self._loop, listener, self._controller, limit)
         self._watch_signals()
@@ -154,10 +156,15 @@ class VmmProcess:
         self._logger.info("Successfully started microvm that was configured from one single json")
 
     def _build(self, config: VmConfig, ready: Any, held: Mapping[tuple[str, str], Held]) -> Machine:
+        return builder.build(config, ready, self._build_options(config), held)
+
+    def _restore(self, loaded: Loaded, ready: Any, held: Mapping[tuple[str, str], Held]) -> Machine:
+        return builder.restore(loaded, ready, self._build_options(loaded.snapshot.config), held)
+
+    def _build_options(self, config: VmConfig) -> BuildOptions:
         if config.vsock is not None:
             _allow_many_descriptors()
-        options = BuildOptions(boot_timer="boot-timer" in self._options, logger=self._logger)
-        return builder.build(config, ready, options, held)
+        return BuildOptions(boot_timer="boot-timer" in self._options, logger=self._logger)
 
     def _prepare(self, machine_config: MachineConfig, shared: bool) -> Shell | None:
         return shell.prepare(machine_config, shared)

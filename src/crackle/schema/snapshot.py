@@ -8,6 +8,9 @@ import msgspec
 
 from crackle.schema._base import Resource
 
+# How guest memory is backed: as it was, or otherwise.
+SnapshotHugePages = Literal["Snapshot", "None", "Transparent", "2M"]
+
 
 class SnapshotCreate(Resource):
     """Host paths that take the state of the microVM and its memory."""
@@ -37,6 +40,13 @@ class VsockOverride(msgspec.Struct):
     uds_path: str
 
 
+class DriveOverride(msgspec.Struct):
+    """Another host file for a drive of the snapshot."""
+
+    drive_id: str
+    path_on_host: str
+
+
 class SnapshotLoad(Resource):
     """What to restore and how; exactly one of ``mem_backend`` and (deprecated) ``mem_file_path`` is given."""
 
@@ -48,5 +58,6 @@ class SnapshotLoad(Resource):
     resume_vm: bool = False
     network_overrides: list[NetworkOverride] = msgspec.field(default_factory=list)
     vsock_override: VsockOverride | None = None
+    drive_overrides: list[DriveOverride] = msgspec.field(default_factory=list)
     clock_realtime: bool = False
-    huge_pages: Literal["Snapshot", "None", "Transparent", "2M"] = "Snapshot"
+    huge_pages: SnapshotHugePages = "Snapshot"

@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from crackle.errors import ConfigError
+from crackle.errors import ConfigError, reason_of
 from crackle.schema.boot import BootSource
 from crackle.schema.codec import check_id, made, validated
 from crackle.schema.drive import Drive, DriveUpdate
 from crackle.schema.machine import MachineConfig
 from crackle.schema.mmds import MmdsConfig
 from crackle.schema.net import NetworkInterface, NetworkInterfaceUpdate
+from crackle.schema.snapshot import SnapshotCreate, SnapshotLoad
 from crackle.schema.vsock import Vsock
 from crackle.telemetry.logger import Logger, instance_id_problem
 from crackle.virtio.custom.base import VirtioDevice
@@ -33,6 +34,8 @@ _ABOUT = {
     NetworkInterfaceUpdate: "Network config error",
     Vsock: "Vsock config error",
     MmdsConfig: "MMDS config error",
+    SnapshotCreate: "Create snapshot error",
+    SnapshotLoad: "Load snapshot error",
 }
 _IDENTIFIED = {
     Drive: "drive_id",
@@ -70,6 +73,19 @@ def path_of(value: object, what: str) -> str:
         return os.fsdecode(value)  # type: ignore[arg-type]
     except TypeError:
         raise ConfigError(f"{what} must be a path, not {value!r}") from None
+
+
+def pair_of(path: object, memory: object, *, to_write: bool = False) -> tuple[str, str]:
+    """The state file and the memory file of a snapshot: both as they are given, or both in the directory `path`."""
+    state = path_of(path, "path")
+    if memory is not None:
+        return state, path_of(memory, "memory")
+    try:
+        if to_write:
+            os.makedirs(state, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot make the directory of the snapshot: {reason_of(error)}") from None
+    return os.path.join(state, "state"), os.path.join(state, "memory")
 
 
 def drives_of(rootfs: object, drives: object, read_only: bool) -> list[Drive]:

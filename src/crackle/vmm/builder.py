@@ -1,7 +1,7 @@
-"""From a configuration to a machine that is ready to start.
+"""From a configuration, or from what was saved of a machine, to one that is ready to run.
 
-`build` takes a `Shell` and adds the rest: devices, kernel, tables, registers. Whatever fails, everything made so far is
-given back.
+`build` takes a `Shell` and adds the rest: devices, kernel, tables, registers. `restore` adds what a snapshot holds
+instead. Whatever fails, everything made so far is given back.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from crackle.arch import LoadedKernel
     from crackle.schema.config import VmConfig
+    from crackle.snapshot.load import Loaded
+    from crackle.snapshot.state import Snapshot
+    from crackle.virtio.custom.base import VirtioDevice as CustomDevice
     from crackle.vmm.devices import Held
 
 
@@ -38,6 +41,40 @@ def build(
     held: what is open for devices already, by kind and identifier; what is missing is opened.
     ConfigError or KvmError when it cannot be made.
     """
+    machine = _bare(config, shell, options)
+    try:
+        _furnish(machine, config, options, held or {})
+    except BaseException:
+        machine.stop()
+        raise
+    return machine
+
+
+def restore(
+    loaded: Loaded,
+    shell: Shell | None,
+    options: BuildOptions,
+    held: Mapping[tuple[str, str], Held] | None = None,
+) -> Machine:
+    """The machine that was saved, paused where it was then. Takes over `shell`, if there is one; else as `build`."""
+    snapshot = loaded.snapshot
+    machine = _bare(snapshot.config, shell, options)
+    try:
+        _check_fits(machine, snapshot, options)
+        machine.memory.map_file(loaded.memory_fd)
+        _furnish_as_saved(machine, snapshot, options, held or {})
+        machine.restore(snapshot.machine, realtime=loaded.clock_realtime)
+    except ValueError as error:
+        machine.stop()
+        raise ConfigError(f"its state does not fit together: {error}") from None
+    except BaseException:
+        machine.stop()
+        raise
+    return machine
+
+
+def _bare(config: VmConfig, shell: Shell | None, options: BuildOptions) -> Machine:
+    """The machine for `config`, without any device."""
     assert config.machine_config is not None, "the controller fills it in"
     wanted = (config.machine_config, config.shares_memory)
     if shell is not None and (shell.config, shell.shared) != wanted:
@@ -57,11 +94,8 @@ def build(
     except BaseException:
         parts.close()
         raise
-    try:
-        _furnish(machine, config, options, held or {})
-    except BaseException:
-        machine.stop()
-        raise
+    if options.logger is not None and (why := huge_pages_missing(machine.memory.backing)):
+        options.logger.warning(f"Guest memory gets no transparent huge pages: {why}.")
     return machine
 
 
@@ -69,15 +103,13 @@ def _furnish(
     machine: Machine, config: VmConfig, options: BuildOptions, held: Mapping[tuple[str, str], Held]
 ) -> None:
     """Add the devices and the kernel."""
-    if options.logger is not None and (why := huge_pages_missing(machine.memory.backing)):
-        options.logger.warning(f"Guest memory gets no transparent huge pages: {why}.")
     machine.add_board(_console_output(machine, config, options))
     for kind, identifier, resource in configured(config):
         machine.add(kind, identifier, resource, held.get((kind, identifier)))
     root = next((drive for drive in config.drives if drive.is_root_device), None)
     read_only = root is not None and is_read_only(machine.devices[kind_of_drive(root), root.drive_id])
     for index, custom in enumerate(options.devices):
-        machine.add_custom(f"{type(custom).__name__.lower()}{index}", custom)
+        machine.add_custom(_name_of(index, custom), custom)
     kernel, initrd = _load(machine.memory, config, held)
     cmdline = platform.build_cmdline(
         config.boot_source.boot_args,
@@ -95,6 +127,55 @@ def _furnish(
         devices=machine.plugs.infos,
     )
     platform.enter_kernel(machine.vcpus[0], kernel)
+
+
+def _name_of(index: int, custom: CustomDevice) -> str:
+    """What a device written in Python is called, the `index`-th of them."""
+    return f"{type(custom).__name__.lower()}{index}"
+
+
+def _check_fits(machine: Machine, snapshot: Snapshot, options: BuildOptions) -> None:
+    """ConfigError when what was saved is no machine for this host, or not this machine."""
+    state = snapshot.machine
+    layout = tuple((region.gpa, region.size) for region in machine.memory.regions)
+    if layout != state.memory or len(machine.vcpus) != len(state.vcpus):
+        raise ConfigError(
+            f"it has {len(state.vcpus)} vCPUs and memory at {_shown(state.memory)}, and its configuration says "
+            f"{len(machine.vcpus)} and {_shown(layout)}"
+        )
+    assert machine.parts.kvm is not None
+    for unlike in platform.check_vcpus(machine.parts.kvm, machine.vcpus, state.vcpus):
+        if options.logger is not None:
+            options.logger.warning(unlike)
+
+
+def _shown(layout: tuple[tuple[int, int], ...]) -> str:
+    return ", ".join(f"{gpa:#x} to {gpa + size - 1:#x}" for gpa, size in layout)
+
+
+def _furnish_as_saved(
+    machine: Machine, snapshot: Snapshot, options: BuildOptions, held: Mapping[tuple[str, str], Held]
+) -> None:
+    """Add the devices that the guest knows, each in its place."""
+    config = snapshot.config
+    machine.add_board(_console_output(machine, config, options))
+    resources = {(kind, identifier): resource for kind, identifier, resource in configured(config)}
+    customs = {_name_of(index, custom): custom for index, custom in enumerate(options.devices)}
+    for saved in snapshot.machine.devices:
+        key = saved.kind, saved.identifier
+        if key in resources:
+            machine.add(*key, resources.pop(key), held.get(key), saved.transport)
+        elif saved.kind == "custom" and saved.identifier in customs:
+            machine.add_custom(saved.identifier, customs.pop(saved.identifier), saved.transport)
+        else:
+            raise ConfigError(
+                f"its guest has a {saved.kind} device {saved.identifier!r}, which is not given"
+                if saved.kind == "custom"
+                else f"its configuration has no {saved.kind} device {saved.identifier!r}, which its guest has"
+            )
+    if resources or customs:
+        names = ", ".join([identifier for _, identifier in resources] + list(customs))
+        raise ConfigError(f"its guest does not know these devices: {names}")
 
 
 def _console_output(machine: Machine, config: VmConfig, options: BuildOptions) -> int:

@@ -11,7 +11,7 @@ import msgspec
 
 from crackle.errors import ConfigError, CrackleError, reason_of
 from crackle.schema.machine import updated
-from crackle.vmm.devices import kind_of_drive, open_net, open_vhost_user_block
+from crackle.vmm.devices import KINDS, PUTS, kind_of_drive, open_net, open_vhost_user_block
 from crackle.vmm.files import BootFile, open_disk, settle
 
 TYPE_CHECKING = False
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         Serial,
         VmConfig,
     )
+    from crackle.vmm.commands import Command
     from crackle.vmm.devices import Held, Kind
 
 _NO_INITRD = "The initrd file cannot be opened due to invalid path or invalid permissions. "
@@ -74,6 +75,17 @@ class Configuration:
         self._warn = warn
         self.held: dict[tuple[str, str], Held] = {}
         self._lock_drives = lock_drives
+
+    def take(self, command: Command) -> bool:
+        """Carry out a command that configures; whether this is one. ConfigError changes nothing."""
+        configure = getattr(self, command.name, None)
+        if configure is not None:
+            configure(command.resource)
+        elif command.name in PUTS:
+            self.put(KINDS[PUTS[command.name]], command.resource)
+        else:
+            return False
+        return True
 
     def started(self) -> None:
         """Let go of what only the start needed."""

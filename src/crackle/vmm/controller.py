@@ -20,13 +20,14 @@ from crackle.telemetry.metrics import Metrics
 from crackle.version import VERSION
 from crackle.vmm.commands import NOT_STARTED, PAUSED, RUNNING, STOPPED, Command, check_state, check_supported
 from crackle.vmm.configuration import Configuration, context, merge
-from crackle.vmm.devices import KINDS, PATCHES, PUTS, RESOURCES
+from crackle.vmm.devices import KINDS, PATCHES, RESOURCES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any, Protocol
 
+    from crackle.memory import GuestMemory
     from crackle.mmds.store import Store
     from crackle.schema import (
         DriveUpdate,
@@ -35,7 +36,11 @@ if TYPE_CHECKING:
         MetricsConfig,
         MmdsConfig,
         NetworkInterfaceUpdate,
+        SnapshotCreate,
+        SnapshotLoad,
     )
+    from crackle.snapshot.load import Loaded
+    from crackle.snapshot.state import MachineState
     from crackle.vmm.devices import Held
 
     class Shell(Protocol):
@@ -65,6 +70,8 @@ if TYPE_CHECKING:
         def exit_fd(self) -> int: ...
         @property
         def state(self) -> str: ...
+        @property
+        def memory(self) -> GuestMemory: ...
         def exit_status(self) -> ExitStatus | None: ...
         def start(self) -> None: ...
         def pause(self) -> None: ...
@@ -73,10 +80,12 @@ if TYPE_CHECKING:
         def serve_metadata(self, config: MmdsConfig, store: Store) -> None: ...
         def update(self, kind: str, identifier: str, resource: Any, held: Held | None = None) -> None: ...
         def metrics(self) -> Mapping[str, Mapping[str, Any]]: ...
+        def save(self) -> MachineState: ...
         def stop(self) -> None: ...
         def disown(self) -> None: ...
 
     Build = Callable[[VmConfig, "Shell | None", Mapping[tuple[str, str], Held]], "Machine"]
+    Restore = Callable[[Loaded, "Shell | None", Mapping[tuple[str, str], Held]], "Machine"]
     Prepare = Callable[[MachineConfig, bool], "Shell | None"]
 
 APP_NAME = "Crackle"
@@ -93,6 +102,7 @@ class Controller:
     configuration command and again when the machine configuration changes, or whether guest memory is shared. What it
     returns goes to ``build``, or is abandoned when it no longer fits. ``shell`` is what was made for the default
     machine already. ``metadata_limit`` is in bytes. ``lock_drives``: lock the files of drives that do not say.
+    ``restore`` makes a machine, paused, out of a snapshot.
     """
 
     def __init__(
@@ -107,25 +117,22 @@ class Controller:
         shell: Shell | None = None,
         metadata_limit: int = DEFAULT_METADATA_LIMIT,
         lock_drives: bool = True,
+        restore: Restore | None = None,
     ) -> None:
         self.instance_id = instance_id
         self.logger = Logger(instance_id) if logger is None else logger
         self.metrics = Metrics() if metrics is None else metrics
-        self._configuration = Configuration(
-            VmConfig(
-                drives=[],
-                boot_source=BootSource(kernel_image_path=""),
-                machine_config=default_machine_config(),
-            ),
-            self.logger.warning,
-            lock_drives=lock_drives,
-        )
+        self._lock_drives = lock_drives
+        self._configuration = self._unconfigured(BootSource(kernel_image_path=""))
+        # Whether anything of it is part of what the guest is made of.
+        self._configured = False
         self._stopped = False
         self.machine: Machine | None = None
         self.on_start = on_start
         self._metadata_limit = metadata_limit
         self._store: Store | None = None
         self._build = build
+        self._restore = restore
         self._prepare = prepare
         self._shell = shell
         self._shell_for = None if shell is None else (self.config.machine_config, False)
@@ -138,13 +145,9 @@ class Controller:
         """
         check_state(command.name, self.state)
         check_supported(command)
-        configure = getattr(self._configuration, command.name, None)
-        if configure is not None:
-            configure(command.resource)
-        elif command.name in PUTS:
-            self._configuration.put(KINDS[PUTS[command.name]], command.resource)
-        else:
+        if not self._configuration.take(command):
             return self._carry_out(command)
+        self._configured |= command.name != "put_serial"
         self._prepare_shell()
         return None
 
@@ -232,21 +235,36 @@ class Controller:
 
     # Life
 
+    def _unconfigured(self, boot_source: BootSource) -> Configuration:
+        config = VmConfig(drives=[], boot_source=boot_source, machine_config=default_machine_config())
+        return Configuration(config, self.logger.warning, lock_drives=self._lock_drives)
+
     def _start(self) -> None:
         with context("Start microvm error"):
             if not self.config.boot_source.kernel_image_path:
                 raise ConfigError(
                     "Cannot start microvm without kernel configuration. Give a boot source first."
                 )
-            shell, self._shell, self._shell_for = self._shell, None, None
-            machine = self._build(self.config, shell, self._configuration.held)
-            try:
-                if self.config.mmds_config is not None:
-                    machine.serve_metadata(self.config.mmds_config, self._metadata())
-                machine.start()
-            except BaseException:
-                machine.stop()
-                raise
+            machine = self._build(self.config, self._take_shell(), self._configuration.held)
+            self._run(machine, machine.start)
+        self._began(machine)
+
+    def _take_shell(self) -> Shell | None:
+        shell, self._shell, self._shell_for = self._shell, None, None
+        return shell
+
+    def _run(self, machine: Machine, start: Callable[[], None] | None) -> None:
+        """Give a machine that has just been made what it lacks, and let it run, if it is to."""
+        try:
+            if self.config.mmds_config is not None:
+                machine.serve_metadata(self.config.mmds_config, self._metadata())
+            if start is not None:
+                start()
+        except BaseException:
+            machine.stop()
+            raise
+
+    def _began(self, machine: Machine) -> None:
         self.machine = machine
         self._configuration.started()
         self.metrics.sources.append(machine.metrics)
@@ -255,11 +273,63 @@ class Controller:
 
     def _pause(self) -> None:
         if self.state == RUNNING:
-            self._timed("pause", self._running_machine().pause)
+            self._timed("pause_vm", "Paused the microVM", self._running_machine().pause)
 
     def _resume(self) -> None:
         if self.state == PAUSED:
-            self._timed("resume", self._running_machine().resume)
+            self._timed("resume_vm", "Resumed the microVM", self._running_machine().resume)
+
+    def _create_snapshot(self, request: SnapshotCreate) -> None:
+        from crackle.snapshot.save import save
+
+        with context("Create snapshot error"):
+            if self.state != PAUSED:
+                raise ConfigError(
+                    "Cannot save the microVM state: Operation not allowed: save/restore unavailable while running. "
+                    "Pause the microVM first."
+                )
+            kind = request.snapshot_type.lower()
+            self._timed(
+                f"{kind}_create_snapshot",
+                f"Created a {kind} snapshot",
+                lambda: save(self._running_machine(), self.config, self.instance_id, request),
+            )
+
+    def _load_snapshot(self, request: SnapshotLoad) -> None:
+        with context("Load snapshot error"):
+            if self._configured:
+                raise ConfigError(
+                    "Loading a microVM snapshot not allowed after configuring boot-specific resources."
+                )
+            with context("Failed to restore from snapshot"):
+                self._timed("load_snapshot", "Loaded a snapshot", lambda: self._load(request))
+
+    def _load(self, request: SnapshotLoad) -> None:
+        """Nothing has changed when it fails, but that what was made ahead of time may be gone."""
+        from crackle.snapshot.load import Loaded
+
+        assert self._restore is not None, "who allows the command says how"
+        loaded = Loaded(request)
+        before, config = self._configuration, loaded.snapshot.config
+        self._configuration = self._unconfigured(config.boot_source)
+        try:
+            for command in commands_of(config):
+                if command.name != "put_boot_source":
+                    self._configuration.take(command)
+            # These are this process's own, and the snapshot has none.
+            for name in ("logger", "metrics", "serial"):
+                setattr(self.config, name, getattr(before.config, name))
+            loaded.take(self.config)
+            machine = self._restore(loaded, self._take_shell(), self._configuration.held)
+            self._run(machine, machine.resume if request.resume_vm else None)
+        except BaseException:
+            self._configuration.close()
+            self._configuration = before
+            raise
+        finally:
+            loaded.close()
+        before.close()
+        self._began(machine)
 
     def _send_ctrl_alt_del(self) -> None:
         self._running_machine().send_ctrl_alt_del()
@@ -320,12 +390,12 @@ class Controller:
         assert self.machine is not None, "a started microVM has a machine"
         return self.machine
 
-    def _timed(self, what: str, call: Callable[[], None]) -> None:
+    def _timed(self, metric: str, done: str, call: Callable[[], None]) -> None:
         begin = time.monotonic_ns()
         call()
         elapsed_us = (time.monotonic_ns() - begin) // 1000
-        self.metrics.counters["latencies_us"][f"vmm_{what}_vm"] = elapsed_us
-        self.logger.info(f"{what.capitalize()}d the microVM in {elapsed_us} us.")
+        self.metrics.counters["latencies_us"][f"vmm_{metric}"] = elapsed_us
+        self.logger.info(f"{done} in {elapsed_us} us.")
 
     # Making ready ahead of time
 

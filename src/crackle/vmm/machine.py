@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     from crackle.mmds.store import Store
     from crackle.runtime.threads import Worker
     from crackle.schema import MmdsConfig
+    from crackle.snapshot.state import MachineState
     from crackle.telemetry.logger import Logger
     from crackle.virtio.custom.base import VirtioDevice as CustomDevice
     from crackle.virtio.device import VirtioDevice
+    from crackle.virtio.state import MmioState
     from crackle.vmm.devices import Held
     from crackle.vmm.shell import Parts
 
@@ -110,6 +112,7 @@ class Machine:
         self._options = options
         self._fds: list[int] = []
         self._paused = False
+        self._threads_run = False
         self._ended: ExitStatus | None = None
         self._stopping = RLock()
         self._closing = RLock()  # whoever looks at what `stop` gives back has it
@@ -147,17 +150,27 @@ class Machine:
         )
         self.serial = self.board.serial
 
-    def add(self, kind: str, identifier: str, resource: Any, held: Held | None = None) -> None:
-        """Make a virtio device of a kind out of the registry, and attach it. ConfigError when it cannot be had."""
-        self.plugs.plug((kind, identifier), make(self.memory, kind, resource, held), self.io)
+    def add(
+        self,
+        kind: str,
+        identifier: str,
+        resource: Any,
+        held: Held | None = None,
+        saved: MmioState | None = None,
+    ) -> None:
+        """Make a virtio device of a kind out of the registry, and attach it. ConfigError when it cannot be had.
 
-    def add_custom(self, identifier: str, device: CustomDevice) -> None:
+        saved: what it was before, whose place in the guest's address space it gets.
+        """
+        self.plugs.plug((kind, identifier), make(self.memory, kind, resource, held), self.io, saved)
+
+    def add_custom(self, identifier: str, device: CustomDevice, saved: MmioState | None = None) -> None:
         """Attach a device written in Python; all of them share a thread, apart from the other devices'."""
         from crackle.virtio.custom.device import PythonDevice
 
         if self._python_io is None:
             self._python_io = IoThread("python", self.clock)
-        self.plugs.plug(("custom", identifier), PythonDevice(self.memory, device), self._python_io)
+        self.plugs.plug(("custom", identifier), PythonDevice(self.memory, device), self._python_io, saved)
 
     def serve_metadata(self, config: MmdsConfig, store: Store) -> None:
         """Answer the guest's requests for the document in `store`, on the interfaces that `config` names."""
@@ -186,6 +199,10 @@ class Machine:
         """Run the guest."""
         if self.board is not None:
             self.board.start()
+        self._run()
+
+    def _run(self) -> None:
+        self._threads_run = True
         for io in self._io_threads():
             io.start()
         if self.mmds is not None:
@@ -251,6 +268,9 @@ class Machine:
             vcpu.kvmclock_ctrl()
         self._paused = False
         self.clock.resume()
+        if not self._threads_run:
+            self._run()
+            return
         if self.mmds is not None:
             self.mmds.resume()
         self._go_on()
@@ -265,6 +285,57 @@ class Machine:
             io.resume()
         for vcpu in self.vcpus:
             vcpu.resume()
+
+    # -- saving and restoring ------------------------------------------------------------------------------------
+
+    def save(self) -> MachineState:
+        """All that the guest would miss but its memory. The machine is paused, and may go on afterwards.
+
+        StateError when it is not; ConfigError for a device whose state another process has.
+        """
+        from crackle.snapshot.state import MachineState, SavedDevice
+
+        board = self._alive_board()
+        if not self._paused:
+            raise StateError("only a microVM that is paused can be saved")
+        assert self.parts.kvm is not None
+        for kind, identifier in self.plugs.transports:
+            if kind == "vhost_user_block":
+                raise ConfigError(
+                    f"Crackle does not support snapshots of a microVM with a vhost-user drive yet: {identifier}"
+                )
+        # The devices first: the interrupt that one raises as it comes to rest belongs to what the chips hold.
+        devices = tuple(
+            SavedDevice(kind=kind, identifier=identifier, transport=transport.save())
+            for (kind, identifier), transport in self.plugs.transports.items()
+        )
+        vcpus = tuple(platform.save_vcpu(self.parts.kvm, vcpu) for vcpu in self.vcpus)
+        return MachineState(
+            vm=platform.save_vm(self.vm),
+            vcpus=vcpus,
+            board=board.save(),
+            devices=devices,
+            memory=tuple((region.gpa, region.size) for region in self.memory.regions),
+            mmds=None if self.mmds is None else self.mmds.save(),
+        )
+
+    def restore(self, state: MachineState, *, realtime: bool = False) -> None:
+        """The reverse of `save`, once memory and devices are there; then the machine is paused, and has no threads yet.
+
+        realtime: the guest's kvmclock has gone on meanwhile. ConfigError or KvmError when the state does not fit this
+        host, or these devices.
+        """
+        assert self.board is not None
+        assert self.parts.kvm is not None
+        self.clock.pause()
+        self._paused = True
+        for vcpu, saved in zip(self.vcpus, state.vcpus, strict=True):
+            platform.restore_vcpu(self.parts.kvm, vcpu, saved)
+        platform.restore_vm(self.vm, state.vm, realtime=realtime)
+        self.board.restore(state.board)
+        # Last: what they signal as they are restored is for the chips.
+        for device in state.devices:
+            self.plugs.transports[device.kind, device.identifier].restore(device.transport)
 
     def send_ctrl_alt_del(self) -> None:
         """Press Ctrl-Alt-Del on the guest's keyboard."""

@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -24,6 +24,7 @@ from crackle.schema.machine import HugePages, MachineConfig
 from crackle.schema.mmds import MmdsConfig
 from crackle.schema.net import NetworkInterface, NetworkInterfaceUpdate
 from crackle.schema.rate_limiter import RateLimiter
+from crackle.schema.snapshot import SnapshotCreate, SnapshotHugePages, SnapshotLoad
 from crackle.schema.vsock import Vsock
 from crackle.telemetry.logger import DEFAULT_INSTANCE_ID, OFF, Logger
 from crackle.virtio.custom.base import VirtioDevice
@@ -36,9 +37,10 @@ from crackle.vmm.arguments import (
     drives_of,
     interfaces_of,
     make,
+    pair_of,
     path_of,
 )
-from crackle.vmm.builder import build
+from crackle.vmm.builder import build, restore
 from crackle.vmm.commands import ALLOWED, NOT_STARTED, PAUSED, Command
 from crackle.vmm.console import DEFAULT_LIMIT, Console
 from crackle.vmm.controller import DEFAULT_METADATA_LIMIT, Controller
@@ -47,11 +49,14 @@ from crackle.vmm.shell import Shell, prepare
 from crackle.vmm.silence import Silence
 
 if TYPE_CHECKING:
+    from crackle.snapshot.load import Loaded
     from crackle.vmm.devices import Held
 
 DEFAULT_GUEST_CID = 3
 DEFAULT_BOOT_ARGS = "console=ttyS0 reboot=k panic=1 i8042.noaux i8042.nomux"
 DEFAULT_SHUTDOWN_TIMEOUT = 30.0
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class MicroVM:
@@ -137,31 +142,7 @@ class MicroVM:
             mmds = mmds or MmdsConfig([card.iface_id for card in cards], "V2")
         if mmds is not None:
             mmds = checked(mmds)
-        ends = (-1, -1) if console is None else console_of(console)
-
-        self._pid = os.getpid()
-        self._lock = threading.RLock()
-        self._started: Machine | None = None
-        self._console = Console(console_limit) if console is None else None
-        if self._console is not None:
-            ends = (self._console.guest_in, self._console.guest_out)
-        options = BuildOptions(
-            console_in=ends[0],
-            console_out=ends[1],
-            console_waits=True,
-            ends_on_panic=True,
-            logger=logger,
-            profile=profile,
-            devices=custom,
-        )
-        self._controller = Controller(
-            _Builder(options),
-            prepare,
-            instance_id=instance_id,
-            logger=logger or Logger(instance_id, level=OFF),
-            metadata_limit=metadata_limit,
-        )
-        enrol(self)
+        self._set_up(instance_id, console, console_limit, custom, logger, metadata_limit, profile=profile)
         try:
             self._order("put_machine", machine)
             self._order("put_boot_source", source)
@@ -179,12 +160,121 @@ class MicroVM:
             self.end()
             raise
 
+    @classmethod
+    def restore(
+        cls,
+        path: str | os.PathLike[str],
+        memory: str | os.PathLike[str] | None = None,
+        *,
+        resume: bool = True,
+        drives: Mapping[str, str | os.PathLike[str]] = NOTHING,
+        interfaces: Mapping[str, str] = NOTHING,
+        vsock: str | os.PathLike[str] | None = None,
+        metadata: Any = None,
+        metadata_limit: int = DEFAULT_METADATA_LIMIT,
+        devices: Sequence[VirtioDevice] = (),
+        huge_pages: SnapshotHugePages = "Snapshot",
+        track_dirty_pages: bool = False,
+        clock_realtime: bool = False,
+        instance_id: str = DEFAULT_INSTANCE_ID,
+        console: tuple[int, int] | None = None,
+        console_limit: int = DEFAULT_LIMIT,
+        logger: Logger | None = None,
+        profile: bool = False,
+    ) -> MicroVM:
+        """The microVM of a snapshot, which goes on where that was taken; or is paused there, without `resume`.
+
+        path: the directory that `snapshot` filled; or the state file, and `memory` the memory file. Neither is changed.
+        The memory file must stay as it is for as long as the microVM lives: its pages are read when they are needed.
+        drives, interfaces: other files, and other TAP devices, by the identifiers that the snapshot has for them.
+        vsock: another path for the Unix socket. metadata: a new document, where the guest has a metadata service:
+        snapshots keep none. devices: new instances of those written in Python, in the same order.
+        clock_realtime: let the guest's kvmclock go on by the time that has passed, rather than where it stood.
+        The rest as in `MicroVM`. Raises ConfigError, with what is wrong, when there is no such snapshot or this host
+        cannot run it.
+        """
+        check_rest(instance_id, metadata_limit, logger, resume=resume, profile=profile)
+        state_path, memory_path = pair_of(path, memory)
+        request = make(
+            SnapshotLoad,
+            snapshot_path=state_path,
+            mem_backend={"backend_path": memory_path, "backend_type": "File"},
+            resume_vm=False,
+            drive_overrides=[
+                {"drive_id": name, "path_on_host": path_of(file, f"drives[{name!r}]")}
+                for name, file in drives.items()
+            ],
+            network_overrides=[{"iface_id": name, "host_dev_name": tap} for name, tap in interfaces.items()],
+            vsock_override=None if vsock is None else {"uds_path": path_of(vsock, "vsock")},
+            huge_pages=huge_pages,
+            track_dirty_pages=track_dirty_pages,
+            clock_realtime=clock_realtime,
+        )
+        custom = devices_of(devices)
+        if metadata is not None:
+            metadata = document_of(metadata)
+        vm = cls.__new__(cls)
+        vm._set_up(instance_id, console, console_limit, custom, logger, metadata_limit, profile=profile)
+        try:
+            if metadata is not None:
+                vm._order("put_mmds", metadata)
+            vm._begin("load_snapshot", request)
+            if resume:
+                vm.resume()
+        except BaseException:
+            vm.end()
+            raise
+        return vm
+
+    def _set_up(
+        self,
+        instance_id: str,
+        console: tuple[int, int] | None,
+        console_limit: int,
+        custom: tuple[VirtioDevice, ...],
+        logger: Logger | None,
+        metadata_limit: int,
+        *,
+        profile: bool,
+    ) -> None:
+        """Make console and controller, which know of no guest yet."""
+        ends = (-1, -1) if console is None else console_of(console)
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._started: Machine | None = None
+        self._console = Console(console_limit) if console is None else None
+        if self._console is not None:
+            ends = (self._console.guest_in, self._console.guest_out)
+        options = BuildOptions(
+            console_in=ends[0],
+            console_out=ends[1],
+            console_waits=True,
+            ends_on_panic=True,
+            logger=logger,
+            profile=profile,
+            devices=custom,
+        )
+        builder = _Builder(options)
+        self._controller = Controller(
+            builder,
+            prepare,
+            restore=builder.restore,
+            instance_id=instance_id,
+            logger=logger or Logger(instance_id, level=OFF),
+            metadata_limit=metadata_limit,
+        )
+        enrol(self)
+
     # -- life ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Boot the guest."""
+        self._begin("start")
+
+    def _begin(self, name: str, resource: Any = None) -> None:
+        """Execute the command that makes the machine."""
         with self._turn(waits=True):
-            self._order("start")
+            self._order(name, resource)
             machine = self._controller.machine
             assert isinstance(machine, Machine)
             self._started = machine
@@ -198,6 +288,26 @@ class MicroVM:
     def resume(self) -> None:
         """Go on after `pause`."""
         self._order("resume", waits=True)
+
+    def snapshot(self, path: str | os.PathLike[str], memory: str | os.PathLike[str] | None = None) -> None:
+        """Save the guest, which `restore` then lets go on: memory and all devices, but not the disks' contents.
+
+        path: a directory, made if it is not there, that gets the files "state" and "memory"; or the state file's path,
+        and `memory` the memory file's. What is there is replaced, both files together or none. A guest that runs is
+        paused meanwhile. ConfigError when they cannot be written.
+        """
+        state_path, memory_path = pair_of(path, memory, to_write=True)
+        request = make(SnapshotCreate, snapshot_path=state_path, mem_file_path=memory_path)
+        with self._turn(waits=True):
+            self._running()
+            runs = self.state != PAUSED
+            if runs:
+                self.pause()
+            try:
+                self._order("create_snapshot", request)
+            finally:
+                if runs:
+                    self.resume()
 
     def send_ctrl_alt_del(self) -> None:
         """Press Ctrl-Alt-Del in the guest."""
@@ -461,6 +571,10 @@ class _Builder:
     def __call__(self, config: VmConfig, shell: Any, held: Mapping[tuple[str, str], Held]) -> Machine:
         assert shell is None or isinstance(shell, Shell)
         return build(config, shell, self._options, held)
+
+    def restore(self, loaded: Loaded, shell: Any, held: Mapping[tuple[str, str], Held]) -> Machine:
+        assert shell is None or isinstance(shell, Shell)
+        return restore(loaded, shell, self._options, held)
 
 
 def _unless_failed(status: ExitStatus) -> ExitStatus:

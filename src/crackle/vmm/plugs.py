@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from crackle.kvm import Bus, Vm
     from crackle.runtime.iothread import IoThread
     from crackle.virtio.device import VirtioDevice
+    from crackle.virtio.state import MmioState
 
     # Kind and identifier of a device.
     Key = tuple[str, str]
@@ -26,10 +27,13 @@ class Plugs:
         self._places = Places()
         self.transports: dict[Key, MmioTransport] = {}
 
-    def plug(self, key: Key, device: VirtioDevice, io: IoThread) -> None:
-        """Give a device its window, its interrupt, and its place on `io`. It is closed when that cannot be."""
+    def plug(self, key: Key, device: VirtioDevice, io: IoThread, saved: MmioState | None = None) -> None:
+        """Give a device its window, its interrupt, and its place on `io`. It is closed when that cannot be.
+
+        saved: what it was before; window and interrupt are the same. ConfigError when they are another's.
+        """
         try:
-            transport = self._transport(device)
+            transport = self._transport(device, saved)
             try:
                 transport.plug(self._mmio, io, self._vm)
             except BaseException:
@@ -50,12 +54,14 @@ class Plugs:
         transport.device.close()
         self._take_back(transport)
 
-    def _transport(self, device: VirtioDevice) -> MmioTransport:
-        line = self._places.lines.take()
+    def _transport(self, device: VirtioDevice, saved: MmioState | None) -> MmioTransport:
+        lines, windows = self._places.lines, self._places.windows
+        line = lines.take() if saved is None else lines.claim(saved.gsi)
         try:
-            return MmioTransport(device, self._places.windows.take(), line)
+            address = windows.take() if saved is None else windows.claim(saved.address)
+            return MmioTransport(device, address, line)
         except BaseException:
-            self._places.lines.release(line)
+            lines.release(line)
             raise
 
     def _take_back(self, transport: MmioTransport) -> None:

@@ -23,6 +23,8 @@ ALWAYS = (
     "_socket",
     "select",
     "crackle.schema.position",
+    "crackle.schema.snapshot",
+    "crackle.snapshot.save",
     "crackle.vmm.probe",
     f"crackle.arch.{os.uname().machine}.probe",
     "crackle.vmm.silence",
@@ -51,7 +53,7 @@ def preload_all() -> None:
     _import(
         (
             *ALWAYS,
-            *("crackle.vmm.builder", "crackle.vmm.shell", "resource", "termios"),
+            *("crackle.vmm.builder", "crackle.vmm.shell", "crackle.snapshot.load", "resource", "termios"),
             *(_VHOST_USER, *_BLOCK, _ASYNC, _LIMITER, _NET, _VSOCK, *_METADATA),
         )
     )

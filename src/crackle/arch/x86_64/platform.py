@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from crackle.arch.x86_64 import configure_system, enter_kernel, layout, prepare_vcpu
-from crackle.arch.x86_64.board import Board
+from crackle.arch.x86_64.board import Board, BoardState
 from crackle.arch.x86_64.cmdline import build as build_cmdline
 from crackle.arch.x86_64.kernel import load_initrd, load_kernel
 from crackle.arch.x86_64.layout import CMDLINE_MAX_SIZE, memory_layout
-from crackle.arch.x86_64.state import restore_vcpu, restore_vm, save_vcpu, save_vm
+from crackle.arch.x86_64.state import VcpuState, VmState, restore_vcpu, restore_vm, save_vcpu, save_vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,7 +23,11 @@ __all__ = [
     "DEVICE_LINES",
     "DEVICE_ROUTES",
     "DEVICE_WINDOWS",
+    "BoardState",
+    "VcpuState",
+    "VmState",
     "build_cmdline",
+    "check_vcpus",
     "create_chips",
     "describe",
     "enter_kernel",
@@ -51,6 +55,13 @@ def create_chips(vm: Vm) -> None:
     vm.set_tss_addr(layout.KVM_TSS_ADDRESS)
     vm.create_irqchip()
     vm.create_pit2()
+
+
+def check_vcpus(kvm: Kvm, vcpus: Sequence[Vcpu], states: Sequence[VcpuState]) -> list[str]:
+    """What is unlike where `states` were saved, in sentences. ConfigError when they cannot run here."""
+    from crackle.arch.x86_64.compatibility import check_vcpus
+
+    return check_vcpus(kvm, vcpus, states)
 
 
 def prepare_vcpus(kvm: Kvm, vcpus: Sequence[Vcpu], *, smt: bool) -> None:

@@ -1,7 +1,8 @@
 """What a snapshot keeps of KVM itself on x86_64: the chips, the guest's clock, and each vCPU.
 
 What KVM gives as one block stays one. The order of restoring matters: CPUID before what it allows, the MP state before
-the events, the local APIC and the time stamp counter before the deadline of its timer.
+the events, the local APIC and the time stamp counter before the deadline of its timer, the vCPUs before the chips,
+whose interrupts their local APICs take.
 """
 
 from __future__ import annotations
@@ -10,20 +11,30 @@ from typing import Any
 
 import msgspec
 
+from crackle.errors import ConfigError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from crackle.kvm import Kvm, Vcpu, Vm
 
 _IRQCHIPS = (0, 1, 2)  # PIC 1, PIC 2, IOAPIC
+_TSC = 0x10
 _TSC_DEADLINE = 0x6E0
+
+# The local APIC's timer (Intel SDM volume 3, 10.5.4): its place in the register page, masked, and deadline mode.
+_LVT_TIMER, _LVT_MASKED, _LVT_MODE, _LVT_DEADLINE = 0x320, 1 << 16, 3 << 17, 2 << 17
 
 
 class VmState(msgspec.Struct, frozen=True, kw_only=True):
-    """struct kvm_irqchip of PIC 1, PIC 2 and IOAPIC, struct kvm_pit_state2, and kvmclock in nanoseconds."""
+    """struct kvm_irqchip of PIC 1, PIC 2 and IOAPIC, struct kvm_pit_state2, and kvmclock in nanoseconds.
+
+    realtime_ns: the host's CLOCK_REALTIME when kvmclock was that; None where KVM did not say (before Linux 5.16).
+    """
 
     irqchips: tuple[bytes, ...]
     pit: bytes
     clock_ns: int
+    realtime_ns: int | None = None
 
 
 class VcpuState(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,28 +51,45 @@ class VcpuState(msgspec.Struct, frozen=True, kw_only=True):
     lapic: bytes
     msrs: dict[int, int]
     events: bytes
+    nested: bytes = b""
 
 
 def save_vm(vm: Vm) -> VmState:
     """The chips; all vCPUs are paused."""
+    clock_ns, realtime_ns = vm.get_clock()
     return VmState(
         irqchips=tuple(vm.get_irqchip(chip) for chip in _IRQCHIPS),
         pit=vm.get_pit2(),
-        clock_ns=vm.get_clock()[0],
+        clock_ns=clock_ns,
+        realtime_ns=realtime_ns,
     )
 
 
-def restore_vm(vm: Vm, state: VmState) -> None:
-    """The reverse of `save_vm`, before the vCPUs' state."""
+def restore_vm(vm: Vm, state: VmState, *, realtime: bool = False) -> None:
+    """The reverse of `save_vm`, after the vCPUs' state. realtime: let kvmclock go on by what has passed since.
+
+    ConfigError when nobody knows how much that is.
+    """
+    if realtime and state.realtime_ns is None:
+        raise ConfigError(
+            "The snapshot does not say what time it was when it was taken, which clock_realtime needs: "
+            "that takes a host with Linux 5.16 or newer. Leave clock_realtime out."
+        )
     vm.set_pit2(state.pit)
+    vm.set_clock(state.clock_ns, state.realtime_ns if realtime else None)
     for chip in state.irqchips:
         vm.set_irqchip(chip)
-    vm.set_clock(state.clock_ns)
 
 
 def save_vcpu(kvm: Kvm, vcpu: Vcpu) -> VcpuState:
     """A paused vCPU's state. Looking at its MP state first makes KVM deliver what is on its way."""
     mp_state = vcpu.get_mp_state()
+    lapic = vcpu.get_lapic()
+    msrs = vcpu.get_msrs(kvm.msr_index_list())
+    timer = int.from_bytes(lapic[_LVT_TIMER : _LVT_TIMER + 4], "little")
+    if timer & (_LVT_MODE | _LVT_MASKED) == _LVT_DEADLINE and msrs.get(_TSC_DEADLINE) == 0:
+        # It may have expired just now, which KVM keeps where nobody can see it: better once too often than never.
+        msrs[_TSC_DEADLINE] = msrs[_TSC]
     return VcpuState(
         cpuid=tuple(tuple(leaf) for leaf in vcpu.get_cpuid2()),
         tsc_khz=vcpu.tsc_khz,
@@ -71,13 +99,14 @@ def save_vcpu(kvm: Kvm, vcpu: Vcpu) -> VcpuState:
         xsave=vcpu.get_xsave(),
         xcrs=vcpu.get_xcrs(),
         debugregs=vcpu.get_debugregs(),
-        lapic=vcpu.get_lapic(),
-        msrs=vcpu.get_msrs(kvm.msr_index_list()),
+        lapic=lapic,
+        msrs=msrs,
+        nested=vcpu.get_nested_state(),
         events=vcpu.get_vcpu_events(),
     )
 
 
-def restore_vcpu(vcpu: Vcpu, state: VcpuState) -> None:
+def restore_vcpu(kvm: Kvm, vcpu: Vcpu, state: VcpuState) -> None:
     """The reverse of `save_vcpu`, before the vCPU runs. KvmError where this host's KVM does not take it."""
     vcpu.set_cpuid2(state.cpuid)
     if vcpu.tsc_khz != state.tsc_khz:
@@ -85,12 +114,26 @@ def restore_vcpu(vcpu: Vcpu, state: VcpuState) -> None:
     vcpu.set_mp_state(state.mp_state)
     vcpu.set_regs(state.regs)
     vcpu.set_sregs(state.sregs)
-    vcpu.set_xsave(state.xsave)
+    vcpu.set_xsave(_of_length(state.xsave, len(vcpu.get_xsave())))
     vcpu.set_xcrs(state.xcrs)
     vcpu.set_debugregs(state.debugregs)
     vcpu.set_lapic(state.lapic)
+    known = frozenset(kvm.msr_index_list())
+    # What this KVM does not know is zero: `check_vcpus` has seen to that.
+    msrs = {index: value for index, value in state.msrs.items() if value or index in known}
     # Its value is an absolute time of the TSC, which must be there first.
-    deadline = {index: value for index, value in state.msrs.items() if index == _TSC_DEADLINE}
-    vcpu.set_msrs({index: value for index, value in state.msrs.items() if index != _TSC_DEADLINE})
-    vcpu.set_msrs(deadline)
+    deadline = msrs.pop(_TSC_DEADLINE, None)
+    vcpu.set_msrs(msrs)
+    if deadline is not None:
+        vcpu.set_msrs({_TSC_DEADLINE: deadline})
+    # After IA32_FEATURE_CONTROL and EFER, which allow it. Mostly nothing but what a new vCPU has.
+    if state.nested and state.nested != vcpu.get_nested_state():
+        vcpu.set_nested_state(state.nested)
     vcpu.set_vcpu_events(state.events)
+
+
+def _of_length(area: bytes, size: int) -> bytes:
+    """An XSAVE area for a KVM that wants so many bytes. ConfigError when one with fewer would lose something."""
+    if len(area) > size and any(area[size:]):
+        raise ConfigError(f"the guest's XSAVE area has {len(area)} bytes, this host's KVM takes {size}")
+    return area[:size].ljust(size, b"\0")

@@ -1,0 +1,83 @@
+"""Reading a snapshot: the pair of files, and what whoever loads it wants otherwise."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from crackle.errors import ConfigError
+from crackle.snapshot.pair import find
+from crackle.snapshot.state import Snapshot
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from crackle.schema import SnapshotLoad, VmConfig
+
+_UNKNOWN = "Failed to get snapshot state from file: Unknown {} Device. The snapshot has no {} {!r}."
+
+
+class Loaded:
+    """A snapshot whose configuration is as `request` wants it, and its open memory file, until `close`.
+
+    ConfigError when there is no such snapshot, or no such device in it.
+    """
+
+    def __init__(self, request: SnapshotLoad) -> None:
+        path = request.mem_file_path if request.mem_backend is None else request.mem_backend.backend_path
+        assert path is not None, "one of the two is given"
+        self.clock_realtime = request.clock_realtime
+        found, self.memory_fd = find(request.snapshot_path, path)
+        try:
+            self.snapshot: Snapshot = msgspec.structs.replace(
+                found, config=_overridden(found.config, request)
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def take(self, config: VmConfig) -> None:
+        """Go on with `config`, into which the snapshot's has been made."""
+        self.snapshot = msgspec.structs.replace(self.snapshot, config=config)
+
+    def close(self) -> None:
+        """Idempotent."""
+        fd, self.memory_fd = self.memory_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _overridden(config: VmConfig, request: SnapshotLoad) -> VmConfig:
+    machine = config.machine_config
+    assert machine is not None, "whoever saved it has filled it in"
+    huge_pages = machine.huge_pages if request.huge_pages == "Snapshot" else request.huge_pages
+    if huge_pages == "2M":
+        raise ConfigError(
+            "Failed to load guest memory: Cannot restore hugetlbfs backed snapshot by mapping the memory file. "
+            'Give "huge_pages": "None" or "Transparent".'
+        )
+    config.machine_config = msgspec.structs.replace(
+        machine,
+        huge_pages=huge_pages,
+        track_dirty_pages=request.track_dirty_pages or request.enable_diff_snapshots,
+    )
+    for network in request.network_overrides:
+        interface = _find(config.network_interfaces, "iface_id", network.iface_id, "Network", "interface")
+        interface.host_dev_name = network.host_dev_name
+    for override in request.drive_overrides:
+        drive = _find(config.drives, "drive_id", override.drive_id, "Block", "drive")
+        drive.path_on_host = override.path_on_host
+    if request.vsock_override is not None:
+        if config.vsock is None:
+            raise ConfigError("Failed to get snapshot state from file: Unknown Vsock Device.")
+        config.vsock.uds_path = request.vsock_override.uds_path
+    return config
+
+
+def _find(section: list[Any], field: str, name: str, kind: str, what: str) -> Any:
+    for resource in section:
+        if getattr(resource, field) == name:
+            return resource
+    raise ConfigError(_UNKNOWN.format(kind, what, name))
