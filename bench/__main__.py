@@ -15,7 +15,20 @@ from pathlib import Path
 
 from bench.rows import BUILD, GUESTS, ROOT, Bench, Row
 
-AREAS = ("exits", "boot", "start", "api", "memory", "block", "net", "drivers", "vsock", "pause", "linux")
+AREAS = (
+    "exits",
+    "boot",
+    "start",
+    "launch",
+    "api",
+    "memory",
+    "block",
+    "net",
+    "drivers",
+    "vsock",
+    "pause",
+    "linux",
+)
 
 
 def reference_name(path: str) -> str:

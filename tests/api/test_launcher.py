@@ -54,9 +54,9 @@ def eventually(condition: Callable[[], Any]) -> Any:
     return found
 
 
-@pytest.fixture
-def zygote(tmp_path: Path) -> Iterator[ZygoteProcess]:
-    zygote = ZygoteProcess(tmp_path / "zygote")
+@pytest.fixture(params=[0, 1], ids=["no-spare", "spare"])
+def zygote(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[ZygoteProcess]:
+    zygote = ZygoteProcess(tmp_path / "zygote", spares=request.param)
     yield zygote
     if zygote.process.poll() is None:
         zygote.end()
@@ -87,14 +87,14 @@ class Launched:
 
     def __init__(self, zygote: ZygoteProcess, directory: Path, name: str, **options: Any) -> None:
         self.socket = directory / name
-        before = set(zygote.children())
+        before = zygote.monitors()
         self.process = subprocess.Popen(
             [*zygote.command, "--api-sock", str(self.socket), "--level", "Off"],
             **{"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, **options},
         )
         eventually(self.socket.exists)
         assert self.get().startswith(b"HTTP/1.1 200")
-        (self.monitor,) = set(zygote.children()) - before
+        (self.monitor,) = zygote.monitors() - before
 
     def get(self) -> bytes:
         with socket.socket(socket.AF_UNIX) as client:
@@ -189,7 +189,7 @@ def test_no_child_stays_as_a_zombie(zygote: ZygoteProcess, launch: Callable[...,
     for launched in [launch() for _ in range(3)]:
         launched.close()
     assert launch_to_end(zygote, "--version").returncode == 0
-    eventually(lambda: not zygote.children())
+    eventually(zygote.is_idle)
 
 
 def test_a_stopped_launcher_stops_its_monitor(launch: Callable[..., Launched]) -> None:
@@ -227,7 +227,7 @@ def descriptors(pid: int) -> dict[str, str]:
 def without_children(zygote: ZygoteProcess) -> dict[str, str]:
     """What the zygote has open, once it has no child any more."""
     found = descriptors(zygote.process.pid)
-    return found if list(found.values()).count("socket:[N]") == 1 else {}
+    return found if list(found.values()).count("socket:[N]") == 1 + zygote.spares else {}
 
 
 def test_children_have_the_same_few_descriptors(
@@ -243,7 +243,7 @@ def test_children_have_the_same_few_descriptors(
         eventually(lambda pid=pid: sorted(descriptors(pid).values()) == wanted)
     first.close()
     second.close()
-    assert eventually(lambda: without_children(zygote)) == alone
+    assert sorted(eventually(lambda: without_children(zygote)).values()) == sorted(alone.values())
 
 
 def test_other_descriptors_that_a_client_leaves_open_are_the_monitors(
@@ -308,7 +308,7 @@ def test_the_network_namespace_is_the_launchers(
     )
     try:
         eventually(path.exists)
-        (monitor,) = zygote.children()
+        (monitor,) = zygote.monitors()
         launchers = os.readlink(f"/proc/{process.pid}/ns/net")
         assert os.readlink(f"/proc/{monitor}/ns/net") == launchers != os.readlink("/proc/self/ns/net")
     finally:
@@ -437,7 +437,7 @@ def test_those_who_say_nothing_keep_nobody_waiting(zygote: ZygoteProcess) -> Non
         assert b"has sent nothing" in connection.recv(4096)
         connection.close()
     assert time.monotonic() - started < TIMEOUT
-    eventually(lambda: not zygote.children())
+    eventually(zygote.is_idle)
 
 
 def request(version: bytes, strings: bytes, arguments: int, variables: int, *fds: int) -> bytes:
@@ -494,7 +494,7 @@ def test_another_users_launcher_is_not_served(zygote: ZygoteProcess, tmp_path: P
             timeout=TIMEOUT,
         )
         assert done.stdout == "b''\n", done.stderr
-        assert not zygote.children()
+        assert zygote.is_idle()
     finally:
         open_path.unlink()
 
@@ -563,6 +563,18 @@ def test_no_new_privileges_are_the_launchers(launch: Callable[..., Launched]) ->
     assert "NoNewPrivs:\t1" in Path(f"/proc/{launched.monitor}/status").read_text()
 
 
+def test_spares_end_with_the_zygote_and_one_that_is_killed_is_replaced(tmp_path: Path) -> None:
+    zygote = ZygoteProcess(tmp_path / "zygote", spares=2)
+    first = eventually(lambda: len(zygote.children()) == 2 and zygote.children())
+    os.kill(first[0], signal.SIGKILL)
+    assert launch_to_end(zygote, "--version").returncode == 0
+    eventually(lambda: len(zygote.children()) == 2 and not set(first) & set(zygote.children()))
+    last = zygote.children()
+    zygote.process.kill()
+    zygote.process.communicate()
+    eventually(lambda: all(gone(pid) for pid in last))
+
+
 # -- the zygote itself -------------------------------------------------------------------------------------------------
 
 
@@ -592,7 +604,7 @@ def test_the_zygote_executes_itself_anew_when_its_code_has_changed(
     # The child of before is still its child.
     waiting.communicate(timeout=TIMEOUT)
     assert waiting.returncode == 17
-    eventually(lambda: not zygote.children())
+    eventually(zygote.is_idle)
 
 
 def test_the_socket_of_a_dead_zygote_is_replaced_and_a_living_ones_is_not(

@@ -38,11 +38,16 @@ class ZygoteProcess:
         path: Path,
         *arguments: str,
         command: list[str] | None = None,
+        spares: int = 0,
         appears: Callable[[Path], bool] = Path.exists,
         **options: Any,
     ) -> None:
         self.path = path
-        given = arguments or ("-X", "utf8", "-m", "crackle.cli.zygote", "--socket", str(path))
+        self.spares = spares
+        given = arguments or (
+            *("-X", "utf8", "-m", "crackle.cli.zygote", "--socket", str(path)),
+            *("--spares", str(spares)),
+        )
         self.process = subprocess.Popen(
             command or [sys.executable, *given],
             stdin=subprocess.DEVNULL,
@@ -64,6 +69,14 @@ class ZygoteProcess:
         """Its children, those that nobody has waited for included."""
         pid = self.process.pid
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def monitors(self) -> set[int]:
+        """Those of its children that have got their launcher."""
+        return {pid for pid in self.children() if Path(f"/proc/{pid}/comm").read_text() == "crackle-vmm\n"}
+
+    def is_idle(self) -> bool:
+        """Whether there are no children but spares."""
+        return len(self.children()) <= self.spares
 
     def end(self) -> str:
         """What it has said."""

@@ -181,6 +181,9 @@ def zygote(
             help="Where it listens; else CRACKLE_ZYGOTE, /run/crackle/zygote or one in XDG_RUNTIME_DIR.",
         ),
     ] = None,
+    spares: Annotated[
+        int, typer.Option(min=0, max=64, help="Processes that are forked before there is a launcher.")
+    ] = 0,
 ) -> None:
     """Keep a warm process, from which crackle-launch has microVMs in a millisecond, until a signal ends it.
 
@@ -190,7 +193,7 @@ def zygote(
 
     from crackle.cli.zygote import command
 
-    words = command(*(() if socket is None else ("--socket", socket)))
+    words = command("--spares", str(spares), *(() if socket is None else ("--socket", socket)))
     os.execv(words[0], words)
 
 

@@ -33,8 +33,12 @@ def main(arguments: list[str]) -> None:
     else:
         listener = _socket.socket(fileno=int(fd))
         os.set_inheritable(listener.fileno(), False)
-    again = command("--listener", str(listener.fileno()), *(("--socket", path) if path else ()))
-    zygote = Zygote(listener, vmm.run, path=path, again=again, children=given.get("--children", ""))
+    spares = given.get("--spares", "0")
+    again = command(
+        "--listener", str(listener.fileno()), "--spares", spares, *(("--socket", path) if path else ())
+    )
+    children = given.get("--children", "")
+    zygote = Zygote(listener, vmm.run, path=path, again=again, children=children, spares=int(spares))
     load()
     zygote.serve()
 

@@ -23,7 +23,8 @@ import sys
 from crackle.errors import ConfigError, os_reason
 from crackle.runtime.inherit import ENDED, REFUSES, WILL, Home, RefusedError, adopt, alone, answer
 from crackle.runtime.loop import Loop
-from crackle.runtime.system import watch_directories
+from crackle.runtime.pages import written_pages
+from crackle.runtime.system import own_pages, watch_directories
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,6 +38,12 @@ _BACKLOG = 1024
 
 # Seconds without a change after which the code is taken to be complete again.
 _SETTLED_S = 1.0
+
+# Seconds after which it is looked at what a child has written to.
+_LEARN_S = 2.0
+
+# Seconds after a launcher has come until there is another spare.
+_REFILL_S = 0.05
 
 _ALL = _signal.valid_signals()
 _STOPPING = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP)
@@ -103,7 +110,7 @@ class Zygote:
 
     run: what a child does with its arguments; its result is the exit status. again: the command with which it executes
     itself anew, with the listener under its number and ``--children FD:PID,...`` added, which says who its children are
-    and where their launchers are told; that is `children`.
+    and where their launchers are told; that is `children`. spares: how many children are forked ahead of need.
     """
 
     def __init__(
@@ -114,6 +121,7 @@ class Zygote:
         path: str | None = None,
         again: Sequence[str] = (),
         children: str = "",
+        spares: int = 0,
     ) -> None:
         self._listener = listener
         self._run = run
@@ -124,6 +132,9 @@ class Zygote:
         self._ends: dict[int, int] = {}
         self._changes = -1
         self._settling: Timer | None = None
+        self._wanted = spares
+        self._spares: list[tuple[int, _socket.socket]] = []
+        self._written = b""
         listener.setblocking(False)
         self._loop.watch(listener.fileno(), self._accept)
         for number in _STOPPING:
@@ -145,7 +156,9 @@ class Zygote:
             self._loop.watch(self._changes, self._changed)
         gc.collect()
         gc.freeze()
+        self._refill()
         self._loop.run()
+        self._end_spares()
         if self._path is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
@@ -164,18 +177,94 @@ class Zygote:
         if user != os.geteuid() or self._settling is not None:
             connection.close()
             return
+        pid = self._hand_over(connection, launcher) or self._fork(self._be_child, connection, launcher)
+        if pid is None:
+            connection.close()
+            return
+        self._attend(pid, connection)
+        if self._wanted and not self._written:
+            self._loop.call_later(_LEARN_S, lambda: self._learn(pid))
+
+    def _fork(self, call: Callable[..., NoReturn], *given: object) -> int | None:
+        """A child that does that, with all signals blocked; None where there can be none."""
         before = _signal.pthread_sigmask(_signal.SIG_BLOCK, _ALL)
         try:
             pid = os.fork()
             if not pid:
-                self._be_child(connection, launcher)
+                try:
+                    call(*given)
+                finally:
+                    os._exit(1)
         except OSError as error:
-            connection.close()
             _complain(f"cannot fork: {os_reason(error)}")
-            return
+            return None
         finally:
             _signal.pthread_sigmask(_signal.SIG_SETMASK, before)
-        self._attend(pid, connection)
+        return pid
+
+    # -- spares: children forked before there is a launcher ----------------------------------------------------------
+
+    def _refill(self) -> None:
+        while len(self._spares) < self._wanted and self._settling is None:
+            ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+            pid = self._fork(self._be_spare, theirs)
+            theirs.close()
+            if pid is None:
+                ours.close()
+                return
+            self._spares.append((pid, ours))
+
+    def _hand_over(self, connection: _socket.socket, launcher: int) -> int | None:
+        """Give a launcher to a spare: its process, or None where there is none."""
+        pid = None
+        while pid is None and self._spares:
+            pid, spare = self._spares.pop(0)
+            rights = struct.pack("=i", connection.fileno())
+            try:
+                spare.sendmsg(
+                    [struct.pack("=i", launcher)],
+                    [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)],
+                    _socket.MSG_NOSIGNAL,
+                )
+            except OSError:
+                os.waitpid(pid, 0)  # somebody has killed it
+                pid = None
+            spare.close()
+        if self._wanted:
+            # Not now: the processors are the launcher's microVM's.
+            self._loop.call_later(_REFILL_S, self._refill)
+        return pid
+
+    def _end_spares(self) -> None:
+        for pid, spare in self._spares:
+            spare.close()
+            # It has nothing yet, and may have been stopped.
+            os.kill(pid, _signal.SIGKILL)
+            os.waitpid(pid, 0)
+        self._spares.clear()
+
+    def _be_spare(self, zygote: _socket.socket) -> NoReturn:
+        """Be ready, and wait for a launcher; the zygote's end is this one's, too."""
+        try:
+            self._loop.close()
+            zygote = alone(zygote)
+            own_pages(self._written)
+            message, control, _, _ = zygote.recvmsg(4, _socket.CMSG_SPACE(4), _socket.MSG_CMSG_CLOEXEC)
+            if len(message) != 4:
+                os._exit(0)
+            (launcher,) = struct.unpack("=i", message)
+            (fd,) = struct.unpack("=i", control[0][2])
+            connection = alone(_socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd))
+            zygote.detach()
+        except BaseException as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+            os._exit(1)
+        self._serve_launcher(connection, launcher)
+
+    def _learn(self, pid: int) -> None:
+        """What one child writes to, the next will, too."""
+        if not self._written and pid in self._ends:
+            self._written = written_pages(pid)
 
     def _attend(self, pid: int, connection: _socket.socket) -> None:
         """Tell the launcher when the child has ended."""
@@ -197,11 +286,13 @@ class Zygote:
     # -- the child -----------------------------------------------------------------------------------------------------
 
     def _be_child(self, connection: _socket.socket, launcher: int) -> NoReturn:
+        # The loop's descriptors are copies, its handlers of signals the zygote's.
+        self._loop.close()
+        self._serve_launcher(alone(connection), launcher)
+
+    def _serve_launcher(self, connection: _socket.socket, launcher: int) -> NoReturn:
         status = 1
         try:
-            # The loop's descriptors are copies, its handlers of signals the zygote's.
-            self._loop.close()
-            connection = alone(connection)
             lifeline, arguments = adopt(connection, launcher, self._home)
             status = self._run(arguments)
             with contextlib.suppress(OSError):
@@ -227,6 +318,7 @@ class Zygote:
                 self._settle(os.fsdecode(name))
 
     def _settle(self, name: str) -> None:
+        self._end_spares()
         if self._settling is None:
             _complain(f"{name} has changed: starting anew")
         else:
@@ -239,6 +331,7 @@ class Zygote:
             os.set_inheritable(connection.fileno(), True)
             children.append(f"{connection.fileno()}:{pid}")
         os.set_inheritable(self._listener.fileno(), True)
+        self._end_spares()
         self._loop.close()
         os.execv(self._again[0], [*self._again, "--children", ",".join(children)])
 
