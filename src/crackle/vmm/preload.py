@@ -54,7 +54,7 @@ def preload_all() -> None:
         (
             *ALWAYS,
             *("crackle.vmm.builder", "crackle.vmm.shell", "crackle.snapshot.load", "resource", "termios"),
-            *(_VHOST_USER, *_BLOCK, _ASYNC, _LIMITER, _NET, _VSOCK, *_METADATA),
+            *(_VHOST_USER, *_BLOCK, _ASYNC, _LIMITER, _NET, "crackle.virtio.net.tap", _VSOCK, *_METADATA),
         )
     )
 
