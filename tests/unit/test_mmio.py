@@ -352,7 +352,7 @@ def test_a_driver_that_has_not_acknowledged_one_interrupt_is_not_told_again_at_o
         serve(bench, ring)
         with contextlib.suppress(BlockingIOError):
             pulses += os.eventfd_read(line)
-    assert pulses <= (time.monotonic() - told) * 1000
+    assert pulses <= (time.monotonic() - told) * 4000
     bench.registers[driver.INTERRUPT_ACK] = USED_BUFFER
     with contextlib.suppress(BlockingIOError):
         os.eventfd_read(line)

@@ -30,7 +30,7 @@ cdef enum:
     VERSION = 2
     VENDOR = 0
     # While the driver has not acknowledged one interrupt, the next for the same reason is raised this much later.
-    AGAIN_NS = 1_000_000
+    AGAIN_NS = 250_000
 
 SIZE = 0x1000
 
