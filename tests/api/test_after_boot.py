@@ -105,7 +105,6 @@ def test_a_drive_keeps_its_file_when_the_other_cannot_be_used(
 @pytest.mark.parametrize(
     ("method", "path", "body"),
     [
-        ("PUT", "/snapshot/create", {"snapshot_path": "s", "mem_file_path": "m", "snapshot_type": "Diff"}),
         ("DELETE", "/network-interfaces/e0", None),
         ("DELETE", "/drives/root", None),
         ("GET", "/balloon/statistics", None),

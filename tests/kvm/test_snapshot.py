@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 
 from crackle import ConfigError, Drive, MicroVM, NetworkInterface, RateLimiter, TokenBucket, VirtioDevice
 from crackle.memory.dump import Scan
+from crackle.snapshot.inspect import rebase
 from support.card import Host, frame
 from support.network import Namespace
 from support.vhost_user import Impostor
@@ -483,3 +485,88 @@ def test_a_client_that_goes_away_harms_nothing(
     if made:
         with MicroVM.restore(tmp_path / "s", tmp_path / "m") as vm:
             vm.console.expect(r"count \d+\n", timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("tracking", [True, False])
+@pytest.mark.parametrize("merged", ["by hand", "in place"])
+def test_differential_snapshots_go_on_where_they_were_taken(
+    guests: Path, tmp_path: Path, tracking: bool, merged: str
+) -> None:
+    """Full, then differential ones in a chain through restores; each is merged into the one before."""
+    base = tmp_path / "base"
+    with MicroVM(guests / "count.elf", boot_args="touch=2", memory=64, track_dirty_pages=tracking) as vm:
+        vm.console.expect("count 2\n", timeout=PATIENCE)
+        vm.snapshot(tmp_path / "s0", base)
+    last = 0
+    for number in range(4):
+        diff = base if merged == "in place" else tmp_path / "diff"
+        with MicroVM.restore(tmp_path / f"s{number}", base, track_dirty_pages=tracking) as vm:
+            found = vm.console.expect(r"count (\d+)\n", timeout=PATIENCE)
+            assert int(found[1]) > last
+            last = int(vm.console.expect(r"count (\d+)\n", timeout=PATIENCE)[1])
+            vm.pause()
+            vm.snapshot(tmp_path / f"s{number + 1}", diff, differential=True)
+            content = b"".join(vm._machine().memory.read(r.gpa, r.size) for r in vm._machine().memory.regions)
+        if merged == "by hand":
+            # 2 MiB that the guest changes, and not the whole of it.
+            assert diff.stat().st_blocks * 512 < 8 << 20
+            if number:
+                with pytest.raises(ConfigError, match=r"the memory file is not this snapshot's"):
+                    MicroVM.restore(tmp_path / f"s{number + 1}", diff)
+            rebase(str(base), str(diff))
+            diff.unlink()
+        assert base.read_bytes() == content
+        assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("base")) == ["base"]
+
+
+def test_several_differential_snapshots_of_one_guest(guests: Path, tmp_path: Path) -> None:
+    """A differential one has what was written since the last that succeeded."""
+    with MicroVM(guests / "count.elf", boot_args="touch=2", memory=64, track_dirty_pages=True) as vm:
+        vm.console.expect("count 2\n", timeout=PATIENCE)
+        memory = vm._machine().memory
+        vm.pause()
+        vm.snapshot(tmp_path / "s", tmp_path / "base")
+        memory.write(40 << 20, b"written by the host")
+        with pytest.raises(ConfigError):
+            vm.snapshot(tmp_path / "none" / "s", tmp_path / "d1", differential=True)
+        vm.snapshot(tmp_path / "s", tmp_path / "d1", differential=True)
+        assert (tmp_path / "d1").stat().st_blocks * 512 < 1 << 20
+        with (tmp_path / "d1").open("rb") as file:
+            file.seek(40 << 20)
+            assert file.read(19) == b"written by the host"
+        # Nothing has happened since, and there is nothing in it.
+        vm.snapshot(tmp_path / "s", tmp_path / "d2", differential=True)
+        assert (tmp_path / "d2").stat().st_blocks <= 8 * 8
+        vm.resume()
+        vm.console.expect(r"count \d+\n", timeout=PATIENCE)
+        vm.console.expect(r"count \d+\n", timeout=PATIENCE)
+        vm.pause()
+        vm.snapshot(tmp_path / "s", tmp_path / "d3", differential=True)
+        for name in ("d1", "d2", "d3"):
+            rebase(str(tmp_path / "base"), str(tmp_path / name))
+        assert (tmp_path / "base").read_bytes() == memory.read(0, 64 << 20)
+    with MicroVM.restore(tmp_path / "s", tmp_path / "base") as vm:
+        vm.console.expect(r"count \d+\n", timeout=PATIENCE)
+        vm.console.expect(r"count \d+\n", timeout=PATIENCE)
+
+
+def test_the_command_shows_and_merges(guests: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(4096))
+    with MicroVM(guests / "count.elf", boot_args="", memory=64, drives=[str(disk)]) as vm:
+        vm.console.expect("count 2\n", timeout=PATIENCE)
+        vm.snapshot(tmp_path / "snapshot")
+
+    def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "crackle.cli.main", "snapshot", *map(str, arguments)]
+        return subprocess.run(words, capture_output=True, text=True, timeout=60)
+
+    shown = command("show", tmp_path / "snapshot").stdout
+    assert "kind:        full\n" in shown
+    assert "memory:      64 MiB\n" in shown
+    assert f"device:      block drive0 at 0xc0001000, interrupt 5, {disk}\n" in shown
+    assert "no state file of Crackle's" in command("show", disk).stderr
+    wrong = command("rebase", "--base", disk, "--diff", tmp_path / "snapshot" / "memory")
+    assert wrong.returncode == 1
+    assert f"it has {64 << 20} bytes, the other 4096" in wrong.stderr
+    assert disk.read_bytes() == bytes(4096)

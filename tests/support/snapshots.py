@@ -64,6 +64,12 @@ class Paused:
     def save(self) -> MachineState:
         return STATE
 
+    def dirty_pages(self) -> list[bytes] | None:
+        return None
+
+    def forget_dirty(self) -> None:
+        """Nobody notes any."""
+
 
 def fill(memory: GuestMemory, number: int) -> None:
     """Some pages that tell this number from others."""

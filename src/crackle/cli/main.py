@@ -11,6 +11,7 @@ import typer
 
 from crackle.cli import end_on_interrupt, interrupt_by_exception
 from crackle.cli import net as network_commands
+from crackle.cli import snapshot as snapshot_commands
 from crackle.errors import ConfigError, CrackleError, reason_of
 from crackle.hostnet import DEFAULT_NETWORK
 from crackle.runtime.stream import open_standard_streams
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 
 app.add_typer(network_commands.app, name="net")
+app.add_typer(snapshot_commands.app, name="snapshot")
 
 
 def _show_version(wanted: bool) -> None:

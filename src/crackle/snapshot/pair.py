@@ -16,6 +16,7 @@ import stat
 from binascii import crc32
 
 from crackle.errors import ConfigError, os_reason
+from crackle.memory.dump import copy_data
 from crackle.snapshot import statefile
 
 TYPE_CHECKING = False
@@ -68,6 +69,19 @@ class Pair:
         except BaseException:
             self.close()
             raise
+
+    def begin_with_old_memory(self) -> None:
+        """Give the new memory file the contents of the one that it takes the place of, if that is as large. OSError."""
+        size = os.fstat(self.memory_fd).st_size
+        try:
+            fd = os.open(self._memory_path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        try:
+            if os.fstat(fd).st_size == size:
+                copy_data(fd, self.memory_fd, size)
+        finally:
+            os.close(fd)
 
     def commit(self, state: bytes) -> None:
         """Put the pair in place, the state file with this content. ConfigError, and everything is as it was."""

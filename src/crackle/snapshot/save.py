@@ -8,7 +8,7 @@ from binascii import crc32
 import msgspec
 
 from crackle.errors import ConfigError, os_reason
-from crackle.memory.dump import Scan
+from crackle.memory.dump import Scan, resident_pages, write_pages
 from crackle.snapshot import statefile
 from crackle.snapshot.pair import Pair
 from crackle.snapshot.state import MemoryFile, Snapshot
@@ -28,18 +28,33 @@ if TYPE_CHECKING:
         @property
         def memory(self) -> GuestMemory: ...
         def save(self) -> MachineState: ...
+        def dirty_pages(self) -> list[bytes] | None: ...
+        def forget_dirty(self) -> None: ...
 
 
 _PAGE = 4096
 
 
 def save(machine: Machine, config: VmConfig, instance_id: str, request: SnapshotCreate) -> None:
-    """Write a snapshot of the paused machine that `config` describes. ConfigError leaves the files as they were."""
+    """Write a snapshot of the paused machine that `config` describes. ConfigError leaves the files as they were.
+
+    A differential one has the pages that were written since the one before it or, where nobody notes that, all that are
+    the guest's own. Where the memory file is there already, and as large as memory, it is that one with these pages.
+    """
     state = machine.save()
     memory = machine.memory
+    # Taken before a full one too: it begins anew what the next differential one has.
+    marks = machine.dirty_pages()
+    full = request.snapshot_type == "Full"
     with Pair(request.snapshot_path, request.mem_file_path, memory.size) as pair:
         try:
-            samples = tuple(Scan(memory, pair.memory_fd).samples)
+            if full:
+                samples = tuple(Scan(memory, pair.memory_fd).samples)
+            else:
+                pair.begin_with_old_memory()
+                write_pages(memory, pair.memory_fd, resident_pages(memory) if marks is None else marks)
+                # Of all memory: whoever loads it needs what this one goes on from as well.
+                samples = tuple(Scan(memory).samples)
         except OSError as error:
             raise ConfigError(
                 f"Cannot write memory file: {os_reason(error)}: {request.mem_file_path}"
@@ -52,9 +67,12 @@ def save(machine: Machine, config: VmConfig, instance_id: str, request: Snapshot
             # Outputs of the host's are not part of what the guest is made of.
             config=msgspec.structs.replace(config, logger=None, metrics=None, serial=msgspec.UNSET),
             machine=state,
-            memory=MemoryFile(size=memory.size, samples=samples, checksum=_checksum(memory, samples)),
+            memory=MemoryFile(
+                size=memory.size, samples=samples, checksum=_checksum(memory, samples), whole=full
+            ),
         )
         pair.commit(statefile.encode(snapshot))
+    machine.forget_dirty()
 
 
 def _checksum(memory: GuestMemory, samples: tuple[int, ...]) -> int:

@@ -97,7 +97,6 @@ NOT_YET: tuple[tuple[str, Callable[[Any], bool] | None, str], ...] = (
     ("delete_drive", None, "removing drives"),
     ("put_serial", _has("rate_limiter"), "rate limiters of the serial console"),
     ("delete_network", None, "removing network interfaces"),
-    ("create_snapshot", _has("snapshot_type", "Diff"), "differential snapshots"),
     ("load_snapshot", _by_uffd, "guest memory that another process serves (Uffd)"),
     *(
         (name, None, resource.missing)

@@ -113,6 +113,7 @@ class Machine:
         self._fds: list[int] = []
         self._paused = False
         self._threads_run = False
+        self._dirty: dict[int, int] = {}  # by region: pages written, of which nobody has a copy
         self._ended: ExitStatus | None = None
         self._stopping = RLock()
         self._closing = RLock()  # whoever looks at what `stop` gives back has it
@@ -318,6 +319,31 @@ class Machine:
             memory=tuple((region.gpa, region.size) for region in self.memory.regions),
             mmds=None if self.mmds is None else self.mmds.save(),
         )
+
+    def dirty_pages(self) -> list[bytes] | None:
+        """For each region of memory, the bitmap of the pages written since the last `forget_dirty`, or since the start.
+
+        None where that is not noted. The machine is paused.
+        """
+        if not self.memory.tracking:
+            return None
+        assert self.parts.slots is not None
+        for index, region in enumerate(self.memory.regions):
+            found = (self.vm.get_dirty_log(self.parts.slots.slot(region)), self.memory.take_dirty(index))
+            # Both are empty now: what is not written anywhere must not be lost.
+            bits = self._dirty.get(region.gpa, 0)
+            for bitmap in found:
+                bits |= int.from_bytes(bitmap, "little")
+            self._dirty[region.gpa] = bits
+        # In words of 64 bits, as KVM's.
+        return [
+            self._dirty[region.gpa].to_bytes((region.size + (1 << 18) - 1) >> 18 << 3, "little")
+            for region in self.memory.regions
+        ]
+
+    def forget_dirty(self) -> None:
+        """What `dirty_pages` told is kept elsewhere now."""
+        self._dirty.clear()
 
     def restore(self, state: MachineState, *, realtime: bool = False) -> None:
         """The reverse of `save`, once memory and devices are there; then the machine is paused, and has no threads yet.

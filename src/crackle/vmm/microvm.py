@@ -289,15 +289,28 @@ class MicroVM:
         """Go on after `pause`."""
         self._order("resume", waits=True)
 
-    def snapshot(self, path: str | os.PathLike[str], memory: str | os.PathLike[str] | None = None) -> None:
+    def snapshot(
+        self,
+        path: str | os.PathLike[str],
+        memory: str | os.PathLike[str] | None = None,
+        *,
+        differential: bool = False,
+    ) -> None:
         """Save the guest, which `restore` then lets go on: memory and all devices, but not the disks' contents.
 
         path: a directory, made if it is not there, that gets the files "state" and "memory"; or the state file's path,
         and `memory` the memory file's. What is there is replaced, both files together or none. A guest that runs is
         paused meanwhile. ConfigError when they cannot be written.
+        differential: write only the pages that have changed since the snapshot before (with `track_dirty_pages`) or
+        since the start, into the memory file of that snapshot if it is the same.
         """
         state_path, memory_path = pair_of(path, memory, to_write=True)
-        request = make(SnapshotCreate, snapshot_path=state_path, mem_file_path=memory_path)
+        request = make(
+            SnapshotCreate,
+            snapshot_path=state_path,
+            mem_file_path=memory_path,
+            snapshot_type="Diff" if differential else "Full",
+        )
         with self._turn(waits=True):
             self._running()
             runs = self.state != PAUSED
