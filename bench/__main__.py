@@ -27,6 +27,7 @@ AREAS = (
     "drivers",
     "vsock",
     "pause",
+    "snapshot",
     "linux",
 )
 

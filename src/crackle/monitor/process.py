@@ -25,7 +25,7 @@ from crackle.vmm import builder, shell
 from crackle.vmm.commands import Command
 from crackle.vmm.controller import Controller
 from crackle.vmm.machine import EXIT_OK, PANIC, BuildOptions
-from crackle.vmm.preload import preload
+from crackle.vmm.preload import preload_idle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class VmmProcess:
             if self._server is not None:
                 self._report_start()
                 # What a start would import, while nobody asks for anything.
-                self._loop.call_later(_IDLE_S, preload)
+                self._loop.call_later(_IDLE_S, preload_idle)
             if self._metadata is not None:
                 self._put_metadata(self._metadata)
             if self._config is not None:

@@ -7,6 +7,7 @@ import os
 import msgspec
 
 from crackle.errors import ConfigError
+from crackle.snapshot import statefile
 from crackle.snapshot.pair import find
 from crackle.snapshot.state import Snapshot
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from crackle.schema import SnapshotLoad, VmConfig
+
+# Whoever imports this will want it, or has the time.
+statefile.make_ready()
 
 _UNKNOWN = "Failed to get snapshot state from file: Unknown {} Device. The snapshot has no {} {!r}."
 

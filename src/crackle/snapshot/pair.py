@@ -202,7 +202,7 @@ def _sweep(path: str, mine: str) -> None:
 def _id_in(path: str) -> str | None:
     """The id of the state file that is there, if one is."""
     try:
-        return statefile.decode(read_state(path)).id
+        return statefile.id_of(read_state(path))
     except ConfigError:
         return None
 

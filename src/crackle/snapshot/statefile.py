@@ -54,13 +54,36 @@ def describe(data: bytes) -> tuple[int, int, int]:
     return version
 
 
-def decode(data: bytes) -> Snapshot:
-    """The snapshot in a state file's content. ConfigError says what is wrong with it."""
-    from crackle.snapshot.state import Snapshot
+class _Id(msgspec.Struct):
+    id: str
 
+
+def id_of(data: bytes) -> str:
+    """The id of the pair that a state file belongs to. ConfigError as `decode`."""
     _, body = _split(data)
     try:
-        return msgspec.msgpack.decode(body, type=Snapshot)
+        return msgspec.msgpack.decode(body, type=_Id).id
+    except (msgspec.DecodeError, ValueError) as error:
+        raise ConfigError(f"its state means nothing to this version of Crackle: {error}") from None
+
+
+_decoders: list[msgspec.msgpack.Decoder[Snapshot]] = []
+
+
+def make_ready() -> None:
+    """Make what `decode` needs, which takes milliseconds, and is done once."""
+    from crackle.snapshot.state import Snapshot
+
+    if not _decoders:
+        _decoders.append(msgspec.msgpack.Decoder(Snapshot))
+
+
+def decode(data: bytes) -> Snapshot:
+    """The snapshot in a state file's content. ConfigError says what is wrong with it."""
+    make_ready()
+    _, body = _split(data)
+    try:
+        return _decoders[0].decode(body)
     except (msgspec.DecodeError, ValueError) as error:
         raise ConfigError(f"its state means nothing to this version of Crackle: {error}") from None
 

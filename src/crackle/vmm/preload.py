@@ -30,6 +30,9 @@ ALWAYS = (
     "crackle.vmm.silence",
 )
 
+# To load a snapshot, which is done before it runs.
+_LOADING = ("crackle.snapshot.load", f"crackle.arch.{os.uname().machine}.compatibility")
+
 _VHOST_USER = "crackle.virtio.vhost_user.block"
 # What opens the file of a PATCH is another module than the device's.
 _BLOCK = ("crackle.virtio.block.device", "crackle.virtio.block.backing")
@@ -48,12 +51,17 @@ def preload(config: VmConfig | None = None, *, custom: bool = False, terminal: b
     _import((*ALWAYS, *_configured(config), *_given(custom, terminal)))
 
 
+def preload_idle() -> None:
+    """Import what each machine will want, and what a load would, while nobody asks for anything."""
+    _import((*ALWAYS, *_LOADING))
+
+
 def preload_all() -> None:
     """Import what any machine of crackle-vmm will want, before and while it runs: for a process that forks them."""
     _import(
         (
             *ALWAYS,
-            *("crackle.vmm.builder", "crackle.vmm.shell", "crackle.snapshot.load", "resource", "termios"),
+            *("crackle.vmm.builder", "crackle.vmm.shell", *_LOADING, "resource", "termios"),
             *(_VHOST_USER, *_BLOCK, _ASYNC, _LIMITER, _NET, "crackle.virtio.net.tap", _VSOCK, *_METADATA),
         )
     )

@@ -101,7 +101,7 @@ def check_vcpus(kvm: Kvm, vcpus: Sequence[Vcpu], states: Sequence[VcpuState]) ->
     missing = [
         name
         for function, index, register, names in _FEATURES
-        for name in _missing(saved, here, function, index, register, names.split())
+        for name in _missing(saved, here, function, index, register, names)
     ]
     known = frozenset(kvm.msr_index_list())
     registers = sorted(
@@ -122,7 +122,7 @@ def _missing(
     function: int,
     index: int,
     register: int,
-    names: list[str],
+    described: str,
 ) -> list[str]:
     if (function, index) not in saved:
         return []
@@ -131,7 +131,9 @@ def _missing(
     ours = here.get((function, index))
     offered = 0 if ours is None else (ours.eax, ours.ebx, ours.ecx, ours.edx)[register - _EAX]
     bits = there[register] & ~offered & ~_CHANGING.get((function, index, register), 0)
-    letter = "abcd"[register - _EAX]
+    if not bits:
+        return []
+    names, letter = described.split(), "abcd"[register - _EAX]
     return [
         names[bit]
         if bit < len(names) and names[bit] != "-"
