@@ -22,7 +22,7 @@ from crackle.schema.codec import decode, explain, unknown_fields
 from crackle.schema.config import VmConfig
 from crackle.telemetry.metrics import FLUSH_PERIOD_S, Metrics
 from crackle.vmm import builder, shell
-from crackle.vmm.commands import Command
+from crackle.vmm.commands import NOT_STARTED, Command
 from crackle.vmm.controller import Controller
 from crackle.vmm.machine import EXIT_OK, PANIC, BuildOptions
 from crackle.vmm.preload import preload_idle
@@ -105,8 +105,8 @@ class VmmProcess:
         try:
             if self._server is not None:
                 self._report_start()
-                # What a start would import, while nobody asks for anything.
-                self._loop.call_later(_IDLE_S, preload_idle)
+                # What a start or a load would import, while nobody asks for anything.
+                self._loop.call_later(_IDLE_S, self._preload)
             if self._metadata is not None:
                 self._put_metadata(self._metadata)
             if self._config is not None:
@@ -118,6 +118,11 @@ class VmmProcess:
             signal.signal(self._signal, signal.SIG_DFL)
             os.kill(os.getpid(), self._signal)
         return self._status
+
+    def _preload(self) -> None:
+        # A machine that runs already has imported what it wants, and nothing comes after it.
+        if self._controller.state == NOT_STARTED:
+            preload_idle()
 
     def _put_metadata(self, text: bytes) -> None:
         problem = "Populating MMDS from file failed"
