@@ -1,6 +1,6 @@
 """snapshot.*: a full snapshot, and a guest loaded from it in a fresh process, until it says something.
 
-The guest sleeps, and says something every ten milliseconds. Three clocks: `create` is the request's answer, `load` the
+The guest sleeps, and says something every millisecond. Three clocks: `create` is the request's answer, `load` the
 answer of a load that resumes, `load_output` the first byte of the restored guest, both in a process that has answered
 before; `spawn_output` the same byte from the spawn of a process that is asked as soon as it can be.
 """
@@ -51,7 +51,7 @@ def _taken(command: Sequence[str], bench: Bench, name: str, create: dict[str, li
         "mem_file_path": str(bench.scratch / f"{name}.memory"),
     }
     with Monitor(command, bench.scratch) as monitor:
-        monitor.configure("idle", f"tick=1000 beats=10 touch={TOUCHED_MIB}")
+        monitor.configure("idle", f"tick=1000 beats=1 touch={TOUCHED_MIB}")
         monitor.start_timed()
         monitor.request("PATCH", "/vm", {"state": "Paused"})
         for _ in range(bench.times(10)):
