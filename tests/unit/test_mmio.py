@@ -344,9 +344,9 @@ def test_a_used_buffer_interrupts_until_it_is_acknowledged(bench: Bench) -> None
 def test_a_driver_that_has_not_acknowledged_one_interrupt_is_not_told_again_at_once(bench: Bench) -> None:
     ring = bench.begin(RING, 4)
     line = bench.transport.irq_fd
+    told = time.monotonic()
     serve(bench, ring)
     assert os.eventfd_read(line) == 1
-    told = time.monotonic()
     pulses = 0
     for _ in range(64):
         serve(bench, ring)

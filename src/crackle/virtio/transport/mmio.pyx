@@ -164,16 +164,18 @@ cdef class MmioTransport:
     cdef bint raise_line(self, uint64_t now) noexcept nogil:
         cdef uint64_t one = 1
         self.raised_ns = now
+        self.owed = False  # this one tells of that too
         return write(self.irq_fd, &one, sizeof(one)) == sizeof(one)
 
     cdef void raise_owed(self) noexcept nogil:
         """On the I/O thread: what was put off, unless the driver has acknowledged meanwhile, and looked then."""
         cdef uint64_t ticks
         pthread_mutex_lock(&self.device.lock)
-        read(self.timer_fd, &ticks, sizeof(ticks))
-        self.owed = False
-        if atomic_or(&self.interrupt_status, 0):
-            self.raise_line(now_ns())
+        # Nothing to read: it has been set anew meanwhile.
+        if read(self.timer_fd, &ticks, sizeof(ticks)) == sizeof(ticks) and self.owed:
+            self.owed = False
+            if atomic_or(&self.interrupt_status, 0):
+                self.raise_line(now_ns())
         pthread_mutex_unlock(&self.device.lock)
 
     # -- on a vCPU thread ----------------------------------------------------------------------------------------
