@@ -27,6 +27,7 @@ from crackle.virtio.block.request cimport (
 )
 from crackle.virtio.device cimport TURN_NS, VirtioDevice
 from crackle.virtio.latency cimport latency, note_latency
+from crackle.virtio.lookout cimport begin_turn, in_vain, lookout
 from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, QUEUE_EMPTY, Virtqueue, chain
 
 import os
@@ -40,9 +41,6 @@ from crackle.ratelimit.state import LimiterState
 
 cdef enum:
     MAX_BATCH = 4 * QUEUE_SIZE
-    # Looking out in vain so often is enough; then it is tried once in so many times.
-    IN_VAIN = 4
-    TRY_AGAIN = 16
 
 # What `take_all` left off for, beside what `pop` says.
 cdef enum:
@@ -83,7 +81,7 @@ cdef class Block(VirtioDevice):
     cdef request *current       # the one that is begun, with its chain in `chain`
     cdef readonly RateLimiter limiter
     cdef uint64_t begun         # when this turn began, ns
-    cdef uint32_t vain          # times in a row that nothing more came while it looked out
+    cdef lookout looking
     cdef uint64_t clock         # when the thread last looked at it, ns
     cdef uint32_t taken         # chains taken in this turn,
     cdef uint32_t answered      # and answered
@@ -168,6 +166,7 @@ cdef class Block(VirtioDevice):
         cdef uint32_t told = 0
         cdef int found
         self.begun = self.clock = now_ns()
+        begin_turn(&self.looking, self.begun, self.io.spin_ns)
         self.taken = self.answered = 0
         self.held = False
         if not queue.ready:
@@ -202,25 +201,18 @@ cdef class Block(VirtioDevice):
 
     cdef bint look_out(self, Virtqueue queue, bint for_more) noexcept nogil:
         """A driver that waits for its answer asks again at once: look out for it, and for what is in flight. Until rearm()
-        it need not send a notification. Where that has been in vain, it is tried now and then only.
+        it need not send a notification.
         """
-        cdef uint64_t now = now_ns(), patience = self.io.spin_ns, until = now + patience
-        if self.vain >= IN_VAIN and self.vain % TRY_AGAIN:
-            self.vain += 1
-            return False
-        while True:
+        cdef uint64_t now = now_ns(), until = now + self.looking.patience_ns
+        while now < until:
             if (for_more and queue.has_more()) or self.engine.ready():
-                self.vain = 0
                 return True
-            if now >= until:
-                break
             if self.engine.writing:
                 # By a thread of the kernel, as most file systems have it, which each completion would take the CPU
                 # from if this one slept: let it do several.
                 sched_yield()
             now = now_ns()
-        # Far beyond: others want this CPU, and who sleeps gets it sooner.
-        self.vain = IN_VAIN + 1 if now - until > patience else self.vain + 1
+        in_vain(&self.looking, now, until)
         return False
 
     cdef int take_all(self, Virtqueue queue) noexcept nogil:

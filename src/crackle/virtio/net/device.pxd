@@ -4,6 +4,7 @@ from crackle.runtime.iothread cimport IoThread
 from crackle.includes.io cimport iovec
 from crackle.ratelimit.limiter cimport RateLimiter
 from crackle.virtio.latency cimport latency
+from crackle.virtio.lookout cimport lookout
 from crackle.virtio.device cimport VirtioDevice
 from crackle.virtio.net.window cimport ReceiveWindow
 from crackle.virtio.queue cimport CHAIN_IOV, Virtqueue, chain
@@ -30,7 +31,7 @@ cdef class Net(VirtioDevice):
     cdef uint8_t head[HEAD]
     cdef iovec gathered[CHAIN_IOV + 1]
     cdef latency writes
-    cdef uint64_t patience_ns, gave_up
+    cdef lookout looking
     cdef readonly uint64_t rx_queue_events, tx_queue_events, tap_events
     cdef readonly uint64_t no_rx_buffer, rx_bytes, rx_frames, tap_read_fails, rx_throttled, wire_received
     cdef readonly uint64_t no_tx_buffer

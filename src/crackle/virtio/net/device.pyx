@@ -19,6 +19,7 @@ from crackle.memory.guest cimport GuestMemory
 from crackle.ratelimit.limiter cimport RateLimiter
 from crackle.virtio.device cimport TURN_NS, VirtioDevice
 from crackle.virtio.latency cimport note_latency
+from crackle.virtio.lookout cimport begin_turn, in_vain
 from crackle.virtio.net.window cimport HEADER, MAX_FRAME, QUEUE_SIZE, ReceiveWindow
 from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers
 
@@ -39,8 +40,6 @@ cdef enum:
     TX_GROUP = 16
     # Frames in a turn: neither direction keeps the I/O thread from the other.
     MAX_BATCH = QUEUE_SIZE
-    # A notification takes this many times as long as looking out before one: the exit, and the wake-up of this thread.
-    SOON = 4
 
 cdef uint64_t GSO_IN = (
     <uint64_t> 1 << VIRTIO_NET_F_GUEST_TSO4 | <uint64_t> 1 << VIRTIO_NET_F_GUEST_TSO6
@@ -327,8 +326,7 @@ cdef class Net(VirtioDevice):
             self.tx_throttled += 1
             return
         begin = before = now_ns()
-        if begin - self.gave_up < SOON * self.io.spin_ns:
-            self.patience_ns = self.io.spin_ns
+        begin_turn(&self.looking, begin, self.io.spin_ns)
         while True:
             found = queue.pop(&self.outgoing)
             if found == QUEUE_BROKEN:
@@ -359,18 +357,13 @@ cdef class Net(VirtioDevice):
             self.no_tx_buffer += 1
 
     cdef bint look_out(self, Virtqueue queue) noexcept nogil:
-        """Whether another frame comes at once: to wait for it a little costs less than a notification and a sleep.
-
-        While that pays: the time is halved when nothing came, and whole again after a notification that came so soon that
-        it would have been met.
-        """
-        cdef uint64_t now = now_ns(), until = now + self.patience_ns
+        """Whether another frame comes at once: to wait for it a little costs less than a notification and a sleep."""
+        cdef uint64_t now = now_ns(), until = now + self.looking.patience_ns
         while now < until:
             if queue.has_more():
                 return True
             now = now_ns()
-        self.patience_ns //= 2
-        self.gave_up = now
+        in_vain(&self.looking, now, until)
         return False
 
     cdef bint send(self, chain *c, uint64_t *clock) noexcept nogil:

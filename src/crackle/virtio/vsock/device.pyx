@@ -15,6 +15,7 @@ from crackle.runtime.threads cimport *
 from crackle.includes.virtio cimport *
 from crackle.includes.vsock cimport *
 from crackle.memory.guest cimport GuestMemory
+from crackle.virtio.lookout cimport begin_turn, in_vain, lookout
 from crackle.virtio.device cimport TURN_NS, VirtioDevice
 from crackle.virtio.queue cimport QUEUE_BROKEN, QUEUE_CHAIN, QUEUE_EMPTY, Virtqueue, chain, copy_buffers
 from crackle.virtio.vsock.host cimport HostSockets
@@ -94,6 +95,7 @@ cdef class Vsock(VirtioDevice):
     cdef int most
     cdef int reset_event
     cdef uint16_t event_avail
+    cdef lookout looking
     cdef uint32_t one_way               # see STREAM
     cdef uint64_t seen_rx, seen_tx      # bytes
     cdef readonly uint64_t rx_events, tx_events, tx_errors, event_fails
@@ -190,11 +192,12 @@ cdef class Vsock(VirtioDevice):
     cdef void serve(self, Virtqueue rx, Virtqueue tx) noexcept nogil:
         """Take what the guest has sent, and give it what there is for it, until there is no more for a while."""
         cdef uint64_t begin = now_ns(), until = 0, now = begin
+        begin_turn(&self.looking, begin, self.io.spin_ns)
         while self.running():
             if self.move(rx, tx):
                 self.note_direction()
                 now = now_ns()
-                until = now + self.io.spin_ns
+                until = now + self.looking.patience_ns
                 if now - begin >= TURN_NS:
                     self.notify_again(TX)
                     break
@@ -206,6 +209,8 @@ cdef class Vsock(VirtioDevice):
                 self.host.host_events()
                 now = now_ns()
             elif self.at_rest(rx, tx):
+                if until:
+                    in_vain(&self.looking, now, until)
                 break
         self.host.arm()
 
