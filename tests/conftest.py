@@ -7,6 +7,7 @@ run says something about the change and not about luck; "fuzz" tries CRACKLE_EXA
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,6 +19,9 @@ from hypothesis import HealthCheck, settings
 sys.path.insert(0, str(Path(__file__).parent))
 
 from support.network import Namespace, may_make_namespaces
+
+# Under nohup it is ignored, and what is ignored stays so in what the tests start.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 _COMMON = {
     "deadline": None,
