@@ -67,6 +67,10 @@ cdef struct samples:
     uint64_t step, seen
 
 
+cdef int refuse(int error) except -1 with gil:
+    raise OSError(error, os.strerror(error))
+
+
 cdef bint is_zero(const uint8_t *page) noexcept nogil:
     cdef const uint64_t *words = <const uint64_t *> page
     cdef int i
@@ -229,18 +233,15 @@ cdef class Scan:
         cdef samples found
         cdef Region region
         cdef uint64_t base = 0
-        cdef int i, failed
+        cdef int i
         memset(&found, 0, sizeof(found))
         found.step = 1
         try:
             for region in memory.regions:
                 use_region(s, region, memory.backing == "file")
                 with nogil:
-                    failed = scan(s, fd, base, &found)
-                    if failed:
-                        failed = errno
-                if failed:
-                    raise OSError(failed, os.strerror(failed))
+                    if scan(s, fd, base, &found):
+                        refuse(errno)
                 base += region.r.size
         finally:
             free_source(s)
@@ -258,7 +259,6 @@ def write_pages(GuestMemory memory not None, int fd, marks):
     cdef bytes bitmap
     cdef const uint64_t *bits
     cdef uint64_t base = 0, written = 0
-    cdef int failed
     try:
         for region, bitmap in zip(memory.regions, marks, strict=True):
             if <uint64_t> len(bitmap) << 3 < region.r.size >> PAGE_SHIFT:
@@ -266,11 +266,8 @@ def write_pages(GuestMemory memory not None, int fd, marks):
             use_region(s, region, False)
             bits = <const uint64_t *> PyBytes_AS_STRING(bitmap)
             with nogil:
-                failed = write_marked(s, fd, base, bits, &written)
-                if failed:
-                    failed = errno
-            if failed:
-                raise OSError(failed, os.strerror(failed))
+                if write_marked(s, fd, base, bits, &written):
+                    refuse(errno)
             base += region.r.size
     finally:
         free_source(s)
@@ -296,9 +293,8 @@ def resident_pages(GuestMemory memory not None):
             for first in range(0, s.pages, CHUNK):
                 count = min(<uint64_t> CHUNK, s.pages - first)
                 with nogil:
-                    if read_pagemap(s, first, count) < 0:
-                        with gil:
-                            raise OSError(errno, os.strerror(errno))
+                    if read_pagemap(s, first, count):
+                        refuse(errno)
                     for i in range(count):
                         if is_own(s, i):
                             bits[first + i >> 6] |= <uint64_t> 1 << (i & 63)
@@ -318,7 +314,7 @@ def copy_data(int from_fd, int to_fd, uint64_t size):
         if at < 0 and errno == ENXIO or at >= <long> size:
             return
         if at < 0:
-            raise OSError(errno, os.strerror(errno))
+            refuse(errno)
         end = min(lseek(from_fd, at, SEEK_HOLE), <long> size)
         while at < end:
             there = at
@@ -331,7 +327,7 @@ def copy_data(int from_fd, int to_fd, uint64_t size):
                 if not block:
                     return
                 if write_all(to_fd, <const uint8_t *> PyBytes_AS_STRING(block), len(block), <uint64_t> at):
-                    raise OSError(errno, os.strerror(errno))
+                    refuse(errno)
                 at += len(block)
 
 

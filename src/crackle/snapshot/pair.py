@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from crackle.snapshot.state import MemoryFile, Snapshot
 
-_PAGE = 4096
+PAGE_SIZE = 4096
 _ID_DIGITS = 32
 _HEX = frozenset("0123456789abcdef")
 
@@ -167,11 +167,15 @@ def _target(path: str, what: str) -> str:
             mode = os.stat(target).st_mode
         except FileNotFoundError:
             return target
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(21, "Is a directory")
-        if not stat.S_ISREG(mode):
-            raise OSError(22, "It is no regular file")
+        _check_regular(mode)
         return target
+
+
+def _check_regular(mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(21, "Is a directory")
+    if not stat.S_ISREG(mode):
+        raise OSError(22, "It is no regular file")
 
 
 def _sync_directory(path: str) -> None:
@@ -215,11 +219,7 @@ def read_state(path: str) -> bytes:
     with step("Failed to open snapshot file", path):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            info = os.fstat(fd)
-            if stat.S_ISDIR(info.st_mode):
-                raise IsADirectoryError(21, "Is a directory")
-            if not stat.S_ISREG(info.st_mode):
-                raise OSError(22, "It is no regular file")
+            _check_regular(os.fstat(fd).st_mode)
             begin = os.pread(fd, statefile.HEADER_SIZE, 0)
             if not begin.startswith(statefile.MAGIC):
                 # Another file may be of any size.
@@ -286,7 +286,7 @@ def _check_memory(fd: int, path: str, expected: MemoryFile) -> None:
     with step("the memory file cannot be read", path):
         checksum = 0
         for offset in expected.samples:
-            checksum = crc32(os.pread(fd, _PAGE, offset), checksum)
+            checksum = crc32(os.pread(fd, PAGE_SIZE, offset), checksum)
     if checksum != expected.checksum:
         advice = (
             "name the two files that one snapshot wrote"

@@ -10,7 +10,7 @@ import msgspec
 from crackle.errors import ConfigError, os_reason
 from crackle.memory.dump import Scan, resident_pages, write_pages
 from crackle.snapshot import statefile
-from crackle.snapshot.pair import Pair
+from crackle.snapshot.pair import PAGE_SIZE, Pair
 from crackle.snapshot.state import MemoryFile, Snapshot
 from crackle.version import VERSION
 
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
         def save(self) -> MachineState: ...
         def dirty_pages(self) -> list[bytes] | None: ...
         def forget_dirty(self) -> None: ...
-
-
-_PAGE = 4096
 
 
 def save(machine: Machine, config: VmConfig, instance_id: str, request: SnapshotCreate) -> None:
@@ -81,6 +78,6 @@ def _checksum(memory: GuestMemory, samples: tuple[int, ...]) -> int:
     for region in memory.regions:
         for offset in samples:
             if begin <= offset < begin + region.size:
-                checksum = crc32(memory.read(region.gpa + offset - begin, _PAGE), checksum)
+                checksum = crc32(memory.read(region.gpa + offset - begin, PAGE_SIZE), checksum)
         begin += region.size
     return checksum

@@ -26,7 +26,11 @@ from crackle.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import TypeVar
+
     from crackle.snapshot.state import Snapshot
+
+    T = TypeVar("T")
 
 VERSION = (1, 0, 0)
 
@@ -60,11 +64,7 @@ class _Id(msgspec.Struct):
 
 def id_of(data: bytes) -> str:
     """The id of the pair that a state file belongs to. ConfigError as `decode`."""
-    _, body = _split(data)
-    try:
-        return msgspec.msgpack.decode(body, type=_Id).id
-    except (msgspec.DecodeError, ValueError) as error:
-        raise ConfigError(f"its state means nothing to this version of Crackle: {error}") from None
+    return _decode(data, msgspec.msgpack.Decoder(_Id)).id
 
 
 _decoders: list[msgspec.msgpack.Decoder[Snapshot]] = []
@@ -81,9 +81,13 @@ def make_ready() -> None:
 def decode(data: bytes) -> Snapshot:
     """The snapshot in a state file's content. ConfigError says what is wrong with it."""
     make_ready()
+    return _decode(data, _decoders[0])
+
+
+def _decode(data: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
     _, body = _split(data)
     try:
-        return _decoders[0].decode(body)
+        return decoder.decode(body)
     except (msgspec.DecodeError, ValueError) as error:
         raise ConfigError(f"its state means nothing to this version of Crackle: {error}") from None
 
