@@ -55,3 +55,22 @@ def os_reason(error: OSError | ValueError) -> str:
     if isinstance(error, OSError):
         return f"{error.strerror or error} (os error {error.errno})"
     return "file name contained an unexpected NUL byte" if "null byte" in str(error) else str(error)
+
+
+class context:  # noqa: N801 - reads as a statement
+    """Puts words in front of an error that passes through, and behind; what the host refuses becomes a ConfigError."""
+
+    __slots__ = ("_end", "_words")
+
+    def __init__(self, words: str, end: str = "") -> None:
+        self._words = words
+        self._end = end
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, CrackleError):
+            error.args = (f"{self._words}: {error}{self._end}",)
+        elif error is not None and (reason := reason_of(error)) is not None:
+            raise ConfigError(f"{self._words}: {reason}{self._end}") from error

@@ -38,24 +38,21 @@ class Route(msgspec.Struct, frozen=True):
     body: str | None = None
     id_field: str | None = None
     counter: str | None = None
-    deprecated: str | None = None
+    deprecated: tuple[str, ...] = ()
     deprecated_value: str | None = None
 
     @property
     def deprecation(self) -> str:
         """What a client of a deprecated request should know."""
-        if self.deprecated_value is None:
-            names = (self.deprecated or "").split()
-            if len(names) > 1:
-                return f"the fields {' and '.join(names)} are deprecated."
-            return f"the field {self.deprecated} is deprecated."
-        return f"{self.deprecated_value} is deprecated."
+        if self.deprecated_value is not None:
+            return f"{self.deprecated_value} is deprecated."
+        if len(self.deprecated) > 1:
+            return f"the fields {' and '.join(self.deprecated)} are deprecated."
+        return f"the field {self.deprecated[0]} is deprecated."
 
     def is_deprecated(self, resource: Any) -> bool:
         """Whether what is asked for with ``resource`` is."""
-        if self.deprecated is None:
-            return False
-        values = [getattr(resource, name) for name in self.deprecated.split()]
+        values = [getattr(resource, name) for name in self.deprecated]
         if self.deprecated_value is not None:
             return self.deprecated_value in values
         return any(
@@ -79,23 +76,23 @@ ROUTES = {
     ("PUT", "cpu-config"): Route("put_cpu_config", "CpuConfig", counter="cpu_cfg"),
     ("PUT", "logger"): Route("put_logger", "LoggerConfig", counter="logger"),
     ("PUT", "machine-config"): Route(
-        "put_machine", "MachineConfig", counter="machine_cfg", deprecated="cpu_template"
+        "put_machine", "MachineConfig", counter="machine_cfg", deprecated=("cpu_template",)
     ),
     ("PUT", "metrics"): Route("put_metrics", "MetricsConfig", counter="metrics"),
     ("PUT", "mmds"): Route("put_mmds", "", counter="mmds"),
     ("PUT", "mmds/config"): Route(
-        "put_mmds_config", "MmdsConfig", counter="mmds", deprecated="version", deprecated_value="V1"
+        "put_mmds_config", "MmdsConfig", counter="mmds", deprecated=("version",), deprecated_value="V1"
     ),
     ("PUT", "serial"): Route("put_serial", "Serial", counter="serial"),
     ("PUT", "snapshot/create"): Route("create_snapshot", "SnapshotCreate"),
     ("PUT", "snapshot/load"): Route(
-        "load_snapshot", "SnapshotLoad", deprecated="mem_file_path enable_diff_snapshots"
+        "load_snapshot", "SnapshotLoad", deprecated=("mem_file_path", "enable_diff_snapshots")
     ),
     ("PATCH", "balloon/statistics"): Route("patch_balloon_statistics", "BalloonStatsUpdate"),
     ("PATCH", "balloon/hinting/start"): Route("start_balloon_hinting", "BalloonHintingStart"),
     ("PATCH", "balloon/hinting/stop"): Route("stop_balloon_hinting"),
     ("PATCH", "machine-config"): Route(
-        "patch_machine", "MachineConfigUpdate", counter="machine_cfg", deprecated="cpu_template"
+        "patch_machine", "MachineConfigUpdate", counter="machine_cfg", deprecated=("cpu_template",)
     ),
     ("PATCH", "mmds"): Route("patch_mmds", "", counter="mmds"),
     ("PATCH", "vm"): Route("", "VmState"),

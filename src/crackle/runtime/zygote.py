@@ -84,8 +84,7 @@ def listen(path: str) -> _socket.socket:
         listener.close()
         with contextlib.suppress(OSError, ValueError):
             os.unlink(first)
-        reason = os_reason(error) if isinstance(error, OSError) else error
-        raise ConfigError(f"Cannot listen for launchers at {path!r}: {reason}") from None
+        raise ConfigError(f"Cannot listen for launchers at {path!r}: {os_reason(error)}") from None
     return listener
 
 

@@ -15,7 +15,7 @@ import os
 import stat
 from binascii import crc32
 
-from crackle.errors import ConfigError, os_reason
+from crackle.errors import ConfigError, context, os_reason
 from crackle.memory.dump import copy_data
 from crackle.snapshot import statefile
 
@@ -249,16 +249,16 @@ def find(state_path: str, memory_path: str) -> tuple[Snapshot, int]:
 
 
 def _decoded(path: str) -> Snapshot:
-    with about("Failed to get snapshot state from file: {}"):
+    with context("Failed to get snapshot state from file"):
         data = read_state(path)
-        with about(f"Failed to load snapshot state from file: {{}}: {path}"):
+        with context("Failed to load snapshot state from file", f": {path}"):
             return statefile.decode(data)
 
 
 def open_memory(path: str, snapshot: Snapshot) -> int:
     """The memory file of a snapshot, checked as far as some dozen pages of it tell."""
     own = f"{path}.{snapshot.id}"
-    with about("Failed to load guest memory: {}"):
+    with context("Failed to load guest memory"):
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
         try:
             fd = os.open(own, flags)
@@ -295,17 +295,3 @@ def _check_memory(fd: int, path: str, expected: MemoryFile) -> None:
             "(crackle snapshot rebase)"
         )
         raise ConfigError(f"the memory file is not this snapshot's; {advice}: {path}")
-
-
-class about:  # noqa: N801 - reads as a statement
-    """Puts a ConfigError into a sentence."""
-
-    def __init__(self, sentence: str) -> None:
-        self._sentence = sentence
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, ConfigError):
-            raise ConfigError(self._sentence.format(error)) from None

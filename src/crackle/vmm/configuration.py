@@ -9,7 +9,7 @@ import errno
 
 import msgspec
 
-from crackle.errors import ConfigError, CrackleError, reason_of
+from crackle.errors import ConfigError, context
 from crackle.schema.machine import updated
 from crackle.vmm.devices import KINDS, PUTS, kind_of_drive, open_net, open_vhost_user_block
 from crackle.vmm.files import BootFile, open_disk, settle
@@ -43,25 +43,6 @@ _NO_DEVICE = f"Failed perform action on device: Device not found{_VERIFY}"
 SECTOR_SIZE = 512  # virtio 1.2, 5.2.4: what the size of a disk is counted in
 
 DEFAULT_MMDS_ADDRESS = "169.254.169.254"
-
-
-class context:  # noqa: N801 - reads as a statement
-    """Puts words in front of an error that passes through, and behind; what the host refuses becomes a ConfigError."""
-
-    __slots__ = ("_end", "_words")
-
-    def __init__(self, words: str, end: str = "") -> None:
-        self._words = words
-        self._end = end
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, CrackleError):
-            error.args = (f"{self._words}: {error}{self._end}",)
-        elif error is not None and (reason := reason_of(error)) is not None:
-            raise ConfigError(f"{self._words}: {reason}{self._end}") from error
 
 
 class Configuration:

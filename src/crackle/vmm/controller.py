@@ -10,7 +10,7 @@ import time
 
 import msgspec
 
-from crackle.errors import ConfigError, TooLargeError
+from crackle.errors import ConfigError, TooLargeError, context
 from crackle.schema.boot import BootSource
 from crackle.schema.config import VmConfig
 from crackle.schema.instance import InstanceInfo, Version
@@ -19,7 +19,7 @@ from crackle.telemetry.logger import DEFAULT_INSTANCE_ID, Logger
 from crackle.telemetry.metrics import Metrics
 from crackle.version import VERSION
 from crackle.vmm.commands import NOT_STARTED, PAUSED, RUNNING, STOPPED, Command, check_state, check_supported
-from crackle.vmm.configuration import Configuration, context, merge
+from crackle.vmm.configuration import Configuration, merge
 from crackle.vmm.devices import KINDS, PATCHES, RESOURCES
 
 TYPE_CHECKING = False

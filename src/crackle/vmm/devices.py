@@ -161,7 +161,7 @@ class Resource(msgspec.Struct, frozen=True, kw_only=True):
     update: type[msgspec.Struct] | None = None
     id_field: str | None = None
     counter: str | None = None
-    deprecated: str | None = None
+    deprecated: tuple[str, ...] = ()
     removable: bool = False
     words: str = ""
     missing: str | None = None
@@ -241,7 +241,7 @@ KINDS = {
             section="vsock",
             path="vsock",
             counter="vsock",
-            deprecated="vsock_id",
+            deprecated=("vsock_id",),
             words="Vsock config error: Cannot create backend for vsock device",
         ),
     ),

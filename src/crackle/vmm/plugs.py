@@ -59,7 +59,11 @@ class Plugs:
         line = lines.take() if saved is None else lines.claim(saved.gsi)
         try:
             address = windows.take() if saved is None else windows.claim(saved.address)
-            return MmioTransport(device, address, line)
+            try:
+                return MmioTransport(device, address, line)
+            except BaseException:
+                windows.release(address)
+                raise
         except BaseException:
             lines.release(line)
             raise
