@@ -169,7 +169,9 @@ def attending(listener: socket | None, vm: MicroVM, loop: Loop) -> Iterator[None
     server = None
     if listener is not None:
         from crackle.api.server import DEFAULT_PAYLOAD_LIMIT, ApiServer
+        from crackle.vmm.controller import Controller
 
+        assert isinstance(vm._controller, Controller), "it is in this process"
         server = ApiServer(loop, listener, vm._controller, DEFAULT_PAYLOAD_LIMIT)
 
     vm.silence(_tell).watch(loop)

@@ -1,6 +1,6 @@
 """A process that is one microVM: controller, API, metrics timer, signals, terminal and exit status.
 
-In one loop.
+In one loop. `Monitor` is what such a process has whoever gives the orders; `VmmProcess` takes them over HTTP.
 """
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from crackle.monitor.options import Options
-    from crackle.schema import MachineConfig
     from crackle.snapshot.load import Loaded
     from crackle.telemetry.logger import Logger
     from crackle.telemetry.sink import Sink
-    from crackle.vmm.controller import Machine, Shell
+    from crackle.vmm.controller import ExitStatus, Machine, Shell
     from crackle.vmm.devices import Held
 
 # What the process ends with when it intercepts a signal, as Firecracker does.
@@ -59,7 +58,58 @@ _SETTLED_S = 1.0
 _TERMINATE = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
-class VmmProcess:
+class Monitor:
+    """A controller and the loop that attends to its machine. How orders come is the subclass's."""
+
+    def __init__(self, logger: Logger, **options: Any) -> None:
+        """options: of the controller."""
+        self._logger = logger
+        self._loop = Loop(logger.error)
+        self._controller = Controller(
+            self._build,
+            shell.prepare,
+            instance_id=logger.instance_id,
+            logger=logger,
+            on_start=self._started,
+            restore=self._restore,
+            **options,
+        )
+
+    def _build(self, config: VmConfig, ready: Any, held: Mapping[tuple[str, str], Held]) -> Machine:
+        return builder.build(config, ready, self._build_options(config), held)
+
+    def _restore(self, loaded: Loaded, ready: Any, held: Mapping[tuple[str, str], Held]) -> Machine:
+        return builder.restore(loaded, ready, self._build_options(loaded.snapshot.config), held)
+
+    def _build_options(self, config: VmConfig) -> BuildOptions:
+        if config.vsock is not None:
+            _allow_many_descriptors()
+        return self._options_of_machine()
+
+    def _options_of_machine(self) -> BuildOptions:
+        raise NotImplementedError
+
+    def _started(self, machine: Machine) -> None:
+        self._loop.watch(machine.exit_fd, self._look_for_end, essential=True)
+        self._loop.call_later(_SETTLED_S, give_back)
+
+    def _look_for_end(self, _events: int) -> None:
+        machine = self._controller.machine
+        if machine is None:
+            return
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(machine.exit_fd)
+        status = machine.exit_status()
+        if status is None:
+            return
+        self._loop.forget(machine.exit_fd)
+        self._ended(status)
+
+    def _ended(self, status: ExitStatus) -> None:
+        raise NotImplementedError
+
+
+class VmmProcess(Monitor):
     """Runs one microVM until it ends. Takes over ``metrics_sink``, ``listener`` and ``ready``."""
 
     def __init__(
@@ -73,29 +123,22 @@ class VmmProcess:
         metadata: bytes | None = None,
     ) -> None:
         self._options = options
-        self._logger = logger
         self._config = config
         self._metadata = metadata
         self._status = 0
         self._signal = 0
         self._terminal = Terminal(0)
-        self._loop = Loop(logger.error)
         self._metrics = Metrics()
         if metrics_sink is not None:
             self._metrics.attach(metrics_sink)
         limit = options.number("http-api-max-payload-size") or 0
         metadata_limit = options.number("mmds-size-limit")
-        self._controller = Controller(
-            self._build,
-            self._prepare,
-            instance_id=logger.instance_id,
-            logger=logger,
+        super().__init__(
+            logger,
             metrics=self._metrics,
-            on_start=self._started,
             shell=ready,
             metadata_limit=limit if metadata_limit is None else metadata_limit,
             lock_drives="no-drive-locks" not in options,
-            restore=self._restore,
         )
         self._server = None if listener is None else ApiServer(self._loop, listener, self._controller, limit)
         self._watch_signals()
@@ -160,27 +203,15 @@ class VmmProcess:
             raise CrackleError(f"{problem}: {error}") from error
         self._logger.info("Successfully started microvm that was configured from one single json")
 
-    def _build(self, config: VmConfig, ready: Any, held: Mapping[tuple[str, str], Held]) -> Machine:
-        return builder.build(config, ready, self._build_options(config), held)
-
-    def _restore(self, loaded: Loaded, ready: Any, held: Mapping[tuple[str, str], Held]) -> Machine:
-        return builder.restore(loaded, ready, self._build_options(loaded.snapshot.config), held)
-
-    def _build_options(self, config: VmConfig) -> BuildOptions:
-        if config.vsock is not None:
-            _allow_many_descriptors()
+    def _options_of_machine(self) -> BuildOptions:
         return BuildOptions(boot_timer="boot-timer" in self._options, logger=self._logger)
 
-    def _prepare(self, machine_config: MachineConfig, shared: bool) -> Shell | None:
-        return shell.prepare(machine_config, shared)
-
     def _started(self, machine: Machine) -> None:
-        self._loop.watch(machine.exit_fd, self._ended, essential=True)
+        super()._started(machine)
         # The guest runs: what follows can be done without.
         self._loop.attempt(self._terminal.follow, self._loop)
         self._loop.attempt(self._flush)
         self._loop.call_every(FLUSH_PERIOD_S, self._flush)
-        self._loop.call_later(_SETTLED_S, give_back)
         self._loop.attempt(self._listen_for_silence, machine)
         gc.freeze()
 
@@ -189,16 +220,7 @@ class VmmProcess:
 
         Silence(lambda: int(machine.metrics()["uart"]["write_count"]), self._logger.warning).watch(self._loop)
 
-    def _ended(self, _events: int) -> None:
-        machine = self._controller.machine
-        if machine is None:
-            return
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(machine.exit_fd)
-        status = machine.exit_status()
-        if status is None:
-            return
-        self._loop.forget(machine.exit_fd)
+    def _ended(self, status: ExitStatus) -> None:
         # As with Firecracker: a kernel that panics and then resets, as `panic=1 reboot=k` says, has ended well.
         self._status = EXIT_OK if status.reason == PANIC else status.exit_code
         (self._logger.info if self._status == 0 else self._logger.error)(

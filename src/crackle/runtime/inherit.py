@@ -69,6 +69,11 @@ def answer(connection: _socket.socket, kind: bytes, reason: str = "", status: in
     connection.sendmsg([message], rights, _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL)
 
 
+def status_of(message: bytes) -> int:
+    """The status of wait(2) that an answer has; as of an end that nobody has seen where it is none."""
+    return int(_ANSWER.unpack(message)[2]) if len(message) == _ANSWER.size else 0
+
+
 class Home:
     """What the zygote is itself: whatever a launcher has alike needs no change in a child. Read once."""
 

@@ -7,6 +7,7 @@ import os
 import msgspec
 
 from crackle.errors import ConfigError
+from crackle.schema.config import VmConfig
 from crackle.snapshot import statefile
 from crackle.snapshot.pair import find
 from crackle.snapshot.state import Snapshot
@@ -15,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from crackle.schema import SnapshotLoad, VmConfig
+    from crackle.schema import SnapshotLoad
 
 # Whoever imports this will want it, or has the time.
 statefile.make_ready()
@@ -23,17 +24,41 @@ statefile.make_ready()
 _UNKNOWN = "Failed to get snapshot state from file: Unknown {} Device. The snapshot has no {} {!r}."
 
 
+class Template:
+    """A snapshot that has been read once, for any number of loads. Owns the open memory file until `close`."""
+
+    def __init__(self, snapshot: Snapshot, memory_fd: int) -> None:
+        self.snapshot = snapshot
+        self.memory_fd = memory_fd
+        self._config = msgspec.msgpack.encode(snapshot.config)
+
+    def copy(self) -> tuple[Snapshot, int]:
+        """As `find` gives it: a configuration that may be changed, and a descriptor to close."""
+        config = msgspec.msgpack.decode(self._config, type=VmConfig)
+        return msgspec.structs.replace(self.snapshot, config=config), os.dup(self.memory_fd)
+
+    def close(self) -> None:
+        """Idempotent."""
+        fd, self.memory_fd = self.memory_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
 class Loaded:
     """A snapshot whose configuration is as `request` wants it, and its open memory file, until `close`.
 
+    template: the snapshot that is meant, if it has been read already.
     ConfigError when there is no such snapshot, or no such device in it.
     """
 
-    def __init__(self, request: SnapshotLoad) -> None:
+    def __init__(self, request: SnapshotLoad, template: Template | None = None) -> None:
         path = request.mem_file_path if request.mem_backend is None else request.mem_backend.backend_path
         assert path is not None, "one of the two is given"
         self.clock_realtime = request.clock_realtime
-        found, self.memory_fd = find(request.snapshot_path, path)
+        if template is None:
+            found, self.memory_fd = find(request.snapshot_path, path)
+        else:
+            found, self.memory_fd = template.copy()
         try:
             self.snapshot: Snapshot = msgspec.structs.replace(
                 found, config=_overridden(found.config, request)

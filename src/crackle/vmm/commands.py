@@ -65,6 +65,8 @@ ALLOWED = {
     "pause": _AFTER,
     "resume": _AFTER,
     "send_ctrl_alt_del": _AFTER,
+    "press_power_button": _AFTER,
+    "get_metrics": frozenset((RUNNING, PAUSED, STOPPED)),
     "flush_metrics": _AFTER,
 }
 for _resource in RESOURCES:

@@ -10,7 +10,7 @@ import time
 
 import msgspec
 
-from crackle.errors import ConfigError, TooLargeError, context
+from crackle.errors import ConfigError, StateError, TooLargeError, context
 from crackle.schema.boot import BootSource
 from crackle.schema.config import VmConfig
 from crackle.schema.instance import InstanceInfo, Version
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         SnapshotCreate,
         SnapshotLoad,
     )
-    from crackle.snapshot.load import Loaded
+    from crackle.snapshot.load import Loaded, Template
     from crackle.snapshot.state import MachineState
     from crackle.vmm.devices import Held
 
@@ -77,6 +77,7 @@ if TYPE_CHECKING:
         def pause(self) -> None: ...
         def resume(self) -> None: ...
         def send_ctrl_alt_del(self) -> None: ...
+        def press_power_button(self) -> None: ...
         def serve_metadata(self, config: MmdsConfig, store: Store) -> None: ...
         def update(self, kind: str, identifier: str, resource: Any, held: Held | None = None) -> None: ...
         def metrics(self) -> Mapping[str, Mapping[str, Any]]: ...
@@ -104,7 +105,7 @@ class Controller:
     configuration command and again when the machine configuration changes, or whether guest memory is shared. What it
     returns goes to ``build``, or is abandoned when it no longer fits. ``shell`` is what was made for the default
     machine already. ``metadata_limit`` is in bytes. ``lock_drives``: lock the files of drives that do not say.
-    ``restore`` makes a machine, paused, out of a snapshot.
+    ``restore`` makes a machine, paused, out of a snapshot. ``template``: what a load finds, if that is known already.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class Controller:
         metadata_limit: int = DEFAULT_METADATA_LIMIT,
         lock_drives: bool = True,
         restore: Restore | None = None,
+        template: Template | None = None,
     ) -> None:
         self.instance_id = instance_id
         self.logger = Logger(instance_id) if logger is None else logger
@@ -135,6 +137,7 @@ class Controller:
         self._store: Store | None = None
         self._build = build
         self._restore = restore
+        self._template = template
         self._prepare = prepare
         self._shell = shell
         self._shell_for = None if shell is None else (self.config.machine_config, False)
@@ -311,7 +314,7 @@ class Controller:
         from crackle.snapshot.load import Loaded
 
         assert self._restore is not None, "who allows the command says how"
-        loaded = Loaded(request)
+        loaded = Loaded(request, self._template)
         before, config = self._configuration, loaded.snapshot.config
         self._configuration = self._unconfigured(config.boot_source)
         try:
@@ -335,6 +338,14 @@ class Controller:
 
     def _send_ctrl_alt_del(self) -> None:
         self._running_machine().send_ctrl_alt_del()
+
+    def _press_power_button(self) -> None:
+        self._running_machine().press_power_button()
+
+    def _get_metrics(self) -> Mapping[str, Mapping[str, Any]]:
+        if self.machine is None:
+            raise StateError("the microVM is not running")
+        return self.machine.metrics()
 
     def _flush_metrics(self) -> None:
         counters = self.metrics.counters["logger"]

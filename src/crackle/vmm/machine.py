@@ -397,22 +397,12 @@ class Machine:
 
         Any number of threads may wait, none of them the machine's own.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
         with self._closing:
             if self._stopped and self._ended is not None:
                 return self._ended
             # One's own descriptor: `stop` closes the other while this waits.
             fd = os.dup(self.exit_fd)
-        try:
-            poll = select.poll()
-            poll.register(fd, select.POLLIN)
-            while (status := self.exit_status()) is None:
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                if not poll.poll(None if left is None else left * 1000) and left is not None:
-                    return None
-            return status
-        finally:
-            os.close(fd)
+        return await_end(fd, self.exit_status, timeout)
 
     @property
     def panicked(self) -> bool:
@@ -526,6 +516,23 @@ class Machine:
         for (kind, identifier), device in self.devices.items():
             tree[kind if kind in SINGLE else f"{kind}_{identifier}"] = device.counters()
         return tree
+
+
+def await_end(
+    fd: int, exit_status: Callable[[], ExitStatus | None], timeout: float | None
+) -> ExitStatus | None:
+    """What `exit_status` says when `fd` is readable, or None after `timeout` seconds; `fd` is closed then."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        while (status := exit_status()) is None:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not poll.poll(None if left is None else left * 1000) and left is not None:
+                return None
+        return status
+    finally:
+        os.close(fd)
 
 
 def _untold(_message: str) -> None:

@@ -1,6 +1,6 @@
-"""`MicroVM`: a virtual machine as a Python object, in this process. Public as `crackle.MicroVM`.
+"""`MicroVM`: a virtual machine as a Python object, in this process or another. Public as `crackle.MicroVM`.
 
-A thin front of the `Controller`: every call is one of its commands, as an API request would be.
+A thin front of the `Controller`, or of a `RemoteController`: every call is a command, as an API request would be.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from crackle.errors import CrackleError, GuestError, StateError
+from crackle.errors import ConfigError, CrackleError, GuestError, StateError
 from crackle.runtime.ownership import end_dropped, enrol
 from crackle.schema.boot import BootSource
 from crackle.schema.config import VmConfig
@@ -28,6 +28,7 @@ from crackle.schema.snapshot import SnapshotCreate, SnapshotHugePages, SnapshotL
 from crackle.schema.vsock import Vsock
 from crackle.telemetry.logger import DEFAULT_INSTANCE_ID, OFF, Logger
 from crackle.virtio.custom.base import VirtioDevice
+from crackle.vmm import processes
 from crackle.vmm.arguments import (
     check_rest,
     checked,
@@ -45,8 +46,10 @@ from crackle.vmm.commands import ALLOWED, NOT_STARTED, PAUSED, Command
 from crackle.vmm.console import DEFAULT_LIMIT, Console
 from crackle.vmm.controller import DEFAULT_METADATA_LIMIT, Controller
 from crackle.vmm.machine import BuildOptions, ExitStatus, Machine
+from crackle.vmm.remote import Link, RemoteController, RemoteMachine
 from crackle.vmm.shell import Shell, prepare
 from crackle.vmm.silence import Silence
+from crackle.vmm.wire import Birth
 
 if TYPE_CHECKING:
     from crackle.snapshot.load import Loaded
@@ -77,6 +80,8 @@ class MicroVM:
     console: (input, output) descriptors of the guest's serial port, -1 for none; by default `self.console` holds it,
     and keeps the last `console_limit` bytes of output.
     logger: what the controller logs to; by default nothing is logged.
+    own_process: the guest runs in a process of its own, forked from a warm one, which is kept for that from the first
+    time on; it ends with this one. Devices written in Python and a logger are this process's, and cannot be given then.
 
     As a context manager it starts the guest on entry and stops it on exit. Raises ConfigError when what is asked for
     cannot be had, with the API's words, and KvmError when the host cannot run it.
@@ -114,8 +119,16 @@ class MicroVM:
         console_limit: int = DEFAULT_LIMIT,
         logger: Logger | None = None,
         profile: bool = False,
+        own_process: bool = False,
     ) -> None:
-        check_rest(instance_id, metadata_limit, logger, read_only=read_only, profile=profile)
+        check_rest(
+            instance_id,
+            metadata_limit,
+            logger,
+            read_only=read_only,
+            profile=profile,
+            own_process=own_process,
+        )
         machine = make(
             MachineConfig,
             vcpu_count=cpus,
@@ -142,7 +155,8 @@ class MicroVM:
             mmds = mmds or MmdsConfig([card.iface_id for card in cards], "V2")
         if mmds is not None:
             mmds = checked(mmds)
-        self._set_up(instance_id, console, console_limit, custom, logger, metadata_limit, profile=profile)
+        options = _Options(console, console_limit, custom, logger, metadata_limit, profile, own_process)
+        self._set_up(instance_id, options)
         try:
             self._order("put_machine", machine)
             self._order("put_boot_source", source)
@@ -181,6 +195,7 @@ class MicroVM:
         console_limit: int = DEFAULT_LIMIT,
         logger: Logger | None = None,
         profile: bool = False,
+        own_process: bool = False,
     ) -> MicroVM:
         """The microVM of a snapshot, which goes on where that was taken; or is paused there, without `resume`.
 
@@ -193,7 +208,9 @@ class MicroVM:
         The rest as in `MicroVM`. Raises ConfigError, with what is wrong, when there is no such snapshot or this host
         cannot run it.
         """
-        check_rest(instance_id, metadata_limit, logger, resume=resume, profile=profile)
+        check_rest(
+            instance_id, metadata_limit, logger, resume=resume, profile=profile, own_process=own_process
+        )
         state_path, memory_path = pair_of(path, memory)
         request = make(
             SnapshotLoad,
@@ -214,7 +231,8 @@ class MicroVM:
         if metadata is not None:
             metadata = document_of(metadata)
         vm = cls.__new__(cls)
-        vm._set_up(instance_id, console, console_limit, custom, logger, metadata_limit, profile=profile)
+        options = _Options(console, console_limit, custom, logger, metadata_limit, profile, own_process)
+        vm._set_up(instance_id, options)
         try:
             if metadata is not None:
                 vm._order("put_mmds", metadata)
@@ -226,43 +244,23 @@ class MicroVM:
             raise
         return vm
 
-    def _set_up(
-        self,
-        instance_id: str,
-        console: tuple[int, int] | None,
-        console_limit: int,
-        custom: tuple[VirtioDevice, ...],
-        logger: Logger | None,
-        metadata_limit: int,
-        *,
-        profile: bool,
-    ) -> None:
+    def _set_up(self, instance_id: str, options: _Options) -> None:
         """Make console and controller, which know of no guest yet."""
-        ends = (-1, -1) if console is None else console_of(console)
+        options.check()
+        ends = (-1, -1) if options.console is None else console_of(options.console)
         self._pid = os.getpid()
         self._lock = threading.RLock()
-        self._started: Machine | None = None
-        self._console = Console(console_limit) if console is None else None
+        self._started: Machine | RemoteMachine | None = None
+        self._console = Console(options.console_limit) if options.console is None else None
         if self._console is not None:
             ends = (self._console.guest_in, self._console.guest_out)
-        options = BuildOptions(
-            console_in=ends[0],
-            console_out=ends[1],
-            console_waits=True,
-            ends_on_panic=True,
-            logger=logger,
-            profile=profile,
-            devices=custom,
-        )
-        builder = _Builder(options)
-        self._controller = Controller(
-            builder,
-            prepare,
-            restore=builder.restore,
-            instance_id=instance_id,
-            logger=logger or Logger(instance_id, level=OFF),
-            metadata_limit=metadata_limit,
-        )
+        try:
+            make = _in_other_process if options.own_process else _in_this_process
+            self._controller: Controller | RemoteController = make(instance_id, options, ends)
+        except BaseException:
+            if self._console is not None:
+                self._console.close()
+            raise
         enrol(self)
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -276,7 +274,7 @@ class MicroVM:
         with self._turn(waits=True):
             self._order(name, resource)
             machine = self._controller.machine
-            assert isinstance(machine, Machine)
+            assert isinstance(machine, Machine | RemoteMachine)
             self._started = machine
             if self._console is not None:
                 self._console.watch(machine.exit_fd, lambda: _end_of(machine))
@@ -328,8 +326,7 @@ class MicroVM:
 
     def press_power_button(self) -> None:
         """Press the ACPI power button."""
-        with self._turn():
-            self._running().press_power_button()
+        self._order("press_power_button")
 
     def update_drive(
         self,
@@ -374,8 +371,8 @@ class MicroVM:
 
     def silence(self, tell: Callable[[str], None]) -> Silence:
         """What `wait` listens with, for who attends to the microVM in another way."""
-        serial = self._machine().serial
-        return Silence(lambda: serial.write_count, tell)
+        machine = self._machine()
+        return Silence(lambda: int(machine.metrics()["uart"]["write_count"]), tell)
 
     def shutdown(self, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT) -> ExitStatus:
         """Ask the guest to end, and stop it if it does not; give everything back, and say how it ended.
@@ -468,6 +465,8 @@ class MicroVM:
         name = f"<MicroVM {self._controller.instance_id!r}"
         if self._pid != os.getpid():
             return f"{name} of process {self._pid}>"
+        if isinstance(self._controller, RemoteController):
+            return f"{name}: {self.state}, process {self._controller.pid}>"
         config = self._controller.config.machine_config
         assert config is not None
         return f"{name}: {self.state}, {config.vcpu_count} vCPU, {config.mem_size_mib} MiB>"
@@ -477,6 +476,12 @@ class MicroVM:
         """ "Not started", "Running", "Paused" or "Stopped", which a guest that has ended by itself is too."""
         self._check_owner()
         return self._controller.state
+
+    @property
+    def pid(self) -> int:
+        """The process that the guest runs in: this one, or its own."""
+        self._check_owner()
+        return self._controller.pid if isinstance(self._controller, RemoteController) else self._pid
 
     @property
     def exit_status(self) -> ExitStatus | None:
@@ -515,7 +520,7 @@ class MicroVM:
         with self._turn():
             if self._controller.machine is None:
                 raise StateError("the microVM is not running")
-            return self._machine().metrics()
+            return dict(self._machine().metrics())
 
     # -- who may call what, when ---------------------------------------------------------------------------------
 
@@ -554,13 +559,13 @@ class MicroVM:
                 "this is one of the microVM's own threads, which cannot wait for itself: call from another thread"
             )
 
-    def _machine(self) -> Machine:
+    def _machine(self) -> Machine | RemoteMachine:
         """The machine that was started, ended or not."""
         if self._started is None:
             raise StateError("the microVM is not running: it has not been started")
         return self._started
 
-    def _running(self) -> Machine:
+    def _running(self) -> Machine | RemoteMachine:
         """The machine, if its guest has not ended; StateError says how it did."""
         if self._started is not None and (status := self._started.exit_status()) is not None:
             raise StateError(f"the microVM has stopped: {status.message}")
@@ -590,13 +595,73 @@ class _Builder:
         return restore(loaded, shell, self._options, held)
 
 
+class _Options(NamedTuple):
+    """What no command carries."""
+
+    console: tuple[int, int] | None
+    console_limit: int
+    devices: tuple[VirtioDevice, ...]
+    logger: Logger | None
+    metadata_limit: int
+    profile: bool
+    own_process: bool
+
+    def check(self) -> None:
+        """ConfigError for what a process of its own cannot have."""
+        if not self.own_process:
+            return
+        for given, what in ((self.devices, "devices written in Python"), (self.logger, "a logger")):
+            if given:
+                raise ConfigError(f"{what} cannot be given to a microVM in a process of its own")
+
+
+def _in_this_process(instance_id: str, options: _Options, console: tuple[int, int]) -> Controller:
+    builder = _Builder(
+        BuildOptions(
+            console_in=console[0],
+            console_out=console[1],
+            console_waits=True,
+            ends_on_panic=True,
+            logger=options.logger,
+            profile=options.profile,
+            devices=options.devices,
+        )
+    )
+    return Controller(
+        builder,
+        prepare,
+        restore=builder.restore,
+        instance_id=instance_id,
+        logger=options.logger or Logger(instance_id, level=OFF),
+        metadata_limit=options.metadata_limit,
+    )
+
+
+def _in_other_process(instance_id: str, options: _Options, console: tuple[int, int]) -> RemoteController:
+    link = Link()
+    try:
+        birth = Birth(
+            instance_id,
+            options.metadata_limit,
+            os.getcwd(),
+            console=(console[0] >= 0, console[1] >= 0),
+            profile=options.profile,
+        )
+        processes.ask(birth, [*link.theirs, *(fd for fd in console if fd >= 0)])
+    except BaseException:
+        link.close()
+        raise
+    link.close_theirs()
+    return RemoteController(link, instance_id)
+
+
 def _unless_failed(status: ExitStatus) -> ExitStatus:
     if status.exit_code:
         raise GuestError(status.message)
     return status
 
 
-def _end_of(machine: Machine) -> CrackleError | None:
+def _end_of(machine: Machine | RemoteMachine) -> CrackleError | None:
     """Why the guest ended, as the error for who still expects something of it."""
     status = machine.exit_status()
     if status is None:
