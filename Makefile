@@ -1,6 +1,6 @@
 # make demo    boot a Linux guest over the API, watch it work, see where the time went
 # make test    everything that can fail
-# Also: setup build lint bench fuzz documents guest-kernel clean
+# Also: setup build lint bench fuzz soak documents guest-kernel clean
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -9,7 +9,7 @@ FIRECRACKER ?=
 FUZZ_SECONDS ?= 600
 TARGET ?=
 
-.PHONY: demo test documents setup build lint bench fuzz guest-kernel guest-bare clean
+.PHONY: demo test documents soak setup build lint bench fuzz guest-kernel guest-bare clean
 
 demo: build $(VENV)/.images
 	$(BIN)/python tools/demo
@@ -21,6 +21,10 @@ test: setup lint
 # Every command and example of README and docs/, as a reader does them: minutes for each document where guests are emulated.
 documents: setup
 	$(BIN)/python -m pytest tests/linux/test_documents.py -m documents $(PYTEST_ARGS)
+
+# The same again and again: snapshots of busy guests in long chains, and amid kills.
+soak: setup
+	$(BIN)/python -m pytest -s tests/kvm/test_soak.py tests/linux/test_soak.py -m soak $(PYTEST_ARGS)
 
 setup: build guest-bare guest-kernel $(VENV)/.images
 

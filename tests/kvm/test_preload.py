@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import select
@@ -18,6 +17,8 @@ from typing import Any
 import pytest
 
 from support.vhost_user import Impostor
+
+from .conftest import Client
 
 # Before anything of the package is imported. What is imported once a machine has started goes to the file RECORDS.
 RECORDER = """
@@ -42,26 +43,6 @@ def record(event, arguments):
 sys.addaudithook(record)
 """
 VMM = RECORDER + "from crackle.cli.vmm import main; main()"
-
-
-class Client(http.client.HTTPConnection):
-    """The API over its Unix socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=30)
-        self.path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.connect(str(self.path))
-
-    def ask(self, method: str, path: str, body: Any = None, *, expect: int = 204) -> Any:
-        text = body if isinstance(body, str) else None if body is None else json.dumps(body)
-        self.request(method, path, text)
-        answer = self.getresponse()
-        content = answer.read()
-        assert answer.status == expect, (method, path, answer.status, content)
-        return json.loads(content) if content else None
 
 
 class Process:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,73 +21,8 @@ from support.card import Host, frame
 from support.network import Namespace
 from support.vhost_user import Impostor
 
-from .conftest import PATIENCE, VMM
+from .conftest import PATIENCE, Process
 from .test_bare_vsock import ECHO, connected
-from .test_preload import Client
-
-
-class Process:
-    """crackle-vmm, its API and its console."""
-
-    def __init__(self, directory: Path, *arguments: str) -> None:
-        self._socket = directory / f"api{time.monotonic_ns()}"
-        self.process = subprocess.Popen(
-            [*VMM, "--api-sock", str(self._socket), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        self.text = ""
-        deadline = time.monotonic() + PATIENCE
-        while not self._socket.exists():
-            assert time.monotonic() < deadline
-            assert self.process.poll() is None, self.process.communicate()
-            select.select([], [], [], 0.01)
-        self.api = Client(self._socket)
-
-    def boot(self, kernel: Path, boot_args: str, **machine: int) -> None:
-        self.api.ask("PUT", "/boot-source", {"kernel_image_path": str(kernel), "boot_args": boot_args})
-        self.api.ask("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 64, **machine})
-        self.api.ask("PUT", "/actions", {"action_type": "InstanceStart"})
-
-    def counted(self, least: int) -> int:
-        """How far the guest has counted, when that is so far."""
-        deadline = time.monotonic() + PATIENCE
-        while not (numbers := self.numbers()) or numbers[-1] < least:
-            assert time.monotonic() < deadline, self.text
-            assert "FAIL" not in self.text
-            self.read(0.1)
-        return numbers[-1]
-
-    def read(self, seconds: float) -> None:
-        assert self.process.stdout is not None
-        if select.select([self.process.stdout], [], [], seconds)[0]:
-            self.text += os.read(self.process.stdout.fileno(), 65536).decode(errors="replace")
-
-    def numbers(self) -> list[int]:
-        lines = self.text.split("\n")[:-1]
-        return [int(line.split()[1]) for line in lines if line.startswith("count ") and line[6:].isdigit()]
-
-    def kill(self) -> None:
-        """End it, and take what it has said until then."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGKILL)
-        self.text += (self.process.communicate()[0] or b"").decode(errors="replace")
-        self.api.close()
-
-
-@pytest.fixture
-def spawn(tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """Starts crackle-vmm."""
-    started: list[Process] = []
-
-    def spawn(*arguments: str) -> Process:
-        started.append(Process(tmp_path, *arguments))
-        return started[-1]
-
-    yield spawn
-    for each in started:
-        each.kill()
 
 
 def files(directory: Path) -> dict[str, str]:
