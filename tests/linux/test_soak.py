@@ -106,9 +106,7 @@ def test_a_busy_guest_goes_on_through_a_chain_of_snapshots(
             until(guest, f"[ $(cat /run/n) -gt {counted} ]")
             for each in streams:
                 each.close()
-            streams[:] = [connected(place.vsock) for _ in range(STREAMS)]
-            for each in streams:
-                each.sendall(bytes(100))
+            streams[:] = opened(place.vsock)
             vm.pause()
             place = moved(vm, place, Place(number, tmp_path, networks[number % 2]), saved, number)
             with place.namespace.entered():
@@ -167,13 +165,19 @@ def checked(guest: Guest, place: Place, number: int, cpus: int) -> int:
     return done
 
 
-def connected(path: str) -> socket.socket:
-    """A stream to the guest's vsock server, which is started anew when its streams have ended."""
-    deadline = time.monotonic() + 60
+def opened(path: str) -> list[socket.socket]:
+    """Streams to the guest's vsock server, which starts anew when those before have ended."""
+    deadline = time.monotonic() + 120
     while True:
+        streams: list[socket.socket] = []
         try:
-            return connect(path, 52)
+            for _ in range(STREAMS):
+                streams.append(connect(path, 52))
+                streams[-1].sendall(bytes(100))
+            return streams
         except (AssertionError, OSError):
+            for each in streams:
+                each.close()
             assert time.monotonic() < deadline, "the guest's server does not come back"
             time.sleep(0.2)
 
