@@ -165,13 +165,11 @@ cdef class Vm(VmBase):
         self.ioctl(KVM_GET_CLOCK, &clock, "get the clock")
         return clock.clock, clock.realtime if clock.flags & KVM_CLOCK_REALTIME else None
 
-    def set_clock(self, uint64_t nanoseconds, realtime=None):
-        """Set the guest's kvmclock; realtime: and add what has passed since this time of the host's (api.rst 4.30)."""
+    def set_clock(self, uint64_t nanoseconds):
+        """Set the guest's kvmclock (api.rst 4.30)."""
         cdef kvm_clock_data clock
         memset(&clock, 0, sizeof(clock))
         clock.clock = nanoseconds
-        if realtime is not None:
-            clock.flags, clock.realtime = KVM_CLOCK_REALTIME, realtime
         self.ioctl(KVM_SET_CLOCK, &clock, "set the clock")
 
 

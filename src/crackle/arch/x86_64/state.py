@@ -7,6 +7,7 @@ whose interrupts their local APICs take.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgspec
@@ -28,7 +29,7 @@ _LVT_TIMER, _LVT_MASKED, _LVT_MODE, _LVT_DEADLINE = 0x320, 1 << 16, 3 << 17, 2 <
 class VmState(msgspec.Struct, frozen=True, kw_only=True):
     """struct kvm_irqchip of PIC 1, PIC 2 and IOAPIC, struct kvm_pit_state2, and kvmclock in nanoseconds.
 
-    realtime_ns: the host's CLOCK_REALTIME when kvmclock was that; None where KVM did not say (before Linux 5.16).
+    realtime_ns: the host's CLOCK_REALTIME when kvmclock was that; None in snapshots that do not say.
     """
 
     irqchips: tuple[bytes, ...]
@@ -57,6 +58,9 @@ class VcpuState(msgspec.Struct, frozen=True, kw_only=True):
 def save_vm(vm: Vm) -> VmState:
     """The chips; all vCPUs are paused."""
     clock_ns, realtime_ns = vm.get_clock()
+    if realtime_ns is None:
+        # Before Linux 5.16, and on a host whose own time does not come from the TSC: then it is this, to a few us.
+        realtime_ns = time.time_ns()
     return VmState(
         irqchips=tuple(vm.get_irqchip(chip) for chip in _IRQCHIPS),
         pit=vm.get_pit2(),
@@ -73,10 +77,11 @@ def restore_vm(vm: Vm, state: VmState, *, realtime: bool = False) -> None:
     if realtime and state.realtime_ns is None:
         raise ConfigError(
             "The snapshot does not say what time it was when it was taken, which clock_realtime needs: "
-            "that takes a host with Linux 5.16 or newer. Leave clock_realtime out."
+            "an earlier version of Crackle has taken it. Leave clock_realtime out."
         )
     vm.set_pit2(state.pit)
-    vm.set_clock(state.clock_ns, state.realtime_ns if realtime else None)
+    passed = time.time_ns() - (state.realtime_ns or 0) if realtime else 0
+    vm.set_clock(state.clock_ns + max(passed, 0))
     for chip in state.irqchips:
         vm.set_irqchip(chip)
 
