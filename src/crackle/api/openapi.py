@@ -26,6 +26,7 @@ _RESULTS = {
     "get_balloon_statistics": schema.BalloonStats,
     "get_balloon_hinting": schema.BalloonHintingStatus,
     "get_memory_hotplug": schema.MemoryHotplugStatus,
+    "fork": schema.Forked,
 }
 
 _REFERENCE = "#/components/schemas/{name}"

@@ -88,6 +88,7 @@ ROUTES = {
     ("PUT", "snapshot/load"): Route(
         "load_snapshot", "SnapshotLoad", deprecated=("mem_file_path", "enable_diff_snapshots")
     ),
+    ("PUT", "vm/fork"): Route("fork", "Fork"),
     ("PATCH", "balloon/statistics"): Route("patch_balloon_statistics", "BalloonStatsUpdate"),
     ("PATCH", "balloon/hinting/start"): Route("start_balloon_hinting", "BalloonHintingStart"),
     ("PATCH", "balloon/hinting/stop"): Route("stop_balloon_hinting"),

@@ -226,6 +226,16 @@ class ApiServer:
             os.close(self._reserve)
             self._reserve = -1
 
+    def disown(self) -> None:
+        """In a forked process: close the copies of connections and listener, which are the parent's."""
+        for client in list(self._clients.values()):
+            client.disown()
+        self._clients.clear()
+        self._listener.close()
+        if self._reserve >= 0:
+            os.close(self._reserve)
+            self._reserve = -1
+
     def _send_the_rest(self, deadline: float) -> None:
         """Finish the answers that have been begun, until `deadline`, whatever else happens meanwhile."""
         poll = select.poll()
@@ -324,6 +334,12 @@ class _Client:
         finally:
             borrowed.detach()
         self._linger = self._server._loop.call_later(LINGER_S, self.close)
+
+    def disown(self) -> None:
+        """Close the descriptor alone."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def close(self) -> None:
         """Close the connection; idempotent."""

@@ -9,6 +9,7 @@ import gc
 import os
 import sys
 
+from crackle.api.listener import listen
 from crackle.cli import end_on_interrupt
 from crackle.errors import ConfigError, CrackleError, os_reason, reason_of
 from crackle.monitor.options import Options, UsageError, help_text, parse
@@ -26,12 +27,6 @@ EXIT_OK = 0
 EXIT_ERROR = 1
 EXIT_BAD_CONFIGURATION = 152
 EXIT_BAD_ARGUMENTS = 153
-
-# Connections that wait to be accepted.
-_BACKLOG = 128
-
-# Bytes of a socket's name (unix(7), sun_path, its NUL not counted).
-_PATH_MAX = 107
 
 
 class ExitError(CrackleError):
@@ -207,49 +202,10 @@ def _read(path: str, what: str) -> bytes:
 
 
 def _listen(path: str) -> socket:
-    """A socket that listens at `path`, where it appears when it can be connected to; the file must not exist yet."""
-    # The C module itself: the socket module drags in selectors and enum, several milliseconds.
-    import _socket
-
-    listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     try:
-        if not _listen_first(listener, path):
-            listener.bind(path)
-            listener.listen(_BACKLOG)
-    except (OSError, ValueError) as error:
-        listener.close()
-        if isinstance(error, OSError) and error.errno in (17, 98):  # EEXIST, EADDRINUSE
-            raise ExitError(
-                f"Failed to open the API socket at: {path}. Check that it is not already used."
-            ) from None
-        reason = os_reason(error) if isinstance(error, OSError) and error.errno else error
-        raise ExitError(f"Failed to bind and run the HTTP server: IO error: {reason}: {path}") from None
-    return listener
-
-
-def _listen_first(listener: socket, path: str) -> bool:
-    """Listen under another name in the same directory, then give the socket its own; False where no other name fits."""
-    unique = os.urandom(3).hex()
-    other = f"{path}.{unique}"
-    if len(os.fsencode(other)) > _PATH_MAX:
-        other = os.path.join(os.path.dirname(path), unique)
-    if not path or max(len(os.fsencode(path)), len(os.fsencode(other))) > _PATH_MAX:
-        return False
-    listener.bind(other)
-    try:
-        listener.listen(_BACKLOG)
-        try:
-            os.link(other, path)
-        except OSError as error:
-            if error.errno not in (1, 38, 95):  # EPERM, ENOSYS, EOPNOTSUPP: no second names here
-                raise
-            if os.path.lexists(path):
-                raise FileExistsError(17, "File exists") from None
-            os.rename(other, path)
-    finally:
-        if os.path.lexists(other):
-            os.unlink(other)
-    return True
+        return listen(path)
+    except ConfigError as error:
+        raise ExitError(str(error)) from None
 
 
 if __name__ == "__main__":

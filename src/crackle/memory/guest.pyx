@@ -29,6 +29,8 @@ from crackle.memory.region import BACKINGS
 cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *addr, size_t length, int advice)
     enum:
+        MADV_DOFORK
+        MADV_DONTFORK
         MADV_DONTNEED
 
 cdef extern from "<malloc.h>" nogil:
@@ -41,6 +43,9 @@ cdef extern from * nogil:
     """
     void publish(region_table **slot, region_table *value)
     region_table *observe(region_table **slot)
+
+# Of these a forked process has a copy of its own.
+INHERITABLE = ("anonymous", "transparent", "file")
 
 # Of a physical address, at most (Intel SDM volume 3, 4.1.4).
 ADDRESS_BITS = 52
@@ -365,6 +370,27 @@ cdef class GuestMemory:
             region.map_private(self.memfd, offset, self.backing == "transparent")
             offset += region.r.size
         self.backing = "file"
+
+    # -- forks ---------------------------------------------------------------------------------------------------
+
+    def check_inheritable(self):
+        """ConfigError where a forked process would have the same memory, or might not get its own copy of a page."""
+        if self.backing not in INHERITABLE:
+            raise ConfigError(
+                f"memory of the kind {self.backing!r} is not copied on write: it is shared with another process, served "
+                "by one, or in reserved huge pages"
+            )
+
+    def let_inherit(self, bint enable):
+        """Whether a process that is forked from now on has this memory too, each page until one of the two writes to it."""
+        cdef Region region
+        for region in self.regions:
+            madvise(region.r.hva, region.r.size, MADV_DOFORK if enable else MADV_DONTFORK)
+
+    def inherited(self):
+        """In the forked process: it is this one's now. Who listened there does not listen here."""
+        self.listeners.clear()
+        self.let_inherit(False)
 
     # -- dirty pages ---------------------------------------------------------------------------------------------
 

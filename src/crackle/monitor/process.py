@@ -20,6 +20,7 @@ from crackle.runtime.loop import Loop
 from crackle.runtime.terminal import Terminal
 from crackle.schema.codec import decode, explain, unknown_fields
 from crackle.schema.config import VmConfig
+from crackle.schema.serial import Serial
 from crackle.telemetry.metrics import FLUSH_PERIOD_S, Metrics
 from crackle.vmm import builder, shell
 from crackle.vmm.commands import NOT_STARTED, Command
@@ -33,7 +34,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from crackle.monitor.clone import Cloner
     from crackle.monitor.options import Options
+    from crackle.schema.fork import Clone
+    from crackle.snapshot.fork import Heritage, Line
     from crackle.snapshot.load import Loaded
     from crackle.telemetry.logger import Logger
     from crackle.telemetry.sink import Sink
@@ -78,7 +82,9 @@ class Monitor:
     def _build(self, config: VmConfig, ready: Any, held: Mapping[tuple[str, str], Held]) -> Machine:
         return builder.build(config, ready, self._build_options(config), held)
 
-    def _restore(self, loaded: Loaded, ready: Any, held: Mapping[tuple[str, str], Held]) -> Machine:
+    def _restore(
+        self, loaded: Loaded | Heritage, ready: Any, held: Mapping[tuple[str, str], Held]
+    ) -> Machine:
         return builder.restore(loaded, ready, self._build_options(loaded.snapshot.config), held)
 
     def _build_options(self, config: VmConfig) -> BuildOptions:
@@ -139,6 +145,7 @@ class VmmProcess(Monitor):
             shell=ready,
             metadata_limit=limit if metadata_limit is None else metadata_limit,
             lock_drives="no-drive-locks" not in options,
+            cloner=self._cloner,
         )
         self._server = None if listener is None else ApiServer(self._loop, listener, self._controller, limit)
         self._watch_signals()
@@ -157,10 +164,47 @@ class VmmProcess(Monitor):
             self._loop.run()
         finally:
             self._close()
+        return self._ending()
+
+    def _ending(self) -> int:
         if self._signal:
             signal.signal(self._signal, signal.SIG_DFL)
             os.kill(os.getpid(), self._signal)
         return self._status
+
+    def run_clone(self, heritage: Heritage, clone: Clone, line: Line) -> int:
+        """As `run`, for a microVM that goes on from where its parent was, once the parent lets it."""
+        from crackle.snapshot.overrides import override
+
+        try:
+            self._report_start()
+            if clone.serial_out_path is not None:
+                self._controller.execute(Command("put_serial", Serial(serial_out_path=clone.serial_out_path)))
+            document = heritage.document if clone.mmds is msgspec.UNSET else clone.mmds
+            if document is not None:
+                self._controller.execute(Command("put_mmds", document))
+            override(heritage.snapshot.config, clone)
+            self._controller.inherit(heritage)
+            if line.wait():
+                if heritage.running:
+                    self._controller.execute(Command("resume"))
+                self._loop.run()
+        finally:
+            self._close()
+        return self._ending()
+
+    def _cloner(self) -> Cloner:
+        from crackle.monitor.clone import Cloner
+
+        return Cloner(self._options, self._logger, self._options.value("api-sock") or "", self._leave)
+
+    def _leave(self) -> None:
+        """In a forked process: close the copies of what is the parent's."""
+        if self._server is not None:
+            self._server.disown()
+        self._loop.close()
+        self._controller.disown()
+        self._metrics.close()
 
     def _preload(self) -> None:
         # A machine that runs already has imported what it wants, and nothing comes after it.

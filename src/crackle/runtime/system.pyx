@@ -29,7 +29,7 @@ cdef extern from * nogil:
 
     /* <linux/ioprio.h>, IOPRIO_WHO_PROCESS */
     #define io_priority(pid) syscall(SYS_ioprio_get, 1, pid)
-    #define close_range(first) syscall(SYS_close_range, first, ~0u, 0)
+    #define close_range(first, last) syscall(SYS_close_range, first, last, 0)
     #define set_io_priority(priority) syscall(SYS_ioprio_set, 1, 0, priority)
     """
     enum:
@@ -45,15 +45,22 @@ cdef extern from * nogil:
         IN_MOVED_TO
         SCHEDULING_SIZE
     int c_setns "setns"(int fd, int type)
+    int c_fork "fork"()
     int madvise(void *address, size_t size, int advice)
     int prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d)
     long get_scheduling(int pid, char *attributes)
     long set_scheduling(char *attributes)
     long io_priority(int pid)
-    long close_range(unsigned int first)
+    long close_range(unsigned int first, unsigned int last)
     long set_io_priority(int priority)
     int inotify_init1(int flags)
     int inotify_add_watch(int fd, const char *path, uint32_t mask)
+
+
+cdef extern from "Python.h":
+    void PyOS_BeforeFork()
+    void PyOS_AfterFork_Child()
+    void PyOS_AfterFork_Parent()
 
 
 cdef long checked(long result) except? -1:
@@ -69,7 +76,28 @@ def join_namespace(int fd):
 
 def close_from(unsigned int first):
     """Close every descriptor from that number on."""
-    checked(close_range(first))
+    checked(close_range(first, ~<unsigned int> 0))
+
+
+def close_between(unsigned int first, unsigned int last):
+    """Close every descriptor from number `first` to `last`; none when that is less."""
+    if first <= last:
+        checked(close_range(first, last))
+
+
+def fork():
+    """As os.fork(), of a process whose other threads are known to hold nothing that the child needs."""
+    cdef int pid, error
+    PyOS_BeforeFork()
+    pid = c_fork()
+    error = errno
+    if pid == 0:
+        PyOS_AfterFork_Child()
+    else:
+        PyOS_AfterFork_Parent()
+    if pid < 0:
+        raise OSError(error, os.strerror(error))
+    return pid
 
 
 def set_no_new_privs():

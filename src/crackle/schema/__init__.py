@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from crackle.schema.drive import Drive as Drive
     from crackle.schema.drive import DriveUpdate as DriveUpdate
     from crackle.schema.entropy import EntropyDevice as EntropyDevice
+    from crackle.schema.fork import Fork as Fork
+    from crackle.schema.fork import Forked as Forked
     from crackle.schema.instance import Action as Action
     from crackle.schema.instance import Fault as Fault
     from crackle.schema.instance import InstanceInfo as InstanceInfo
@@ -53,6 +55,7 @@ _MODULE_OF = {
         "cpu": "CpuConfig",
         "drive": "Drive DriveUpdate",
         "entropy": "EntropyDevice",
+        "fork": "Fork Forked",
         "instance": "Action Fault InstanceInfo Version VmState",
         "machine": "MachineConfig MachineConfigUpdate",
         "memory_hotplug": "MemoryHotplug MemoryHotplugStatus MemoryHotplugUpdate",

@@ -9,19 +9,17 @@ import msgspec
 from crackle.errors import ConfigError
 from crackle.schema.config import VmConfig
 from crackle.snapshot import statefile
+from crackle.snapshot.overrides import override
 from crackle.snapshot.pair import find
 from crackle.snapshot.state import Snapshot
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
+    from crackle.memory import GuestMemory
     from crackle.schema import SnapshotLoad
 
 # Whoever imports this will want it, or has the time.
 statefile.make_ready()
-
-_UNKNOWN = "Failed to get snapshot state from file: Unknown {} Device. The snapshot has no {} {!r}."
 
 
 class Template:
@@ -71,6 +69,10 @@ class Loaded:
         """Go on with `config`, into which the snapshot's has been made."""
         self.snapshot = msgspec.structs.replace(self.snapshot, config=config)
 
+    def fill(self, memory: GuestMemory) -> None:
+        """Give a machine's memory its contents."""
+        memory.map_file(self.memory_fd)
+
     def close(self) -> None:
         """Idempotent."""
         fd, self.memory_fd = self.memory_fd, -1
@@ -92,21 +94,5 @@ def _overridden(config: VmConfig, request: SnapshotLoad) -> VmConfig:
         huge_pages=huge_pages,
         track_dirty_pages=request.track_dirty_pages or request.enable_diff_snapshots,
     )
-    for network in request.network_overrides:
-        interface = _find(config.network_interfaces, "iface_id", network.iface_id, "Network", "interface")
-        interface.host_dev_name = network.host_dev_name
-    for override in request.drive_overrides:
-        drive = _find(config.drives, "drive_id", override.drive_id, "Block", "drive")
-        drive.path_on_host = override.path_on_host
-    if request.vsock_override is not None:
-        if config.vsock is None:
-            raise ConfigError("Failed to get snapshot state from file: Unknown Vsock Device.")
-        config.vsock.uds_path = request.vsock_override.uds_path
+    override(config, request)
     return config
-
-
-def _find(section: list[Any], field: str, name: str, kind: str, what: str) -> Any:
-    for resource in section:
-        if getattr(resource, field) == name:
-            return resource
-    raise ConfigError(_UNKNOWN.format(kind, what, name))

@@ -115,9 +115,7 @@ class Logger:
         """
         severity = INFO if level is None else parse_level(level)
         if log_path is not None:
-            sink = Sink.open(log_path, "Failed to open target file")
-            self._sink.close()
-            self._sink = sink
+            self.move(log_path)
         self.level = severity
         if show_level is not None:
             self._show_level = show_level
@@ -181,6 +179,23 @@ class Logger:
         line = f"{self._stamp}.{now % 1_000_000_000:09} [{self.instance_id}:main{shown}{origin}] {message}\n"
         if not self._sink.write(line.encode(errors="backslashreplace")):
             self.lost += 1
+
+    @property
+    def file(self) -> int:
+        """The descriptor of the file or pipe that was configured; -1 without one."""
+        return self._sink.file
+
+    def move(self, log_path: str) -> None:
+        """Write there from now on, at the same level. Raises ConfigError."""
+        sink = Sink.open(log_path, "Failed to open target file")
+        self._sink.close()
+        self._sink = sink
+
+    def rename(self, instance_id: str) -> None:
+        """In a forked process: be that microVM's, and write to the same file or pipe, or to standard output."""
+        self.instance_id = instance_id
+        self.lost = self.throttled = 0
+        self._sink = self._sink.inherited()
 
     def close(self) -> None:
         """Close the configured file; idempotent."""

@@ -60,6 +60,19 @@ class Sink:
         self._rest = line[taken:]
         return True
 
+    @property
+    def file(self) -> int:
+        """The descriptor of what `open` opened; -1 for a borrowed one."""
+        return self._fd if self._borrowed < 0 else -1
+
+    def inherited(self) -> Sink:
+        """The forked process's: of a line that the other is in the middle of it has no part."""
+        if self._borrowed >= 0:
+            self.close()
+        sink = Sink(self._borrowed)
+        sink._fd = self._fd
+        return sink
+
     def close(self) -> None:
         """Close what is our own; idempotent. A borrowed descriptor can be written to again."""
         if self._fd >= 0:

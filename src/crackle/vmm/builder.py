@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from crackle.arch import LoadedKernel
     from crackle.schema.config import VmConfig
+    from crackle.snapshot.fork import Heritage
     from crackle.snapshot.load import Loaded
     from crackle.snapshot.state import Snapshot
     from crackle.virtio.custom.base import VirtioDevice as CustomDevice
@@ -51,17 +52,17 @@ def build(
 
 
 def restore(
-    loaded: Loaded,
+    loaded: Loaded | Heritage,
     shell: Shell | None,
     options: BuildOptions,
     held: Mapping[tuple[str, str], Held] | None = None,
 ) -> Machine:
-    """The machine that was saved, paused where it was then. Takes over `shell`, if there is one; else as `build`."""
+    """The machine that was saved, or forked, paused where it was then. Takes over `shell`, if any; else as `build`."""
     snapshot = loaded.snapshot
     machine = _bare(snapshot.config, shell, options)
     try:
         _check_fits(machine, snapshot, options)
-        machine.memory.map_file(loaded.memory_fd)
+        loaded.fill(machine.memory)
         _furnish_as_saved(machine, snapshot, options, held or {})
         machine.restore(snapshot.machine, realtime=loaded.clock_realtime)
     except ValueError as error:

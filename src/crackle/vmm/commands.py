@@ -61,6 +61,7 @@ ALLOWED = {
     "put_mmds_config": _BEFORE,
     "create_snapshot": _AFTER,
     "load_snapshot": _BEFORE,
+    "fork": _AFTER,
     "start": _BEFORE,
     "pause": _AFTER,
     "resume": _AFTER,

@@ -25,12 +25,13 @@ from crackle.vmm.devices import KINDS, PATCHES, RESOURCES
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from typing import Any, Protocol
+    from typing import Any, NoReturn, Protocol
 
     from crackle.memory import GuestMemory
     from crackle.mmds.store import Store
     from crackle.schema import (
         DriveUpdate,
+        Fork,
         LoggerConfig,
         MachineConfig,
         MetricsConfig,
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
         SnapshotCreate,
         SnapshotLoad,
     )
+    from crackle.schema.fork import Clone, Forked
+    from crackle.snapshot.fork import Heritage, Line
     from crackle.snapshot.load import Loaded, Template
     from crackle.snapshot.state import MachineState
     from crackle.vmm.devices import Held
@@ -82,13 +85,24 @@ if TYPE_CHECKING:
         def update(self, kind: str, identifier: str, resource: Any, held: Held | None = None) -> None: ...
         def metrics(self) -> Mapping[str, Mapping[str, Any]]: ...
         def save(self) -> MachineState: ...
+        def check_forkable(self) -> None: ...
+        def fork(self) -> int: ...
+        def note_dirty(self, bitmaps: list[bytes] | None) -> None: ...
         def dirty_pages(self) -> list[bytes] | None: ...
         def forget_dirty(self) -> None: ...
         def stop(self) -> None: ...
         def disown(self) -> None: ...
 
     Build = Callable[[VmConfig, "Shell | None", Mapping[tuple[str, str], Held]], "Machine"]
-    Restore = Callable[[Loaded, "Shell | None", Mapping[tuple[str, str], Held]], "Machine"]
+
+    class Cloner(Protocol):
+        """What a forked process does to be a clone."""
+
+        @property
+        def api_sock(self) -> str: ...
+        def become(self, heritage: Heritage, clone: Clone, line: Line) -> NoReturn: ...
+
+    Restore = Callable[[Loaded | Heritage, "Shell | None", Mapping[tuple[str, str], Held]], "Machine"]
     Prepare = Callable[[MachineConfig, bool], "Shell | None"]
 
 APP_NAME = "Crackle"
@@ -106,6 +120,7 @@ class Controller:
     returns goes to ``build``, or is abandoned when it no longer fits. ``shell`` is what was made for the default
     machine already. ``metadata_limit`` is in bytes. ``lock_drives``: lock the files of drives that do not say.
     ``restore`` makes a machine, paused, out of a snapshot. ``template``: what a load finds, if that is known already.
+    ``cloner`` makes what a clone is to do, when there is to be one.
     """
 
     def __init__(
@@ -122,6 +137,7 @@ class Controller:
         lock_drives: bool = True,
         restore: Restore | None = None,
         template: Template | None = None,
+        cloner: Callable[[], Cloner] | None = None,
     ) -> None:
         self.instance_id = instance_id
         self.logger = Logger(instance_id) if logger is None else logger
@@ -138,6 +154,7 @@ class Controller:
         self._build = build
         self._restore = restore
         self._template = template
+        self._cloner = cloner
         self._prepare = prepare
         self._shell = shell
         self._shell_for = None if shell is None else (self.config.machine_config, False)
@@ -310,11 +327,13 @@ class Controller:
                 self._timed("load_snapshot", "Loaded a snapshot", lambda: self._load(request))
 
     def _load(self, request: SnapshotLoad) -> None:
-        """Nothing has changed when it fails, but that what was made ahead of time may be gone."""
         from crackle.snapshot.load import Loaded
 
+        self._go_on_from(Loaded(request, self._template), running=request.resume_vm)
+
+    def _go_on_from(self, loaded: Loaded | Heritage, *, running: bool) -> None:
+        """Have the machine of a snapshot, or of a parent. Takes `loaded` over; nothing has changed when that fails."""
         assert self._restore is not None, "who allows the command says how"
-        loaded = Loaded(request, self._template)
         before, config = self._configuration, loaded.snapshot.config
         self._configuration = self._unconfigured(config.boot_source)
         try:
@@ -326,7 +345,7 @@ class Controller:
                 setattr(self.config, name, getattr(before.config, name))
             loaded.take(self.config)
             machine = self._restore(loaded, self._take_shell(), self._configuration.held)
-            self._run(machine, machine.resume if request.resume_vm else None)
+            self._run(machine, machine.resume if running else None)
         except BaseException:
             self._configuration.close()
             self._configuration = before
@@ -335,6 +354,29 @@ class Controller:
             loaded.close()
         before.close()
         self._began(machine)
+
+    def _fork(self, request: Fork) -> Forked:
+        with context("Fork error"):
+            if self._cloner is None:
+                raise ConfigError(
+                    "a microVM inside another program cannot be forked. Run it in a process of its own."
+                )
+            from crackle.snapshot.fork import fork
+            from crackle.snapshot.plan import plan
+
+            cloner = self._cloner()
+            clones = plan(request.clones, self.config, cloner.api_sock)
+            document = None if self._store is None else self._store.get()
+            forked = fork(
+                self._running_machine(), self.config, self.instance_id, clones, cloner.become, document
+            )
+        self.logger.info(f"Forked {len(clones)} clones; the microVM stood still for {forked.pause_us} us.")
+        return forked
+
+    def inherit(self, heritage: Heritage) -> None:
+        """In a clone's process, before anything else: have the parent's machine, paused. Raises as a load does."""
+        self._go_on_from(heritage, running=False)
+        self._running_machine().note_dirty(heritage.dirty)
 
     def _send_ctrl_alt_del(self) -> None:
         self._running_machine().send_ctrl_alt_del()

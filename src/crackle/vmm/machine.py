@@ -17,6 +17,7 @@ from crackle.kvm import Bus
 from crackle.runtime.clock import MachineClock
 from crackle.runtime.iothread import IoThread
 from crackle.runtime.ownership import end_dropped, enrol
+from crackle.runtime.system import fork
 from crackle.telemetry.logger import Throttle
 from crackle.vmm.commands import PAUSED, RUNNING, STOPPED
 from crackle.vmm.devices import KINDS, SINGLE, make
@@ -362,6 +363,41 @@ class Machine:
         # Last: what they signal as they are restored is for the chips.
         for device in state.devices:
             self.plugs.transports[device.kind, device.identifier].restore(device.transport)
+
+    def note_dirty(self, bitmaps: list[bytes] | None) -> None:
+        """Go on from what `dirty_pages` told of a machine with the same memory, where pages are noted at all."""
+        if bitmaps is not None and self.memory.tracking:
+            for region, bitmap in zip(self.memory.regions, bitmaps, strict=True):
+                self._dirty[region.gpa] = int.from_bytes(bitmap, "little")
+
+    def check_forkable(self) -> None:
+        """ConfigError when another process cannot go on from where this machine is."""
+        self._check_alive()
+        self.memory.check_inheritable()
+        for kind, identifier in self.plugs.transports:
+            if kind == "custom":
+                raise ConfigError(
+                    f"The device {identifier!r} is written in Python, and a clone runs none of your program: stop the "
+                    "microVM and start it without, or clone a snapshot of it."
+                )
+
+    def fork(self) -> int:
+        """Fork the process while the machine stands still: the child's id, or 0 in the child.
+
+        That has guest memory, copy-on-write, and nothing else of the machine, which is the parent's. OSError.
+        """
+        memory, self.parts.memory = self.parts.memory, None
+        assert memory is not None
+        memory.let_inherit(True)
+        pid = 1
+        try:
+            pid = fork()
+        finally:
+            # The child may have to fork again.
+            if pid:
+                memory.let_inherit(False)
+            self.parts.memory = memory
+        return pid
 
     def send_ctrl_alt_del(self) -> None:
         """Press Ctrl-Alt-Del on the guest's keyboard."""

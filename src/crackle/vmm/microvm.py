@@ -52,6 +52,7 @@ from crackle.vmm.silence import Silence
 from crackle.vmm.wire import Birth
 
 if TYPE_CHECKING:
+    from crackle.snapshot.fork import Heritage
     from crackle.snapshot.load import Loaded
     from crackle.vmm.devices import Held
 
@@ -590,7 +591,7 @@ class _Builder:
         assert shell is None or isinstance(shell, Shell)
         return build(config, shell, self._options, held)
 
-    def restore(self, loaded: Loaded, shell: Any, held: Mapping[tuple[str, str], Held]) -> Machine:
+    def restore(self, loaded: Loaded | Heritage, shell: Any, held: Mapping[tuple[str, str], Held]) -> Machine:
         assert shell is None or isinstance(shell, Shell)
         return restore(loaded, shell, self._options, held)
 

@@ -33,6 +33,14 @@ ALWAYS = (
 # To load a snapshot, which is done before it runs.
 _LOADING = ("crackle.snapshot.load", f"crackle.arch.{os.uname().machine}.compatibility")
 
+# To fork, which some do, and are told if there is nothing to import it from any more.
+_FORKING = (
+    "crackle.snapshot.fork",
+    "crackle.snapshot.plan",
+    "crackle.snapshot.overrides",
+    "crackle.monitor.clone",
+)
+
 _VHOST_USER = "crackle.virtio.vhost_user.block"
 # What opens the file of a PATCH is another module than the device's.
 _BLOCK = ("crackle.virtio.block.device", "crackle.virtio.block.backing")
@@ -52,8 +60,8 @@ def preload(config: VmConfig | None = None, *, custom: bool = False, terminal: b
 
 
 def preload_idle() -> None:
-    """Import what each machine will want, and what a load would, while nobody asks for anything."""
-    _import((*ALWAYS, *_LOADING))
+    """Import what each machine will want, and what a load or a fork would, while nobody asks for anything."""
+    _import((*ALWAYS, *_LOADING, *_FORKING))
 
 
 def preload_all() -> None:
@@ -61,7 +69,7 @@ def preload_all() -> None:
     _import(
         (
             *ALWAYS,
-            *("crackle.vmm.builder", "crackle.vmm.shell", *_LOADING, "resource", "termios"),
+            *("crackle.vmm.builder", "crackle.vmm.shell", *_LOADING, *_FORKING, "resource", "termios"),
             *(_VHOST_USER, *_BLOCK, _ASYNC, _LIMITER, _NET, "crackle.virtio.net.tap", _VSOCK, *_METADATA),
         )
     )

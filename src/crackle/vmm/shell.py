@@ -46,16 +46,19 @@ class Parts(msgspec.Struct):
 class Shell:
     """A virtual machine without devices or kernel, being made on a thread of its own.
 
-    shared: another process will have guest memory too, so it is a memfd.
+    shared: another process will have guest memory too, so it is a memfd. memory: what it has instead of new memory, and
+    owns from now on.
 
     `take` waits for that thread and hands the parts over; `close` waits too and gives them back; `abandon` gives
     them back in the background. After any of them the shell owns nothing.
     """
 
-    def __init__(self, config: MachineConfig, shared: bool = False) -> None:
+    def __init__(
+        self, config: MachineConfig, shared: bool = False, memory: GuestMemory | None = None
+    ) -> None:
         self.config = config
         self.shared = shared
-        self._parts = Parts()
+        self._parts = Parts(memory=memory)
         self._error: BaseException | None = None
         self._made = allocate_lock()
         self._made.acquire()
@@ -102,8 +105,11 @@ def prepare(config: MachineConfig, shared: bool = False) -> Shell:
 
 
 def _make(config: MachineConfig, shared: bool, parts: Parts) -> None:
-    backing = (_SHARED_BACKINGS if shared else _BACKINGS)[config.huge_pages]
-    parts.memory = memory = GuestMemory(platform.memory_layout(config.mem_size_mib << 20), backing=backing)
+    memory = parts.memory
+    if memory is None:
+        backing = (_SHARED_BACKINGS if shared else _BACKINGS)[config.huge_pages]
+        memory = GuestMemory(platform.memory_layout(config.mem_size_mib << 20), backing=backing)
+        parts.memory = memory
     try:
         parts.kvm = kvm = Kvm()
     except KvmError as error:

@@ -1,0 +1,3 @@
+from crackle.memory.guest import GuestMemory
+
+def gather_pages(memory: GuestMemory, seconds: float) -> int: ...
