@@ -18,7 +18,7 @@ from bench.monitor import Monitor
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 # Documentation/admin-guide/mm/pagemap.rst
-PRESENT, FRAME = 1 << 63, (1 << 55) - 1
+PRESENT, OF_FILE, FRAME = 1 << 63, 1 << 61, (1 << 55) - 1
 # A page with so few words changed has had its objects' reference counts touched, and little else.
 FEW = 4
 KINDS = ("as before", "few words changed", "changed", "new")
@@ -54,9 +54,9 @@ def account(parent: int, child: int) -> dict[str, Counter[str]]:
                 zip(entries(parent, start, end), entries(child, start, end), strict=True)
             ):
                 address = start + number * PAGE
-                if not own & PRESENT or (theirs & PRESENT and theirs & FRAME == own & FRAME):
+                if not own & PRESENT or own & OF_FILE or (theirs & PRESENT and theirs & FRAME == own & FRAME):
                     continue
-                if not theirs & PRESENT:
+                if not theirs & PRESENT and not name.startswith("memfd:"):
                     found[name][KINDS[3]] += 1
                     continue
                 what = kind(os.pread(old.fileno(), PAGE, address), os.pread(new.fileno(), PAGE, address))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import select
+import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
-from tests.kvm.conftest import configuration
+from tests.kvm.conftest import PATIENCE, configuration
 
 from support.launcher import LAUNCHER, ZygoteProcess
 from support.network import Namespace
@@ -55,6 +57,64 @@ def test_a_guest_with_every_device_starts_where_the_launcher_is(
         assert select.select([process.stdout], [], [], 60)[0]
         assert process.stdout.readline().startswith(b"idle")
         assert (tmp_path / "v.sock").exists()
+        process.terminate()
+        assert process.communicate(timeout=60)[1] == b""
+        assert process.returncode == -15
+    finally:
+        process.kill()
+        process.communicate()
+        assert zygote.end() == ""
+
+
+def own_kib(child: int) -> int:
+    """Of the zygote's memory, what that child has copies of (proc(5), smaps)."""
+    found, counted = 0, False
+    for line in Path(f"/proc/{child}/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            counted = "memfd:crackle-zygote" in line
+        elif counted and line.startswith("Anonymous:"):
+            found += int(line.split()[1])
+    return found
+
+
+def put_state(path: Path, state: str) -> bytes:
+    """The status line that answers a PATCH of /vm."""
+    body = json.dumps({"state": state}).encode()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        client.sendall(b"PATCH /vm HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        return client.recv(4096).partition(b"\r\n")[0]
+
+
+def test_a_child_whose_guest_has_started_gives_memory_back_and_the_guest_goes_on(
+    guests: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps(configuration(guests / "count.elf", "cpus=2 tick=100", [], 64, 2))
+    )
+    zygote = ZygoteProcess(tmp_path / "zygote")
+    process = subprocess.Popen(
+        [*zygote.command, "--api-sock", "api", "--config-file", "config.json", "--level", "Off"],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"count begins\n"
+        (child,) = zygote.monitors()
+        at_first = own_kib(child)
+        deadline = time.monotonic() + PATIENCE
+        while own_kib(child) > at_first - 500:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        # It may have been in the middle; it counts on, and its monitor still knows what it is doing.
+        numbers = [int(process.stdout.readline().split()[1]) for _ in range(200)]
+        assert numbers == list(range(numbers[0], numbers[0] + 200))
+        for state in ("Paused", "Resumed", "Paused", "Resumed"):
+            assert put_state(tmp_path / "api", state).endswith(b"204 No Content")
+        assert process.stdout.readline().startswith(b"count ")
         process.terminate()
         assert process.communicate(timeout=60)[1] == b""
         assert process.returncode == -15

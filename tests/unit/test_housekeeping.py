@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from crackle.runtime import housekeeping
+from crackle.runtime import mappings
 
 MAPS = b"""\
 00400000-00401000 r-xp 00000000 08:01 1    /usr/bin/program
@@ -20,14 +20,14 @@ MAPS = b"""\
 
 
 def test_only_code_of_files_that_cannot_be_written_is_taken() -> None:
-    assert housekeeping._code(MAPS) == [(0x400000, 0x1000), (0x700000, 0x3000)]
+    assert mappings.code_in(MAPS) == [(0x400000, 0x1000), (0x700000, 0x3000)]
 
 
 def test_a_process_is_smaller_afterwards_and_still_works() -> None:
     script = (
-        "import json, decimal; from crackle.runtime.housekeeping import give_back\n"
+        "import json, decimal; from crackle.runtime.mappings import trim_heap, unmap_code\n"
         "def rss(): return int(open('/proc/self/statm').read().split()[1])\n"
-        "before = rss(); give_back(); after = rss()\n"
+        "before = rss(); trim_heap(); unmap_code(); after = rss()\n"
         "assert json.loads('[1.5]') == [1.5] and decimal.Decimal(2).sqrt() > 1\n"
         "print(before, after)"
     )

@@ -31,10 +31,6 @@ cdef extern from "<sys/mman.h>" nogil:
     enum:
         MADV_DOFORK
         MADV_DONTFORK
-        MADV_DONTNEED
-
-cdef extern from "<malloc.h>" nogil:
-    int malloc_trim(size_t pad)
 
 cdef extern from * nogil:
     """
@@ -49,19 +45,6 @@ INHERITABLE = ("anonymous", "transparent", "file")
 
 # Of a physical address, at most (Intel SDM volume 3, 4.1.4).
 ADDRESS_BITS = 52
-
-
-def unmap_pages(uint64_t address, uint64_t size):
-    """Take the pages of [address, address + size) out of this process; the next access maps them in again.
-
-    Only for mappings of a file of which no page has been changed: a changed page would come back as it is in the file.
-    """
-    madvise(<void *> address, size, MADV_DONTNEED)
-
-
-def trim_heap():
-    """Give the C heap's unused pages back to the system."""
-    malloc_trim(0)
 
 
 cdef class GuestMemory:

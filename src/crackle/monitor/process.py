@@ -15,7 +15,7 @@ import msgspec
 
 from crackle.api.server import ApiServer
 from crackle.errors import CrackleError
-from crackle.runtime.housekeeping import give_back
+from crackle.runtime import housekeeping
 from crackle.runtime.loop import Loop
 from crackle.runtime.terminal import Terminal
 from crackle.schema.codec import decode, explain, unknown_fields
@@ -97,7 +97,7 @@ class Monitor:
 
     def _started(self, machine: Machine) -> None:
         self._loop.watch(machine.exit_fd, self._look_for_end, essential=True)
-        self._loop.call_later(_SETTLED_S, give_back)
+        self._loop.call_later(_SETTLED_S, lambda: housekeeping.settle(machine))
 
     def _look_for_end(self, _events: int) -> None:
         machine = self._controller.machine

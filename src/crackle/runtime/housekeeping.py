@@ -6,28 +6,46 @@ processes share; that they are mapped here, and counted here, is what `give_back
 
 from __future__ import annotations
 
-from crackle.memory.guest import trim_heap, unmap_pages
+import contextlib
+import os
+
+from crackle.errors import CrackleError
+from crackle.runtime import image
+from crackle.runtime.mappings import trim_heap, unmap_code
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Protocol
+
+    from crackle.runtime.threads import Worker
+
+    class Machine(Protocol):
+        """Calls while all its threads stand still."""
+
+        def at_rest(self, call: Callable[[Sequence[Worker]], object]) -> None: ...
 
 
-def give_back() -> None:
-    """Unmap the code of executables and libraries, and trim the heap. Takes a fraction of a millisecond.
+# <linux/sched.h>, PF_IO_WORKER and PF_USER_WORKER: threads that the kernel has made for itself.
+_OF_KERNEL = 0x10 | 0x4000
 
-    OSError where there is no /proc or no descriptor; the heap has been trimmed then.
-    """
+
+def settle(machine: Machine) -> None:
+    """Give back all that can be, now that the guest runs; what it needs after all comes again. Takes milliseconds."""
     trim_heap()
-    with open("/proc/self/maps", "rb") as maps:
-        for address, size in _code(maps.read()):
-            unmap_pages(address, size)
+    unmap_code()
+    # A guest whose threads cannot stand still for a moment is left alone.
+    with contextlib.suppress(CrackleError):
+        machine.at_rest(_give_back_unchanged)
 
 
-def _code(maps: bytes) -> list[tuple[int, int]]:
-    """(address, size) of the mappings of files that are executable and cannot be written, and so are never changed:
-    read-only data has been, by the linker (proc(5), maps).
-    """
-    found = []
-    for line in maps.splitlines():
-        fields = line.split(maxsplit=5)
-        if fields[1] == b"r-xp" and len(fields) == 6 and fields[5].startswith(b"/"):
-            start, _, end = fields[0].partition(b"-")
-            found.append((int(start, 16), int(end, 16) - int(start, 16)))
-    return found
+def _give_back_unchanged(workers: Sequence[Worker]) -> None:
+    """What is again as the zygote had it; nobody else may be writing then."""
+    if sum(map(_is_ours, os.listdir("/proc/self/task"))) <= 1 + len(workers):
+        image.give_back(workers)
+
+
+def _is_ours(thread: str) -> bool:
+    """Whether it runs our code, and is no worker of the kernel's (proc(5), stat 9)."""
+    with open(f"/proc/self/task/{thread}/stat", "rb", buffering=0) as stat:
+        return not int(stat.read(4096).rpartition(b")")[2].split()[6]) & _OF_KERNEL

@@ -21,6 +21,7 @@ import struct
 import sys
 
 from crackle.errors import ConfigError, os_reason
+from crackle.runtime import image
 from crackle.runtime.inherit import ENDED, REFUSES, WILL, Home, RefusedError, adopt, alone, answer
 from crackle.runtime.loop import Loop
 from crackle.runtime.pages import written_pages
@@ -39,8 +40,8 @@ _BACKLOG = 1024
 # Seconds without a change after which the code is taken to be complete again.
 _SETTLED_S = 1.0
 
-# Seconds after which it is looked at what a child has written to.
-_LEARN_S = 2.0
+# Seconds after which it is looked at what a child has written to: before it gives back what it need not have.
+_LEARN_S = 0.7
 
 # Seconds after a launcher has come until there is another spare.
 _REFILL_S = 0.05
@@ -154,7 +155,7 @@ class Zygote:
             self._changes = watch_directories(_loaded_from())
             self._loop.watch(self._changes, self._changed)
         gc.collect()
-        gc.freeze()
+        image.take()
         self._refill()
         self._loop.run()
         self._end_spares()

@@ -25,7 +25,7 @@ from crackle.vmm.plugs import Plugs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from crackle.arch import Board
@@ -50,6 +50,8 @@ EXIT_ERROR = 1
 
 # Seconds that a pause takes at most before it is given up. What a disk does for 16 MiB takes less.
 PAUSE_TIMEOUT = 2.0
+# And that what is done beside the guest waits for its threads.
+_REST_TIMEOUT = 0.05
 
 
 class BuildOptions(msgspec.Struct, kw_only=True):
@@ -238,7 +240,29 @@ class Machine:
         self.clock.pause()
         self._paused = True
 
+    def at_rest(self, call: Callable[[Sequence[Worker]], object]) -> None:
+        """Call with the machine's threads while all of them stand still, for as long as that takes: not for long.
+
+        Time goes on for the guest. KvmError when a thread does not come to rest soon.
+        """
+        self._check_alive()
+        try:
+            self._stop_threads(time.monotonic() + _REST_TIMEOUT)
+            call([*self.vcpus, *self._io_threads()])
+        finally:
+            if not self._paused:
+                self._go_on()
+
     def _stand_still(self, until: float) -> None:
+        self._stop_threads(until)
+        for (kind, identifier), device in self.devices.items():
+            if not device.drain(max(until - time.monotonic(), 0.0)):
+                raise KvmError(
+                    f"what is in flight for the {kind} device {identifier!r} was not done within "
+                    f"{PAUSE_TIMEOUT:g} s, and the microVM runs on"
+                )
+
+    def _stop_threads(self, until: float) -> None:
         # No vCPU waits for a reader of the console from here on.
         self.serial.pause()
         threads: list[Worker] = [*self.vcpus, *self._io_threads()]
@@ -254,12 +278,6 @@ class Machine:
                 f"{names} did not stand still within {PAUSE_TIMEOUT:g} s, and the microVM runs on: "
                 "what it waits for, a disk or a page of guest memory, does not come"
             ) from None
-        for (kind, identifier), device in self.devices.items():
-            if not device.drain(max(until - time.monotonic(), 0.0)):
-                raise KvmError(
-                    f"what is in flight for the {kind} device {identifier!r} was not done within "
-                    f"{PAUSE_TIMEOUT:g} s, and the microVM runs on"
-                )
 
     def resume(self) -> None:
         """Go on where `pause` stopped. Idempotent."""

@@ -1,0 +1,6 @@
+from collections.abc import Sequence
+
+from crackle.runtime.threads import Worker
+
+def take() -> int: ...
+def give_back(resting: Sequence[Worker] = ()) -> int: ...
