@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from crackle.virtio.custom.base import VirtioDevice as VirtioDevice
     from crackle.virtio.custom.device import Request as Request
     from crackle.virtio.custom.device import RequestQueue as RequestQueue
+    from crackle.vmm.clones import Snapshot as Snapshot
     from crackle.vmm.console import Console as Console
     from crackle.vmm.console import Match as Match
     from crackle.vmm.machine import ExitStatus as ExitStatus
@@ -54,6 +55,7 @@ _MODULE_OF = {
     "RateLimiter": "crackle.schema.rate_limiter",
     "Request": "crackle.virtio.custom.device",
     "RequestQueue": "crackle.virtio.custom.device",
+    "Snapshot": "crackle.vmm.clones",
     "StateError": "crackle.errors",
     "TokenBucket": "crackle.schema.rate_limiter",
     "TooLargeError": "crackle.errors",

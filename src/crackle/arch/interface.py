@@ -137,6 +137,12 @@ if TYPE_CHECKING:
         def restore_vm(self, vm: Vm, state: Any, *, realtime: bool = False) -> None:
             """The reverse, when the vCPUs have their own state. realtime: the guest's clock has gone on meanwhile."""
 
+        def rewind_vcpu(self, vcpu: Vcpu, state: Any) -> None:
+            """Take back what time has done to a vCPU that was restored and has not run."""
+
+        def rewind_vm(self, vm: Vm, state: Any, *, realtime: bool = False) -> None:
+            """The same for chips and clock."""
+
         def save_vcpu(self, kvm: Kvm, vcpu: Vcpu) -> Any:
             """A paused vCPU's state, a Struct."""
 

@@ -183,7 +183,7 @@ class VmmProcess(Monitor):
             document = heritage.document if clone.mmds is msgspec.UNSET else clone.mmds
             if document is not None:
                 self._controller.execute(Command("put_mmds", document))
-            override(heritage.snapshot.config, clone)
+            heritage.snapshot = override(heritage.snapshot, clone)
             self._controller.inherit(heritage)
             if line.wait():
                 if heritage.running:

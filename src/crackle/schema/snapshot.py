@@ -6,7 +6,8 @@ from typing import Literal
 
 import msgspec
 
-from crackle.schema._base import Resource
+from crackle.schema._base import U32, Resource
+from crackle.schema.net import MacAddress
 
 # How guest memory is backed: as it was, or otherwise.
 SnapshotHugePages = Literal["Snapshot", "None", "Transparent", "2M"]
@@ -28,16 +29,18 @@ class MemoryBackend(Resource):
 
 
 class NetworkOverride(msgspec.Struct):
-    """Another tap device for an interface of the snapshot."""
+    """Another tap device for an interface of the snapshot, and another MAC address for a guest that looks again."""
 
     iface_id: str
     host_dev_name: str
+    guest_mac: MacAddress | None = None
 
 
 class VsockOverride(msgspec.Struct):
-    """Another Unix socket for the vsock device of the snapshot."""
+    """Another Unix socket for the vsock device of the snapshot, and another CID, at which the guest looks again."""
 
     uds_path: str
+    guest_cid: U32 | None = None
 
 
 class DriveOverride(msgspec.Struct):

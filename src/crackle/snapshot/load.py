@@ -58,9 +58,7 @@ class Loaded:
         else:
             found, self.memory_fd = template.copy()
         try:
-            self.snapshot: Snapshot = msgspec.structs.replace(
-                found, config=_overridden(found.config, request)
-            )
+            self.snapshot: Snapshot = _overridden(found, request)
         except BaseException:
             self.close()
             raise
@@ -80,7 +78,8 @@ class Loaded:
             os.close(fd)
 
 
-def _overridden(config: VmConfig, request: SnapshotLoad) -> VmConfig:
+def _overridden(found: Snapshot, request: SnapshotLoad) -> Snapshot:
+    config = found.config
     machine = config.machine_config
     assert machine is not None, "whoever saved it has filled it in"
     huge_pages = machine.huge_pages if request.huge_pages == "Snapshot" else request.huge_pages
@@ -94,5 +93,4 @@ def _overridden(config: VmConfig, request: SnapshotLoad) -> VmConfig:
         huge_pages=huge_pages,
         track_dirty_pages=request.track_dirty_pages or request.enable_diff_snapshots,
     )
-    override(config, request)
-    return config
+    return override(found, request)

@@ -53,6 +53,9 @@ PAUSE_TIMEOUT = 2.0
 # And that what is done beside the guest waits for its threads.
 _REST_TIMEOUT = 0.05
 
+# Seconds after a restore in which nothing has aged.
+_FRESH_S = 0.005
+
 
 class BuildOptions(msgspec.Struct, kw_only=True):
     """What a front end decides, and no API resource says.
@@ -116,6 +119,7 @@ class Machine:
         self._fds: list[int] = []
         self._paused = False
         self._threads_run = False
+        self._restored: tuple[float, MachineState, bool] | None = None
         self._dirty: dict[int, int] = {}  # by region: pages written, of which nobody has a copy
         self._ended: ExitStatus | None = None
         self._stopping = RLock()
@@ -284,6 +288,8 @@ class Machine:
         self._check_alive()
         if not self._paused:
             return
+        if self._restored is not None:
+            self._rewind()
         for vcpu in self.vcpus:
             vcpu.kvmclock_ctrl()
         self._paused = False
@@ -374,6 +380,7 @@ class Machine:
         assert self.parts.kvm is not None
         self.clock.pause()
         self._paused = True
+        self._restored = time.monotonic(), state, realtime
         for vcpu, saved in zip(self.vcpus, state.vcpus, strict=True):
             platform.restore_vcpu(self.parts.kvm, vcpu, saved)
         platform.restore_vm(self.vm, state.vm, realtime=realtime)
@@ -381,6 +388,16 @@ class Machine:
         # Last: what they signal as they are restored is for the chips.
         for device in state.devices:
             self.plugs.transports[device.kind, device.identifier].restore(device.transport)
+
+    def _rewind(self) -> None:
+        """Have time begin now, for a machine that has waited since it was restored: it was not meant to age."""
+        assert self._restored is not None
+        (since, state, realtime), self._restored = self._restored, None
+        if time.monotonic() - since < _FRESH_S:
+            return
+        for vcpu, saved in zip(self.vcpus, state.vcpus, strict=True):
+            platform.rewind_vcpu(vcpu, saved)
+        platform.rewind_vm(self.vm, state.vm, realtime=realtime)
 
     def note_dirty(self, bitmaps: list[bytes] | None) -> None:
         """Go on from what `dirty_pages` told of a machine with the same memory, where pages are noted at all."""

@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from crackle.errors import ConfigError, CrackleError, GuestError, StateError
+from crackle.errors import CrackleError, GuestError, StateError
 from crackle.runtime.ownership import end_dropped, enrol
 from crackle.schema.boot import BootSource
 from crackle.schema.config import VmConfig
@@ -26,9 +26,8 @@ from crackle.schema.net import NetworkInterface, NetworkInterfaceUpdate
 from crackle.schema.rate_limiter import RateLimiter
 from crackle.schema.snapshot import SnapshotCreate, SnapshotHugePages, SnapshotLoad
 from crackle.schema.vsock import Vsock
-from crackle.telemetry.logger import DEFAULT_INSTANCE_ID, OFF, Logger
+from crackle.telemetry.logger import DEFAULT_INSTANCE_ID, Logger
 from crackle.virtio.custom.base import VirtioDevice
-from crackle.vmm import processes
 from crackle.vmm.arguments import (
     check_rest,
     checked,
@@ -41,20 +40,16 @@ from crackle.vmm.arguments import (
     pair_of,
     path_of,
 )
-from crackle.vmm.builder import build, restore
 from crackle.vmm.commands import ALLOWED, NOT_STARTED, PAUSED, Command
 from crackle.vmm.console import DEFAULT_LIMIT, Console
-from crackle.vmm.controller import DEFAULT_METADATA_LIMIT, Controller
-from crackle.vmm.machine import BuildOptions, ExitStatus, Machine
-from crackle.vmm.remote import Link, RemoteController, RemoteMachine
-from crackle.vmm.shell import Shell, prepare
+from crackle.vmm.controller import DEFAULT_METADATA_LIMIT
+from crackle.vmm.hosting import Hosting
+from crackle.vmm.machine import ExitStatus, Machine
+from crackle.vmm.remote import RemoteController, RemoteMachine
 from crackle.vmm.silence import Silence
-from crackle.vmm.wire import Birth
 
 if TYPE_CHECKING:
-    from crackle.snapshot.fork import Heritage
-    from crackle.snapshot.load import Loaded
-    from crackle.vmm.devices import Held
+    from crackle.vmm.hosting import Source
 
 DEFAULT_GUEST_CID = 3
 DEFAULT_BOOT_ARGS = "console=ttyS0 reboot=k panic=1 i8042.noaux i8042.nomux"
@@ -156,8 +151,8 @@ class MicroVM:
             mmds = mmds or MmdsConfig([card.iface_id for card in cards], "V2")
         if mmds is not None:
             mmds = checked(mmds)
-        options = _Options(console, console_limit, custom, logger, metadata_limit, profile, own_process)
-        self._set_up(instance_id, options)
+        hosting = Hosting(console, console_limit, custom, logger, metadata_limit, profile, own_process)
+        self._set_up(instance_id, hosting)
         try:
             self._order("put_machine", machine)
             self._order("put_boot_source", source)
@@ -231,33 +226,66 @@ class MicroVM:
         custom = devices_of(devices)
         if metadata is not None:
             metadata = document_of(metadata)
+        hosting = Hosting(console, console_limit, custom, logger, metadata_limit, profile, own_process)
+        vm = cls.begin_load(instance_id, hosting, request, metadata)
+        vm.finish_load(resume=resume)
+        return vm
+
+    @classmethod
+    def begin_load(
+        cls,
+        instance_id: str,
+        hosting: Hosting,
+        request: SnapshotLoad,
+        metadata: Any = None,
+        source: Source | None = None,
+    ) -> MicroVM:
+        """One that loads a snapshot, for which `finish_load` waits: for those that load several at a time.
+
+        source: the snapshot, if it has been read already.
+        """
         vm = cls.__new__(cls)
-        options = _Options(console, console_limit, custom, logger, metadata_limit, profile, own_process)
-        vm._set_up(instance_id, options)
+        vm._set_up(instance_id, hosting, source)
+        vm._loading = [Command("load_snapshot", request)]
+        if metadata is not None:
+            vm._loading.insert(0, Command("put_mmds", metadata))
         try:
-            if metadata is not None:
-                vm._order("put_mmds", metadata)
-            vm._begin("load_snapshot", request)
-            if resume:
-                vm.resume()
+            if isinstance(vm._controller, RemoteController):
+                while vm._loading:
+                    vm._controller.submit(vm._loading.pop(0))
         except BaseException:
             vm.end()
             raise
         return vm
 
-    def _set_up(self, instance_id: str, options: _Options) -> None:
+    def finish_load(self, *, resume: bool) -> None:
+        """Wait for what `begin_load` began. When it fails, everything is given back."""
+        try:
+            with self._turn(waits=True):
+                if isinstance(self._controller, RemoteController):
+                    self._controller.collect()
+                while self._loading:
+                    self._controller.execute(self._loading.pop(0))
+                self._has_machine()
+            if resume:
+                self.resume()
+        except BaseException:
+            self.end()
+            raise
+
+    def _set_up(self, instance_id: str, hosting: Hosting, source: Source | None = None) -> None:
         """Make console and controller, which know of no guest yet."""
-        options.check()
-        ends = (-1, -1) if options.console is None else console_of(options.console)
+        hosting.check()
+        ends = (-1, -1) if hosting.console is None else console_of(hosting.console)
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._started: Machine | RemoteMachine | None = None
-        self._console = Console(options.console_limit) if options.console is None else None
+        self._loading: list[Command] = []
+        self._console = Console(hosting.console_limit) if hosting.console is None else None
         if self._console is not None:
             ends = (self._console.guest_in, self._console.guest_out)
         try:
-            make = _in_other_process if options.own_process else _in_this_process
-            self._controller: Controller | RemoteController = make(instance_id, options, ends)
+            self._controller = hosting.controller(instance_id, ends, source)
         except BaseException:
             if self._console is not None:
                 self._console.close()
@@ -274,11 +302,14 @@ class MicroVM:
         """Execute the command that makes the machine."""
         with self._turn(waits=True):
             self._order(name, resource)
-            machine = self._controller.machine
-            assert isinstance(machine, Machine | RemoteMachine)
-            self._started = machine
-            if self._console is not None:
-                self._console.watch(machine.exit_fd, lambda: _end_of(machine))
+            self._has_machine()
+
+    def _has_machine(self) -> None:
+        machine = self._controller.machine
+        assert isinstance(machine, Machine | RemoteMachine)
+        self._started = machine
+        if self._console is not None:
+            self._console.watch(machine.exit_fd, lambda: _end_of(machine))
 
     def pause(self) -> None:
         """Stop all vCPUs and devices where they are."""
@@ -579,81 +610,6 @@ def _warn(sentence: str) -> None:
 
 
 _STOPPED = ExitStatus("stopped", "the microVM was stopped", 0)
-
-
-class _Builder:
-    """Makes the controller's machine; not a method of the microVM, so that the two are no cycle."""
-
-    def __init__(self, options: BuildOptions) -> None:
-        self._options = options
-
-    def __call__(self, config: VmConfig, shell: Any, held: Mapping[tuple[str, str], Held]) -> Machine:
-        assert shell is None or isinstance(shell, Shell)
-        return build(config, shell, self._options, held)
-
-    def restore(self, loaded: Loaded | Heritage, shell: Any, held: Mapping[tuple[str, str], Held]) -> Machine:
-        assert shell is None or isinstance(shell, Shell)
-        return restore(loaded, shell, self._options, held)
-
-
-class _Options(NamedTuple):
-    """What no command carries."""
-
-    console: tuple[int, int] | None
-    console_limit: int
-    devices: tuple[VirtioDevice, ...]
-    logger: Logger | None
-    metadata_limit: int
-    profile: bool
-    own_process: bool
-
-    def check(self) -> None:
-        """ConfigError for what a process of its own cannot have."""
-        if not self.own_process:
-            return
-        for given, what in ((self.devices, "devices written in Python"), (self.logger, "a logger")):
-            if given:
-                raise ConfigError(f"{what} cannot be given to a microVM in a process of its own")
-
-
-def _in_this_process(instance_id: str, options: _Options, console: tuple[int, int]) -> Controller:
-    builder = _Builder(
-        BuildOptions(
-            console_in=console[0],
-            console_out=console[1],
-            console_waits=True,
-            ends_on_panic=True,
-            logger=options.logger,
-            profile=options.profile,
-            devices=options.devices,
-        )
-    )
-    return Controller(
-        builder,
-        prepare,
-        restore=builder.restore,
-        instance_id=instance_id,
-        logger=options.logger or Logger(instance_id, level=OFF),
-        metadata_limit=options.metadata_limit,
-    )
-
-
-def _in_other_process(instance_id: str, options: _Options, console: tuple[int, int]) -> RemoteController:
-    link = Link()
-    try:
-        birth = Birth(
-            instance_id,
-            options.metadata_limit,
-            os.getcwd(),
-            console=(console[0] >= 0, console[1] >= 0),
-            profile=options.profile,
-        )
-        processes.ask(birth, [*link.theirs, *(fd for fd in console if fd >= 0)])
-    except BaseException:
-        link.close()
-        raise
-    link.close_theirs()
-    return RemoteController(link, instance_id)
 
 
 def _unless_failed(status: ExitStatus) -> ExitStatus:

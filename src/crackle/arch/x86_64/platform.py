@@ -7,7 +7,16 @@ from crackle.arch.x86_64.board import Board, BoardState
 from crackle.arch.x86_64.cmdline import build as build_cmdline
 from crackle.arch.x86_64.kernel import load_initrd, load_kernel
 from crackle.arch.x86_64.layout import CMDLINE_MAX_SIZE, memory_layout
-from crackle.arch.x86_64.state import VcpuState, VmState, restore_vcpu, restore_vm, save_vcpu, save_vm
+from crackle.arch.x86_64.state import (
+    VcpuState,
+    VmState,
+    restore_vcpu,
+    restore_vm,
+    rewind_vcpu,
+    rewind_vm,
+    save_vcpu,
+    save_vm,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,6 +48,8 @@ __all__ = [
     "probe",
     "restore_vcpu",
     "restore_vm",
+    "rewind_vcpu",
+    "rewind_vm",
     "save_vcpu",
     "save_vm",
 ]

@@ -24,6 +24,8 @@ _TSC_DEADLINE = 0x6E0
 
 # The local APIC's timer (Intel SDM volume 3, 10.5.4): its place in the register page, masked, and deadline mode.
 _LVT_TIMER, _LVT_MASKED, _LVT_MODE, _LVT_DEADLINE = 0x320, 1 << 16, 3 << 17, 2 << 17
+# Its interrupt's number; and where interrupts are noted that wait for the vCPU, 32 in each 16 bytes (10.8.4).
+_VECTOR, _IRR = 0xFF, (0x200, 0x280)
 
 
 class VmState(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,8 +82,7 @@ def restore_vm(vm: Vm, state: VmState, *, realtime: bool = False) -> None:
             "an earlier version of Crackle has taken it. Leave clock_realtime out."
         )
     vm.set_pit2(state.pit)
-    passed = time.time_ns() - (state.realtime_ns or 0) if realtime else 0
-    vm.set_clock(state.clock_ns + max(passed, 0))
+    _set_clock(vm, state, realtime)
     for chip in state.irqchips:
         vm.set_irqchip(chip)
 
@@ -135,6 +136,38 @@ def restore_vcpu(kvm: Kvm, vcpu: Vcpu, state: VcpuState) -> None:
     if state.nested and state.nested != vcpu.get_nested_state():
         vcpu.set_nested_state(state.nested)
     vcpu.set_vcpu_events(state.events)
+
+
+def rewind_vcpu(vcpu: Vcpu, state: VcpuState) -> None:
+    """Take back what time has done to a vCPU that was restored and has not run: its TSC, and a timer that went on.
+
+    What is on its way to it stays so, but for the timer's own interrupt.
+    """
+    vcpu.set_msrs({_TSC: state.msrs[_TSC]})
+    timer = int.from_bytes(state.lapic[_LVT_TIMER : _LVT_TIMER + 4], "little")
+    if not timer & _LVT_MASKED:
+        now, lapic = vcpu.get_lapic(), bytearray(state.lapic)
+        own = timer & _VECTOR
+        for place in range(*_IRR, 16):
+            bits = int.from_bytes(now[place : place + 4], "little")
+            if place == _IRR[0] + (own >> 5 << 4):
+                bits &= ~(1 << (own & 31))
+            bits |= int.from_bytes(lapic[place : place + 4], "little")
+            lapic[place : place + 4] = bits.to_bytes(4, "little")
+        vcpu.set_lapic(bytes(lapic))
+    if (deadline := state.msrs.get(_TSC_DEADLINE)) is not None:
+        vcpu.set_msrs({_TSC_DEADLINE: deadline})
+
+
+def rewind_vm(vm: Vm, state: VmState, *, realtime: bool = False) -> None:
+    """The same for the PIT and kvmclock. What the PIT has raised meanwhile may be one tick too many."""
+    vm.set_pit2(state.pit)
+    _set_clock(vm, state, realtime)
+
+
+def _set_clock(vm: Vm, state: VmState, realtime: bool) -> None:
+    passed = time.time_ns() - (state.realtime_ns or 0) if realtime else 0
+    vm.set_clock(state.clock_ns + max(passed, 0))
 
 
 def _of_length(area: bytes, size: int) -> bytes:

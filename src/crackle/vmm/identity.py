@@ -1,0 +1,203 @@
+"""Who each clone is: what two microVMs that go on from one snapshot must not, or should not, have in common.
+
+A *template* is text in which `{index}` stands for the clone's number and `{id}` for its instance id; a callable gets
+the number instead, and says what it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
+
+from crackle.errors import ConfigError
+from crackle.schema.config import VmConfig
+from crackle.schema.snapshot import SnapshotHugePages, SnapshotLoad
+from crackle.vmm.arguments import check_rest, console_of, devices_of, document_of, make, path_of
+from crackle.vmm.console import DEFAULT_LIMIT
+from crackle.vmm.controller import DEFAULT_METADATA_LIMIT
+from crackle.vmm.hosting import Hosting
+
+if TYPE_CHECKING:
+    from crackle.virtio.custom.base import VirtioDevice
+
+Text = str | Callable[[int], str]
+T = TypeVar("T")
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+class CloneOptions(TypedDict, total=False):
+    """What `Snapshot.clone` takes, which says what it is; `Pool` takes the same."""
+
+    instance_id: Text
+    drives: Mapping[str, Text]
+    interfaces: Mapping[str, Text]
+    macs: Mapping[str, Text]
+    vsock: Text
+    cid: Callable[[int], int]
+    metadata: Any
+    devices: Callable[[int], Sequence[VirtioDevice]]
+    console: Callable[[int], tuple[int, int]]
+    console_limit: int
+    metadata_limit: int
+    huge_pages: SnapshotHugePages
+    track_dirty_pages: bool
+    clock_realtime: bool
+    profile: bool
+    in_process: bool
+
+
+class Identity(NamedTuple):
+    """One clone: its id, what is asked of its controller, and what no command carries."""
+
+    instance_id: str
+    request: SnapshotLoad
+    metadata: Any
+    hosting: Hosting
+
+    def owns(self) -> list[tuple[str, str]]:
+        """What no other may have: (what it is, its name)."""
+        request = self.request
+        found = [("the TAP device", each.host_dev_name) for each in request.network_overrides]
+        if request.vsock_override is not None and request.vsock_override.uds_path:
+            found.append(("the vsock path", request.vsock_override.uds_path))
+        return [*found, ("the id", self.instance_id)]
+
+
+class Identities:
+    """The clones of the snapshot that `config` is of, as `options` say. ConfigError when they cannot be had."""
+
+    def __init__(self, config: VmConfig, state: str, memory: str, options: CloneOptions) -> None:
+        unknown = options.keys() - CloneOptions.__annotations__.keys()
+        if unknown:
+            raise TypeError(f"unexpected keyword arguments: {', '.join(sorted(unknown))}")
+        self._config = config
+        self._paths = state, memory
+        self._options = options
+        self._drives = options.get("drives", _NONE)
+        self._interfaces = options.get("interfaces", _NONE)
+        self._macs = options.get("macs", _NONE)
+        self._check()
+
+    def _check(self) -> None:
+        config = self._config
+        known = {
+            "drives": [drive.drive_id for drive in config.drives],
+            "interfaces": [card.iface_id for card in config.network_interfaces],
+            "macs": [card.iface_id for card in config.network_interfaces],
+        }
+        for option, names in known.items():
+            given: Mapping[str, Text] = self._options.get(option, _NONE)  # type: ignore[assignment]
+            if not isinstance(given, Mapping):
+                raise ConfigError(f"{option} must be a mapping of the snapshot's identifiers, not {given!r}")
+            for name in given:
+                if name not in names:
+                    raise ConfigError(
+                        f"{option}: the snapshot has no {name!r}, only {', '.join(names) or 'none'}"
+                    )
+        for name in known["interfaces"]:
+            if name not in self._interfaces:
+                raise ConfigError(
+                    f"two microVMs cannot share the TAP device of {name!r}: say what each clone gets, as in "
+                    f'interfaces={{"{name}": "tap{{index}}"}}'
+                )
+        for drive in config.drives:
+            if drive.drive_id not in self._drives and not drive.is_read_only:
+                raise ConfigError(
+                    f"two microVMs cannot write to the file of the drive {drive.drive_id!r}: say what each clone gets, "
+                    f'as in drives={{"{drive.drive_id}": "disk{{index}}.img"}}'
+                )
+        for option in ("vsock", "cid"):
+            if option in self._options and config.vsock is None:
+                raise ConfigError(f"{option}: the snapshot has no vsock device")
+
+    def of(self, index: int) -> Identity:
+        """The clone of this number."""
+        options = self._options
+        name = options.get("instance_id")
+        # By default no two have the same, wherever they are.
+        identifier = f"clone-{os.urandom(8).hex()}" if name is None else _text(name, index, "")
+        console = options.get("console")
+        metadata = options.get("metadata")
+        devices = options.get("devices")
+        hosting = Hosting(
+            None if console is None else console_of(console(index)),
+            options.get("console_limit", DEFAULT_LIMIT),
+            () if devices is None else devices_of(devices(index)),
+            None,
+            options.get("metadata_limit", DEFAULT_METADATA_LIMIT),
+            options.get("profile", False),
+            not options.get("in_process", False),
+        )
+        check_rest(identifier, hosting.metadata_limit, None, profile=hosting.profile)
+        if callable(metadata):
+            metadata = metadata(index)
+        return Identity(
+            identifier,
+            self._request(index, identifier),
+            None if metadata is None else document_of(metadata),
+            hosting,
+        )
+
+    def _request(self, index: int, identifier: str) -> SnapshotLoad:
+        state, memory = self._paths
+        options = self._options
+        networks = [
+            {
+                "iface_id": name,
+                "host_dev_name": _text(tap, index, identifier),
+                "guest_mac": _text(self._macs[name], index, identifier) if name in self._macs else None,
+            }
+            for name, tap in self._interfaces.items()
+        ]
+        return make(
+            SnapshotLoad,
+            snapshot_path=state,
+            mem_backend={"backend_path": memory, "backend_type": "File"},
+            drive_overrides=[
+                {
+                    "drive_id": name,
+                    "path_on_host": path_of(_text(path, index, identifier), f"drives[{name!r}]"),
+                }
+                for name, path in self._drives.items()
+            ],
+            network_overrides=networks,
+            vsock_override=self._vsock(index, identifier),
+            huge_pages=options.get("huge_pages", "Snapshot"),
+            track_dirty_pages=options.get("track_dirty_pages", False),
+            clock_realtime=options.get("clock_realtime", False),
+        )
+
+    def _vsock(self, index: int, identifier: str) -> dict[str, Any] | None:
+        vsock = self._config.vsock
+        if vsock is None:
+            return None
+        path, cid = self._options.get("vsock"), self._options.get("cid")
+        if path is None:
+            path = f"{vsock.uds_path}.{identifier}" if vsock.uds_path else ""
+        else:
+            path = _text(path, index, identifier)
+        return {"uds_path": path_of(path, "vsock"), "guest_cid": None if cid is None else cid(index)}
+
+    def of_all(self, indexes: Iterable[int]) -> list[Identity]:
+        """These clones, which are to be alive at a time. ConfigError when two would have the same of something."""
+        found = [self.of(index) for index in indexes]
+        owners: set[tuple[str, str]] = set()
+        for identity in found:
+            for what, name in identity.owns():
+                if (what, name) in owners:
+                    raise ConfigError(
+                        f"two clones would have {what} {name!r}: put {{index}} or {{id}} into its template"
+                    )
+                owners.add((what, name))
+        return found
+
+
+def _text(value: Any, index: int, identifier: str) -> Any:
+    if callable(value):
+        return value(index)
+    if not isinstance(value, str):
+        return value
+    return value.replace("{index}", str(index)).replace("{id}", identifier)
