@@ -13,6 +13,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from crackle.errors import CapacityError as CapacityError
     from crackle.errors import ConfigError as ConfigError
     from crackle.errors import CrackleError as CrackleError
     from crackle.errors import GuestError as GuestError
@@ -37,8 +38,10 @@ if TYPE_CHECKING:
     from crackle.vmm.console import Match as Match
     from crackle.vmm.machine import ExitStatus as ExitStatus
     from crackle.vmm.microvm import MicroVM as MicroVM
+    from crackle.vmm.pool import Pool as Pool
 
 _MODULE_OF = {
+    "CapacityError": "crackle.errors",
     "ConfigError": "crackle.errors",
     "Console": "crackle.vmm.console",
     "CrackleError": "crackle.errors",
@@ -52,6 +55,7 @@ _MODULE_OF = {
     "MicroVM": "crackle.vmm.microvm",
     "MmdsConfig": "crackle.schema.mmds",
     "NetworkInterface": "crackle.schema.net",
+    "Pool": "crackle.vmm.pool",
     "RateLimiter": "crackle.schema.rate_limiter",
     "Request": "crackle.virtio.custom.device",
     "RequestQueue": "crackle.virtio.custom.device",

@@ -27,6 +27,10 @@ class KvmError(CrackleError):
     """A KVM system call failed, or the host's KVM lacks something that is needed."""
 
 
+class CapacityError(CrackleError):
+    """Nothing is ready of what was asked for, and there is nothing to wait for or no time."""
+
+
 class GuestError(CrackleError):
     """The guest did something that ended it: a triple fault, an exit KVM could not handle."""
 

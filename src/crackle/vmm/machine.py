@@ -211,6 +211,8 @@ class Machine:
 
     def _run(self) -> None:
         self._threads_run = True
+        # It may have been brought to rest before it ever ran.
+        self.serial.resume()
         for io in self._io_threads():
             io.start()
         if self.mmds is not None:

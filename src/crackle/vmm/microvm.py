@@ -281,6 +281,7 @@ class MicroVM:
         self._lock = threading.RLock()
         self._started: Machine | RemoteMachine | None = None
         self._loading: list[Command] = []
+        self._told_of_end: Callable[[], None] | None = None
         self._console = Console(hosting.console_limit) if hosting.console is None else None
         if self._console is not None:
             ends = (self._console.guest_in, self._console.guest_out)
@@ -453,6 +454,13 @@ class MicroVM:
             self._controller.stop()
             if self._console is not None:
                 self._console.close()
+            told, self._told_of_end = self._told_of_end, None
+        if told is not None:
+            told()
+
+    def when_ended(self, tell: Callable[[], None]) -> None:
+        """Call once when everything has been given back: for who counts microVMs."""
+        self._told_of_end = tell
 
     def disown(self) -> None:
         """In a forked child: close the copies of the descriptors. The microVM is the parent's, and goes on there."""
