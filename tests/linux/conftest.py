@@ -25,6 +25,7 @@ REPORTS = "CRACKLE_TEST_REPORTS"
 FILES = "CRACKLE_TEST_FILES"
 HOSTS = 2
 HOST_TIMEOUT = 1800
+SOAK_TIMEOUT = 7200
 BOOT_ARGS = "console=ttyS0 reboot=k panic=1 i8042.noaux i8042.nomux i8042.dumbkbd quiet noxsave"
 
 # -- where the tests run -------------------------------------------------------------------------------------------
@@ -47,9 +48,12 @@ class Delegate:
         self.reports: dict[str, list[pytest.TestReport]] = {}
         self.output: list[str] = []
         self.wanted: set[str] = set()
+        self.timeout = HOST_TIMEOUT
 
     def run(self, items: list[pytest.Item]) -> None:
         self.wanted = {item.nodeid for item in items}
+        if any(item.get_closest_marker("soak") for item in items):
+            self.timeout = SOAK_TIMEOUT
         self._round([item.nodeid for item in items], f"{len(items)} tests of Linux guests run")
         # The emulation is not perfect: one guest in a hundred hangs in it, or the host itself does.
         again = [name for name in sorted(self.wanted) if self._failed(name)]
@@ -88,7 +92,7 @@ class Delegate:
         command = [
             ROOT / "tools" / "emuhost",
             "--timeout",
-            str(HOST_TIMEOUT),
+            str(self.timeout),
             "--memory",
             "6144",
             "--share",

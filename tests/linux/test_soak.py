@@ -16,7 +16,7 @@ from tests.linux.test_vsock import connect
 from crackle import Drive, MicroVM, MmdsConfig, NetworkInterface, RateLimiter, TokenBucket
 from support.network import Namespace
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(1700)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(3500)]
 
 ROUNDS = int(os.environ.get("CRACKLE_SOAK_ROUNDS", "50"))
 HOST, GUEST, MAC = "10.7.0.1", "10.7.0.2", "06:f0:0d:00:00:02"
