@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from pathlib import Path
 from signal import SIGINT
 from typing import TYPE_CHECKING, Annotated
 
@@ -172,6 +173,95 @@ def doctor(
     rows = report()
     (render_json if as_json else render)(rows)
     raise typer.Exit(0 if runs_linux(rows) else 1)
+
+
+_Snapshot = Annotated[Path, typer.Argument(metavar="SNAPSHOT", help="Directory of the snapshot.")]
+_Id = Annotated[str | None, typer.Option("--id", metavar="TEMPLATE", help="Name of each clone.")]
+_Tap = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="IFACE=TEMPLATE", help="TAP device of an interface, as eth0=tap{index}; may be repeated."
+    ),
+]
+_Mac = Annotated[
+    list[str] | None,
+    typer.Option(metavar="IFACE=TEMPLATE", help="Another MAC address, for a guest that looks at it again."),
+]
+_Drive = Annotated[
+    list[str] | None,
+    typer.Option(metavar="DRIVE=TEMPLATE", help="Another file for a drive; may be repeated."),
+]
+_Vsock = Annotated[
+    str | None, typer.Option(metavar="TEMPLATE", help="Path of the vsock device's Unix socket.")
+]
+_Metadata = Annotated[Path | None, typer.Option(metavar="FILE", help="JSON file with the metadata.")]
+
+
+@app.command()
+def clone(
+    snapshot: _Snapshot,
+    n: Annotated[int, typer.Option("-n", "--number", min=1, help="How many.")] = 1,
+    identifier: _Id = None,
+    tap: _Tap = None,
+    mac: _Mac = None,
+    drive: _Drive = None,
+    vsock: _Vsock = None,
+    metadata: _Metadata = None,
+) -> None:
+    """Run microVMs that go on from a snapshot, each in a process of its own, until all have ended.
+
+    In a template {index} stands for the number of the clone and {id} for its name. What the guests write is shown, each
+    line behind the number of its clone. A signal ends all. The exit status is 1 when one of them failed, 143 when a
+    signal ended them, and else 0.
+    """
+    from crackle.cli import clone as clones
+
+    options = clones.options_of(
+        identifier=identifier,
+        taps=tap or (),
+        macs=mac or (),
+        drives=drive or (),
+        vsock=vsock,
+        metadata=metadata,
+    )
+    raise typer.Exit(clones.clone(snapshot, n, options))
+
+
+@app.command()
+def pool(
+    snapshot: _Snapshot,
+    socket: Annotated[Path, typer.Option(metavar="PATH", help="Unix socket at which it gives microVMs.")],
+    size: Annotated[int, typer.Option(min=1, help="How many are kept ready.")] = 4,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many there may be, in use and ready.", show_default="no limit"),
+    ] = None,
+    wait: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="How long a client waits when none is ready.")
+    ] = 0.0,
+    identifier: _Id = None,
+    tap: _Tap = None,
+    mac: _Mac = None,
+    drive: _Drive = None,
+    vsock: _Vsock = None,
+    metadata: _Metadata = None,
+) -> None:
+    """Keep microVMs of a snapshot ready, and let one go on for whoever connects, for as long as he is connected.
+
+    He gets a line of JSON with "id", "pid" and "vsock", or with "error" (no capacity), and then the guest's console.
+    Templates are as for `crackle clone`.
+    """
+    from crackle.cli import clone as clones
+
+    options = clones.options_of(
+        identifier=identifier,
+        taps=tap or (),
+        macs=mac or (),
+        drives=drive or (),
+        vsock=vsock,
+        metadata=metadata,
+    )
+    clones.serve_pool(snapshot, socket, size, limit, wait, options)
 
 
 @app.command()

@@ -518,6 +518,11 @@ class MicroVM:
         return self._controller.state
 
     @property
+    def instance_id(self) -> str:
+        """Its name, which log and metadata have too."""
+        return self._controller.instance_id
+
+    @property
     def pid(self) -> int:
         """The process that the guest runs in: this one, or its own."""
         self._check_owner()
