@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from crackle.errors import TooLargeError as TooLargeError
     from crackle.schema.config import VmConfig as VmConfig
     from crackle.schema.drive import Drive as Drive
+    from crackle.schema.drive import Overlay as Overlay
     from crackle.schema.mmds import MmdsConfig as MmdsConfig
     from crackle.schema.net import NetworkInterface as NetworkInterface
     from crackle.schema.rate_limiter import RateLimiter as RateLimiter
@@ -55,6 +56,7 @@ _MODULE_OF = {
     "MicroVM": "crackle.vmm.microvm",
     "MmdsConfig": "crackle.schema.mmds",
     "NetworkInterface": "crackle.schema.net",
+    "Overlay": "crackle.schema.drive",
     "Pool": "crackle.vmm.pool",
     "RateLimiter": "crackle.schema.rate_limiter",
     "Request": "crackle.virtio.custom.device",

@@ -75,7 +75,9 @@ class Disk(Bench):
         self.ring.offer(head)
         self.notify()
         self.settle()
-        [(used, written)] = self.ring.reap()
+        while not (done := self.ring.reap()):
+            self.settle()  # it was only begun, and put back
+        [(used, written)] = done
         assert used == head
         answer = self.gather(writable)
         for gpa, size, _ in writable:

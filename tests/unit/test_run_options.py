@@ -70,6 +70,14 @@ def test_options_come_on_top_of_the_file(tmp_path: Path) -> None:
         boot.options(boot.Wanted(config=str(file), rootfs="root.ext4"))
 
 
+def test_the_root_disk_may_have_an_overlay_in_a_file_or_in_memory() -> None:
+    wanted = {"kernel": "vmlinux", "rootfs": "root.ext4"}
+    assert boot.options(boot.Wanted(overlay="o", **wanted))["overlay"] == "o"
+    assert boot.options(boot.Wanted(overlay="memory", **wanted))["overlay"].memory
+    with pytest.raises(ConfigError, match="--overlay takes the writes of the root disk: give one"):
+        boot.options(boot.Wanted(kernel="vmlinux", overlay="o"))
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

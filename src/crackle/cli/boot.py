@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from crackle.errors import ConfigError, os_reason
+from crackle.schema.drive import Overlay
 from crackle.telemetry.sink import Sink
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Wanted(msgspec.Struct, kw_only=True):
     boot_args: str | None = None
     append: Sequence[str] = ()
     read_only: bool = False
+    overlay: str | None = None
     vsock: str | None = None
     metadata: str | None = None
     config: str | None = None
@@ -85,6 +87,10 @@ def options(wanted: Wanted) -> dict[str, Any]:
                 f"The root disk {wanted.rootfs} is given, and {wanted.config} has one: leave out one."
             )
         found |= {"rootfs": wanted.rootfs, "read_only": wanted.read_only}
+    if wanted.overlay is not None:
+        if wanted.rootfs is None:
+            raise ConfigError("--overlay takes the writes of the root disk: give one.")
+        found["overlay"] = Overlay(memory=True) if wanted.overlay == "memory" else wanted.overlay
     found["drives"] = [*found.get("drives", ()), *wanted.drives]
     found["boot_args"] = " ".join([found["boot_args"], *wanted.append]).strip()
     if wanted.metadata is not None:

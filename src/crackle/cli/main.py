@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from crackle.cli import disk as disk_commands
 from crackle.cli import end_on_interrupt, interrupt_by_exception
 from crackle.cli import net as network_commands
 from crackle.cli import snapshot as snapshot_commands
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(disk_commands.app, name="disk")
 app.add_typer(network_commands.app, name="net")
 app.add_typer(snapshot_commands.app, name="snapshot")
 
@@ -83,6 +85,13 @@ def run(
     read_only: Annotated[
         bool, typer.Option("--read-only", help="Give the guest the root disk read-only.")
     ] = False,
+    overlay: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="File that takes the writes to the root disk, made if it is not there; memory: none, they are lost.",
+        ),
+    ] = None,
     vsock: Annotated[
         str | None, typer.Option(metavar="PATH", help="Unix socket that leads to the guest's vsock ports.")
     ] = None,
@@ -129,6 +138,7 @@ def run(
         boot_args=boot_args,
         append=append or (),
         read_only=read_only,
+        overlay=overlay,
         vsock=vsock,
         metadata=metadata,
         config=config,

@@ -65,11 +65,14 @@ cdef extern from "<linux/falloc.h>" nogil:
     enum:
         FALLOC_FL_KEEP_SIZE
         FALLOC_FL_PUNCH_HOLE
+        FALLOC_FL_UNSHARE_RANGE
         FALLOC_FL_ZERO_RANGE
 
 cdef extern from "<linux/fs.h>" nogil:
     enum:
         BLKDISCARD
+        FICLONE
 
 cdef extern from "<sys/ioctl.h>" nogil:
     int ioctl(int fd, unsigned long request, void *argument)
+    int clone_file "ioctl" (int fd, unsigned long request, int other)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from crackle.schema.cpu import CpuConfig as CpuConfig
     from crackle.schema.drive import Drive as Drive
     from crackle.schema.drive import DriveUpdate as DriveUpdate
+    from crackle.schema.drive import Overlay as Overlay
     from crackle.schema.entropy import EntropyDevice as EntropyDevice
     from crackle.schema.fork import Fork as Fork
     from crackle.schema.fork import Forked as Forked
@@ -53,7 +54,7 @@ _MODULE_OF = {
         "boot": "BootSource",
         "config": "VmConfig",
         "cpu": "CpuConfig",
-        "drive": "Drive DriveUpdate",
+        "drive": "Drive DriveUpdate Overlay",
         "entropy": "EntropyDevice",
         "fork": "Fork Forked",
         "instance": "Action Fault InstanceInfo Version VmState",

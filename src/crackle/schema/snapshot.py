@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from crackle.schema._base import U32, Resource
+from crackle.schema.drive import Overlay
 from crackle.schema.net import MacAddress
 
 # How guest memory is backed: as it was, or otherwise.
@@ -44,10 +45,11 @@ class VsockOverride(msgspec.Struct):
 
 
 class DriveOverride(msgspec.Struct):
-    """Another host file for a drive of the snapshot."""
+    """Another host file for a drive of the snapshot; or another overlay, over the one it had if that is to be made."""
 
     drive_id: str
-    path_on_host: str
+    path_on_host: str | None = None
+    overlay: Overlay | None = None
 
 
 class SnapshotLoad(Resource):

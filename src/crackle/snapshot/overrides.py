@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import msgspec
 
 from crackle.errors import ConfigError
@@ -10,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from crackle.schema import NetworkInterface, SnapshotLoad
+    from crackle.schema import Drive, NetworkInterface, Overlay, SnapshotLoad
     from crackle.schema.fork import Clone
     from crackle.snapshot.state import SavedDevice, Snapshot
 
@@ -30,7 +32,10 @@ def override(found: Snapshot, request: SnapshotLoad | Clone) -> Snapshot:
             found = _with_mac(found, interface, network.guest_mac.lower())
     for file in request.drive_overrides:
         drive = _find(config.drives, "drive_id", file.drive_id, "Block", "drive")
-        drive.path_on_host = file.path_on_host
+        if file.path_on_host is not None:
+            drive.path_on_host = file.path_on_host
+        if file.overlay is not None:
+            drive.overlay = _clone_of(drive, file.overlay)
     if request.vsock_override is not None:
         if config.vsock is None:
             raise ConfigError("Failed to get snapshot state from file: Unknown Vsock Device.")
@@ -66,6 +71,16 @@ def _with_own(found: Snapshot, key: tuple[str, str], **changes: Any) -> Snapshot
 
     devices = tuple(changed(device) for device in found.machine.devices)
     return msgspec.structs.replace(found, machine=msgspec.structs.replace(found.machine, devices=devices))
+
+
+def _clone_of(drive: Drive, overlay: Overlay) -> Overlay:
+    """The overlay for a drive of the snapshot: if it is to be made, over the one that the snapshot has."""
+    before = drive.overlay
+    if overlay.over is not None or before is msgspec.UNSET or before.path is None:
+        return overlay
+    if overlay.path is not None and os.path.lexists(overlay.path):
+        return overlay
+    return msgspec.structs.replace(overlay, over=before.path)
 
 
 def _find(section: list[Any], field: str, name: str, kind: str, what: str) -> Any:

@@ -7,7 +7,7 @@ One mechanism checks both: a resource made in Python goes through the schema as 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,11 +15,11 @@ import msgspec
 from crackle.errors import ConfigError, reason_of
 from crackle.schema.boot import BootSource
 from crackle.schema.codec import check_id, made, validated
-from crackle.schema.drive import Drive, DriveUpdate
+from crackle.schema.drive import Drive, DriveUpdate, Overlay
 from crackle.schema.machine import MachineConfig
 from crackle.schema.mmds import MmdsConfig
 from crackle.schema.net import NetworkInterface, NetworkInterfaceUpdate
-from crackle.schema.snapshot import SnapshotCreate, SnapshotLoad
+from crackle.schema.snapshot import DriveOverride, SnapshotCreate, SnapshotLoad
 from crackle.schema.vsock import Vsock
 from crackle.telemetry.logger import Logger, instance_id_problem
 from crackle.virtio.custom.base import VirtioDevice
@@ -88,14 +88,17 @@ def pair_of(path: object, memory: object, *, to_write: bool = False) -> tuple[st
     return os.path.join(state, "state"), os.path.join(state, "memory")
 
 
-def drives_of(rootfs: object, drives: object, read_only: bool) -> list[Drive]:
+def drives_of(rootfs: object, drives: object, read_only: bool, overlay: object = None) -> list[Drive]:
     """The root device, if there is one, and the other drives."""
     result = []
     if rootfs is not None:
         path = path_of(rootfs, "rootfs")
-        result.append(
-            make(Drive, drive_id="rootfs", is_root_device=True, path_on_host=path, is_read_only=read_only)
-        )
+        root = make(Drive, drive_id="rootfs", is_root_device=True, path_on_host=path, is_read_only=read_only)
+        if overlay is not None:
+            root.overlay = overlay_of(overlay, "overlay")
+        result.append(root)
+    elif overlay is not None:
+        raise ConfigError("overlay is what takes the writes of rootfs, and there is none")
     for index, drive in enumerate(_sequence(drives, "drives", "paths and Drives")):
         if isinstance(drive, Drive):
             result.append(checked(drive))
@@ -109,6 +112,23 @@ def drives_of(rootfs: object, drives: object, read_only: bool) -> list[Drive]:
     if len(set(names)) < len(names):
         raise ConfigError(f"two drives have the same name: {', '.join(sorted(names))}")
     return result
+
+
+def overlay_of(value: object, what: str) -> Overlay:
+    """The overlay at a path, if it is not one already."""
+    return checked(value) if isinstance(value, Overlay) else Overlay(path_of(value, what))
+
+
+def drive_overrides(drives: Mapping[str, object], overlays: Mapping[str, object]) -> list[DriveOverride]:
+    """Other files and other overlays for the drives of a snapshot, by their names."""
+    return [
+        DriveOverride(
+            name,
+            path_of(drives[name], f"drives[{name!r}]") if name in drives else None,
+            overlay_of(overlays[name], f"overlays[{name!r}]") if name in overlays else None,
+        )
+        for name in {**drives, **overlays}
+    ]
 
 
 def interfaces_of(interfaces: object) -> list[NetworkInterface]:

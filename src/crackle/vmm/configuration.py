@@ -6,13 +6,14 @@ What is opened to see whether it can be had stays open for the builder, so that 
 from __future__ import annotations
 
 import errno
+import os
 
 import msgspec
 
 from crackle.errors import ConfigError, context
 from crackle.schema.machine import updated
 from crackle.vmm.devices import KINDS, PUTS, kind_of_drive, open_net, open_vhost_user_block
-from crackle.vmm.files import BootFile, open_disk, settle
+from crackle.vmm.files import BootFile, open_disk, open_overlaid, settle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         MmdsConfig,
         NetworkInterface,
         NetworkInterfaceUpdate,
+        Overlay,
         RateLimiter,
         Serial,
         VmConfig,
@@ -89,7 +91,8 @@ class Configuration:
         before: Any = self.held.pop((kind, identifier), None)
         if before is not None:
             if kind == "block":
-                before.unlock()
+                for part in before.parts:
+                    part.unlock()
             before.close()
         if held is not None:
             self.held[kind, identifier] = held
@@ -132,7 +135,8 @@ class Configuration:
             with context("Unable to create the virtio block device"):
                 if drive.socket is None:
                     complete = _complete_file_drive(drive, self._limits(drive.rate_limiter))
-                    self._hold("block", drive.drive_id, self._open_disk(complete, complete.path_on_host))
+                    self._hold("block", drive.drive_id, self._open_disk(complete))
+                    complete.overlay = _made(complete.overlay)
                     self._hold("vhost_user_block", drive.drive_id, None)
                 else:
                     complete = self._connect_drive(drive)
@@ -230,7 +234,7 @@ class Configuration:
         )
 
     def _connect_drive(self, drive: Drive) -> Drive:
-        for name in ("path_on_host", "is_read_only", "rate_limiter", "io_engine", "lock"):
+        for name in ("path_on_host", "is_read_only", "rate_limiter", "io_engine", "lock", "overlay"):
             if getattr(drive, name) not in (None, msgspec.UNSET):
                 raise ConfigError(
                     f"Invalid block config. A drive with a socket has no {name}: the back end decides."
@@ -267,15 +271,21 @@ class Configuration:
         return msgspec.structs.replace(limiter, bandwidth=bandwidth, ops=ops)
 
     def _disks(self) -> list[Any]:
-        """What is open for drives with a file."""
-        return [held for (kind, _), held in self.held.items() if kind == "block"]
+        """What is open for drives with a file, overlays too."""
+        disks: list[Any] = [held for (kind, _), held in self.held.items() if kind == "block"]
+        return [part for held in disks for part in held.parts]
 
-    def _open_disk(self, drive: Drive, path: str | None) -> Any:
-        """The file of a drive, or the one that is to take its place."""
+    def _open_disk(self, drive: Drive) -> Any:
+        """The file of a drive, with its overlays, or what is to take its place."""
+        path, read_only = drive.path_on_host, bool(drive.is_read_only)
         assert path is not None, "a drive with a file has a path"
-        leaving: Any = self.held.get(("block", drive.drive_id))
-        locking = self._lock_drives if drive.lock is msgspec.UNSET else drive.lock
-        backing = open_disk(path, bool(drive.is_read_only), bool(locking), self._disks(), leaving)
+        held: Any = self.held.get(("block", drive.drive_id))
+        leaving = [] if held is None else held.parts
+        locking = bool(self._lock_drives if drive.lock is msgspec.UNSET else drive.lock)
+        if drive.overlay is msgspec.UNSET:
+            backing = open_disk(path, read_only, locking, self._disks(), leaving)
+        else:
+            backing = open_overlaid(drive, self._disks(), leaving, locking=locking)
         if not backing.lockable:
             self._warn(f"{path} is neither a file nor a block device: the guest sees an empty disk.")
         elif backing.size % SECTOR_SIZE or not backing.size:
@@ -292,19 +302,27 @@ class Configuration:
         drive = next((d for d in self.config.drives if d.drive_id == update.drive_id), None)
         if drive is None:
             raise ConfigError(f"{_NO_DEVICE} There is no drive {update.drive_id!r}.")
-        changes = update.path_on_host is not None or update.rate_limiter is not None
+        changes = (update.path_on_host, update.rate_limiter, update.overlay) != (None, None, None)
         if changes is (drive.socket is not None):
             what = "A vhost-user drive's back end decides" if changes else "There is nothing to change"
             raise ConfigError(f"Block: Running method expected different backend.{_VERIFY} {what}.")
+        if update.path_on_host is not None and (update.overlay or drive.overlay):
+            raise ConfigError(f"Block: A drive with an overlay keeps the file that lies below.{_VERIFY}")
         self._check_limiter(update.rate_limiter)
         return drive
 
     def update_drive(self, drive: Drive, update: DriveUpdate, change: Callable[..., None]) -> None:
         """Have `change` done with the file that `update` names, if it does; note it when that is well."""
-        backing = None
+        backing: Any = None
+        wanted = drive
         if update.path_on_host is not None:
+            wanted = msgspec.structs.replace(drive, path_on_host=update.path_on_host)
+        elif update.overlay is not None:
+            update = msgspec.structs.replace(update, overlay=_on_top(drive, update.overlay))
+            wanted = msgspec.structs.replace(drive, overlay=update.overlay)
+        if wanted is not drive:
             with context("Block", _VERIFY):
-                backing = self._open_disk(drive, update.path_on_host)
+                backing = self._open_disk(wanted)
         try:
             change(kind_of_drive(drive), drive.drive_id, update, backing)
             if backing is not None:
@@ -312,10 +330,14 @@ class Configuration:
         except BaseException:
             if backing is not None:
                 backing.close()
+                if update.overlay is not None and update.overlay.path is not None:
+                    # It was made for this.
+                    os.unlink(update.overlay.path)
             raise
         finally:
             settle(self._disks())
         merge(drive, update)
+        drive.overlay = _made(drive.overlay)
 
     def interface_to_change(self, update: NetworkInterfaceUpdate) -> NetworkInterface:
         """The interface that `update` is about; ConfigError when it cannot be changed so."""
@@ -359,6 +381,25 @@ def _check_tracking(wanted: bool, shared: bool) -> None:
             "track_dirty_pages is of no use with a vhost-user drive: nobody notes which pages its back end writes. "
             "Leave one of them out."
         )
+
+
+def _on_top(drive: Drive, overlay: Overlay) -> Overlay:
+    """A new overlay, over what the drive has. ConfigError where there cannot be one."""
+    before = drive.overlay
+    if drive.is_read_only:
+        raise ConfigError(f"Block: A drive that is read-only has no use for a new overlay.{_VERIFY}")
+    if overlay.path is not None and os.path.lexists(overlay.path):
+        raise ConfigError(f"Block: The new overlay {overlay.path} is there already.{_VERIFY}")
+    if before is not msgspec.UNSET and before.path is None:
+        raise ConfigError(f"Block: The drive's overlay is in memory, over which there can be none.{_VERIFY}")
+    return msgspec.structs.replace(overlay, over=None if before is msgspec.UNSET else before.path)
+
+
+def _made(overlay: Overlay | msgspec.UnsetType) -> Overlay | msgspec.UnsetType:
+    """As it is from now on: a file says itself what it lies over."""
+    if overlay is msgspec.UNSET or overlay.path is None:
+        return overlay
+    return msgspec.structs.replace(overlay, over=None)
 
 
 def _complete_file_drive(drive: Drive, limiter: RateLimiter | None) -> Drive:

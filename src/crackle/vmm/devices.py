@@ -11,6 +11,7 @@ import msgspec
 
 from crackle import schema
 from crackle.errors import ConfigError
+from crackle.vmm.files import open_overlaid
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,21 +40,29 @@ def make_block(memory: GuestMemory, drive: Drive, backing: Backing | None = None
     from crackle.virtio.block.device import Block
 
     assert drive.path_on_host is not None
-    return Block(
-        memory,
-        drive.path_on_host,
-        read_only=bool(drive.is_read_only),
-        writeback=drive.cache_type == "Writeback",
-        engine=drive.io_engine or "Sync",
-        limiter=drive.rate_limiter,
-        backing=backing,
-    )
+    mine = backing is None and drive.overlay is not msgspec.UNSET
+    if mine:
+        backing = open_overlaid(drive, [])
+    try:
+        return Block(
+            memory,
+            drive.path_on_host,
+            read_only=bool(drive.is_read_only),
+            writeback=drive.cache_type == "Writeback",
+            engine=drive.io_engine or "Sync",
+            limiter=drive.rate_limiter,
+            backing=backing,
+        )
+    finally:
+        if mine and backing is not None:
+            backing.close()
 
 
 def update_block(block: Block, update: DriveUpdate, backing: Backing | None = None) -> None:
     """Put another file behind it, limit it otherwise; ConfigError changes nothing."""
-    if update.path_on_host is not None:
-        block.update(update.path_on_host, backing)
+    path = update.path_on_host or (None if update.overlay is None else block.path)
+    if path is not None:
+        block.update(path, backing)
     if update.rate_limiter is not None:
         block.update_limiter(0, update.rate_limiter)
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 
+import msgspec
+
 from crackle.errors import ConfigError, os_reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
+    from crackle.schema import Drive
     from crackle.virtio.block.backing import Backing
 
 _IN_USE = (
@@ -44,30 +47,28 @@ class BootFile:
 
 
 def open_disk(
-    path: str, read_only: bool, locking: bool, mine: Iterable[Backing], leaving: Backing | None = None
+    path: str, read_only: bool, locking: bool, mine: Iterable[Backing], leaving: Sequence[Backing] = ()
 ) -> Backing:
-    """A drive's file, open and, if `locking`, locked. `mine` is what this microVM's other drives have open.
+    """A drive's file, open and, if `locking`, locked. `mine` is what this microVM's drives have open.
 
-    leaving: what the new one is to take the place of; it is the caller's to close, and then to `settle` the others.
-    ConfigError when the file cannot be a drive, or another microVM has it; nothing has changed then.
+    leaving: what of it the new one is to take the place of; it is the caller's to close, and then to `settle` the
+    others. ConfigError when the file cannot be a drive, or another microVM has it; nothing has changed then.
     """
     from crackle.virtio.block.backing import open_backing
 
     backing = open_backing(path, read_only)
     backing.locking = locking and backing.lockable
     others = [
-        other for other in mine if other.locking and other.file == backing.file and other is not leaving
+        other for other in mine if other.locking and other.file == backing.file and other not in leaving
     ]
-    before = others
-    if leaving is not None and leaving.locking and leaving.file == backing.file:
-        before = [*others, leaving]
+    before = [*others, *(part for part in leaving if part.locking and part.file == backing.file)]
     if not backing.locking:
         return backing
     for other in before:
         if other.read_only is read_only:
             # One open file description: its lock is never let go in between.
             backing.close()
-            return other.duplicate()
+            return other.duplicate(alone=True)
     for other in before:
         other.unlock()
     if settle([*others, backing]):
@@ -76,6 +77,38 @@ def open_disk(
     backing.close()
     does = "uses it" if not read_only else "writes to it"
     raise ConfigError(_IN_USE.format(path=path, does=does))
+
+
+def open_overlaid(
+    drive: Drive, mine: Sequence[Backing], leaving: Sequence[Backing] = (), *, locking: bool = False
+) -> Backing:
+    """As `open_disk`, for a drive with an overlay: its file is only read, and has the layers that the overlay says.
+
+    Where the guest may flush, one that is made is on the disk from the beginning.
+    """
+    path, overlay, read_only = drive.path_on_host, drive.overlay, bool(drive.is_read_only)
+    assert path is not None, "a drive with a file has a path"
+    assert overlay is not msgspec.UNSET, "whoever calls has looked"
+    from crackle.disk.chain import lay_over
+
+    def open_layer(path: str, read_only: bool) -> Backing:
+        layer = open_disk(path, read_only, locking, mine, leaving)
+        if not read_only and any(other.file == layer.file and other not in leaving for other in mine):
+            layer.close()
+            raise ConfigError(
+                f"another drive of this microVM has the overlay {path}: each needs one of its own"
+            )
+        return layer
+
+    base = open_disk(path, True, locking, mine, leaving)
+    try:
+        durable = drive.cache_type == "Writeback"
+        lay_over(base, overlay, open_layer, read_only=read_only, durable=durable)
+    except BaseException:
+        base.close()
+        settle(mine)
+        raise
+    return base
 
 
 def settle(mine: Iterable[Backing]) -> bool:

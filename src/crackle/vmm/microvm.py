@@ -19,7 +19,7 @@ from crackle.errors import CrackleError, GuestError, StateError
 from crackle.runtime.ownership import end_dropped, enrol
 from crackle.schema.boot import BootSource
 from crackle.schema.config import VmConfig
-from crackle.schema.drive import Drive, DriveUpdate
+from crackle.schema.drive import Drive, DriveUpdate, Overlay
 from crackle.schema.machine import HugePages, MachineConfig
 from crackle.schema.mmds import MmdsConfig
 from crackle.schema.net import NetworkInterface, NetworkInterfaceUpdate
@@ -34,9 +34,11 @@ from crackle.vmm.arguments import (
     console_of,
     devices_of,
     document_of,
+    drive_overrides,
     drives_of,
     interfaces_of,
     make,
+    overlay_of,
     pair_of,
     path_of,
 )
@@ -63,6 +65,7 @@ class MicroVM:
 
     kernel, initrd: paths of a vmlinux or bzImage and of an initial RAM disk.
     rootfs: path of an image that becomes the root device /dev/vda; `read_only` mounts and opens it so.
+    overlay: what takes the writes of rootfs, which is then only read: a file, made if it is not there, or an `Overlay`.
     drives: more disks, as paths or `Drive` resources, from /dev/vdb on (from /dev/vda without rootfs).
     interfaces: network interfaces, as names of TAP devices or `NetworkInterface` resources; the guest's eth0, eth1...
     vsock: path of the Unix socket that leads to the vsock ports of the guest, whose CID is 3; or a `Vsock` resource.
@@ -103,6 +106,7 @@ class MicroVM:
         mmds: MmdsConfig | None = None,
         metadata_limit: int = DEFAULT_METADATA_LIMIT,
         devices: Sequence[VirtioDevice] = (),
+        overlay: str | os.PathLike[str] | Overlay | None = None,
         read_only: bool = False,
         boot_args: str = DEFAULT_BOOT_ARGS,
         cpus: int = 1,
@@ -139,7 +143,7 @@ class MicroVM:
             initrd_path=None if initrd is None else path_of(initrd, "initrd"),
             boot_args=boot_args,
         )
-        disks, cards = drives_of(rootfs, drives, read_only), interfaces_of(interfaces)
+        disks, cards = drives_of(rootfs, drives, read_only, overlay), interfaces_of(interfaces)
         custom = devices_of(devices)
         if vsock is not None:
             if isinstance(vsock, Vsock):
@@ -178,6 +182,7 @@ class MicroVM:
         *,
         resume: bool = True,
         drives: Mapping[str, str | os.PathLike[str]] = NOTHING,
+        overlays: Mapping[str, str | os.PathLike[str] | Overlay] = NOTHING,
         interfaces: Mapping[str, str] = NOTHING,
         vsock: str | os.PathLike[str] | None = None,
         metadata: Any = None,
@@ -195,14 +200,15 @@ class MicroVM:
     ) -> MicroVM:
         """The microVM of a snapshot, which goes on where that was taken; or is paused there, without `resume`.
 
-        path: the directory that `snapshot` filled; or the state file, and `memory` the memory file. Neither is changed.
-        The memory file must stay as it is for as long as the microVM lives: its pages are read when they are needed.
-        drives, interfaces: other files, and other TAP devices, by the identifiers that the snapshot has for them.
+        path: the directory that `snapshot` filled; or the state file, and `memory` the memory file. Neither is
+        changed. The memory file must stay as it is for as long as the microVM lives: its pages are read when they
+        are needed. drives, interfaces: other files, and other TAP devices, by the identifiers that the snapshot has
+        for them. overlays: for a drive, where its writes go from now on: a file, made if it is not there over what
+        the drive was when it was saved, or an `Overlay`; so that any number of microVMs may go on from one snapshot.
         vsock: another path for the Unix socket. metadata: a new document, where the guest has a metadata service:
-        snapshots keep none. devices: new instances of those written in Python, in the same order.
-        clock_realtime: let the guest's kvmclock go on by the time that has passed, rather than where it stood.
-        The rest as in `MicroVM`. Raises ConfigError, with what is wrong, when there is no such snapshot or this host
-        cannot run it.
+        snapshots keep none. devices: new instances of those written in Python, in the same order. clock_realtime:
+        let the guest's kvmclock go on by the time that has passed, rather than where it stood. The rest as in
+        `MicroVM`. Raises ConfigError, with what is wrong, when there is no such snapshot or this host cannot run it.
         """
         check_rest(
             instance_id, metadata_limit, logger, resume=resume, profile=profile, own_process=own_process
@@ -213,10 +219,7 @@ class MicroVM:
             snapshot_path=state_path,
             mem_backend={"backend_path": memory_path, "backend_type": "File"},
             resume_vm=False,
-            drive_overrides=[
-                {"drive_id": name, "path_on_host": path_of(file, f"drives[{name!r}]")}
-                for name, file in drives.items()
-            ],
+            drive_overrides=drive_overrides(drives, overlays),
             network_overrides=[{"iface_id": name, "host_dev_name": tap} for name, tap in interfaces.items()],
             vsock_override=None if vsock is None else {"uds_path": path_of(vsock, "vsock")},
             huge_pages=huge_pages,
@@ -366,14 +369,19 @@ class MicroVM:
         drive_id: str,
         path: str | os.PathLike[str] | None = None,
         rate_limiter: RateLimiter | None = None,
+        *,
+        overlay: str | os.PathLike[str] | Overlay | None = None,
     ) -> None:
         """Put another file behind a drive, and the guest learns of the new size; or limit it, bucket by bucket.
 
-        With neither, for a vhost-user drive: ask its back end again.
+        overlay: a new file, or an `Overlay`, that takes the writes from now on; what the drive is now stays as it is.
+        With nothing, for a vhost-user drive: ask its back end again.
         """
         file = None if path is None else path_of(path, "path")
+        layer = None if overlay is None else overlay_of(overlay, "overlay")
         self._order(
-            "patch_drive", make(DriveUpdate, drive_id=drive_id, path_on_host=file, rate_limiter=rate_limiter)
+            "patch_drive",
+            make(DriveUpdate, drive_id=drive_id, path_on_host=file, rate_limiter=rate_limiter, overlay=layer),
         )
 
     def update_interface(

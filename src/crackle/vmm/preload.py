@@ -42,8 +42,8 @@ _FORKING = (
 )
 
 _VHOST_USER = "crackle.virtio.vhost_user.block"
-# What opens the file of a PATCH is another module than the device's.
-_BLOCK = ("crackle.virtio.block.device", "crackle.virtio.block.backing")
+# What opens the files of a PATCH are other modules than the device's.
+_BLOCK = ("crackle.virtio.block.device", "crackle.virtio.block.backing", "crackle.disk.chain")
 _ASYNC = "crackle.virtio.block.uring"
 _LIMITER = "crackle.ratelimit.limiter"
 _NET = "crackle.virtio.net.device"

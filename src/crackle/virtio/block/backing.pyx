@@ -17,12 +17,12 @@ _PROBLEM = "Virtio backend error: Error manipulating the backing file"
 
 
 class Backing:
-    """An open file or block device, which it owns until `close`.
+    """An open file or block device, and the overlays over it if there are some, which it owns until `close`.
 
     fd, size (bytes); identity: what GET_ID answers (5.2.6); discards: whether parts of it can be given back and zeroed
     without writing; granularity: bytes of its smallest part for which that helps. file: (device, inode), the same for
     all that are open on one file. lockable: whether two can be in each other's way there; locking: whether it takes part in
-    what `vmm.files` locks.
+    what `vmm.files` locks. layers: of `disk.chain`, the one that is written first; then the file itself is only read.
     """
 
     __slots__ = (
@@ -31,6 +31,7 @@ class Backing:
         "file",
         "granularity",
         "identity",
+        "layers",
         "lockable",
         "locking",
         "path",
@@ -38,13 +39,33 @@ class Backing:
         "size",
     )
 
-    def duplicate(self):
-        """Another on the same open file description, and so with the same lock, which goes with the last of them."""
+    def duplicate(self, *, bint alone=False):
+        """Another on the same open file description, and so with the same lock, which goes with the last of them.
+
+        alone: without the overlays.
+        """
         twin = Backing()
         for name in self.__slots__:
             setattr(twin, name, getattr(self, name))
+        twin.layers = []
         twin.fd = duplicate_fd(self.fd, self.path)
+        try:
+            for layer in () if alone else self.layers:
+                twin.layers.append(layer.duplicate())
+        except BaseException:
+            twin.close()
+            raise
         return twin
+
+    @property
+    def parts(self):
+        """Itself, and the Backing of each overlay."""
+        return [self, *(layer.backing for layer in self.layers)]
+
+    @property
+    def written(self):
+        """What the guest's writes go to."""
+        return self.layers[0].backing if self.layers else self
 
     def lock(self):
         """Keep other open file descriptions from writing to it, and from reading if it is for writing itself.
@@ -63,6 +84,8 @@ class Backing:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+        for layer in self.layers:
+            layer.backing.close()
 
 
 cdef bint set_lock(int fd, short kind):
@@ -82,7 +105,6 @@ cdef int duplicate_fd(int fd, str path) except -1:
 
 def open_backing(str path, bint read_only):
     """The Backing, without a lock. ConfigError when it cannot be a drive."""
-    backing = Backing()
     try:
         # Without waiting, or a named pipe would be waited for.
         fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -90,6 +112,12 @@ def open_backing(str path, bint read_only):
         raise ConfigError(f"{_PROBLEM}: {os_reason(error)} {path}") from None
     except ValueError as error:
         raise ConfigError(f"{_PROBLEM}: {os_reason(error)} {path!r}") from None
+    return backing_of(fd, path, read_only)
+
+
+def backing_of(int fd, str path, bint read_only):
+    """The Backing of what is open, which it takes. ConfigError, and it is closed, when it cannot be a drive."""
+    backing = Backing()
     try:
         status = os.fstat(fd)
         if stat.S_ISFIFO(status.st_mode):
@@ -99,7 +127,7 @@ def open_backing(str path, bint read_only):
         os.set_blocking(fd, True)
         # What else can be opened, a directory or /dev/null, is an empty disk.
         backing.fd, backing.size = fd, os.lseek(fd, 0, os.SEEK_END) if has_blocks else 0
-        backing.path, backing.read_only = path, read_only
+        backing.path, backing.read_only, backing.layers = path, read_only, []
         backing.lockable, backing.locking = has_blocks, False
         backing.file = status.st_dev, status.st_ino
         backing.identity = f"{status.st_dev}{status.st_rdev}{status.st_ino}".encode()[:VIRTIO_BLK_ID_BYTES]
@@ -112,6 +140,20 @@ def open_backing(str path, bint read_only):
         os.close(fd)
         raise
     return backing
+
+
+def share_blocks(int from_fd, int to_fd, uint64_t own):
+    """Make one file of another without copying anything, but the first `own` bytes; False where the file system cannot."""
+    if clone_file(to_fd, FICLONE, from_fd) < 0:
+        return False
+    # The map of an overlay is written through a mapping, which a full file system must not keep from being copied.
+    fallocate(to_fd, FALLOC_FL_UNSHARE_RANGE, 0, <long> own)
+    return True
+
+
+def punch(int fd, uint64_t offset, uint64_t length):
+    """Give a part of a file back, which reads as zeroes then; False where the file system cannot."""
+    return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, <long> offset, <long> length) == 0
 
 
 cdef bint can_discard(int fd, bint device, uint64_t size):

@@ -11,6 +11,7 @@ from crackle.virtio.device import VirtioDevice
 
 class BlockState(msgspec.Struct, frozen=True, kw_only=True, tag="block"):
     limiter: LimiterState
+    overlay: str | None = None
 
 class Block(VirtioDevice):
     own_state: ClassVar[type[msgspec.Struct] | None]

@@ -21,7 +21,8 @@ from crackle.runtime.threads cimport *
 from crackle.includes.virtio cimport *
 from crackle.memory.guest cimport GuestMemory
 from crackle.ratelimit.limiter cimport RateLimiter
-from crackle.virtio.block.engine cimport REQUEST_DONE, REQUEST_IN_FLIGHT, Engine
+from crackle.virtio.block.engine cimport REQUEST_DONE, REQUEST_IN_FLIGHT, REQUEST_WAITS, Engine
+from crackle.virtio.block.layers cimport BLOCK, Layers, stack, sync
 from crackle.virtio.block.request cimport (
     DO_ALLOCATE, DO_NOTHING, DO_READ, DO_WRITE, MAX_TRANSFER, QUEUE_SIZE, SECTOR_SHIFT, SEG_MAX, charge, disk, parse, request
 )
@@ -53,9 +54,10 @@ cdef uint64_t UPDATE_PATIENCE_NS = 2_000_000_000
 
 
 class BlockState(msgspec.Struct, frozen=True, kw_only=True, tag="block"):
-    """What a disk adds to its DeviceState."""
+    """What a disk adds to its DeviceState. overlay: the id of the contents of its overlay, if it has one."""
 
     limiter: LimiterState
+    overlay: str | None = None
 
 
 cdef class Block(VirtioDevice):
@@ -75,6 +77,7 @@ cdef class Block(VirtioDevice):
 
     cdef readonly str path
     cdef int fd
+    cdef Layers layers          # None for a file alone
     cdef disk disk
     cdef chain chain
     cdef Engine engine
@@ -116,7 +119,7 @@ cdef class Block(VirtioDevice):
         self.add_limiter(self.limiter, 0)
         self.engine = new_engine(engine, memory)
         self.config_size = sizeof(virtio_blk_config)
-        if self.use(path, backing).discards:
+        if self.use(path, backing).written.discards:
             self.device_features |= ALLOCATE_FEATURES
 
     def __dealloc__(self):
@@ -135,6 +138,11 @@ cdef class Block(VirtioDevice):
             else:
                 # In a forked child a thread that is not there may have the lock.
                 self.engine.shut_down()
+        if self.layers is not None:
+            if self.pid == getpid() and self.disk.writeback and not self.disk.read_only:
+                # What has not been flushed is as good as on a plain disk, if nothing happens to the host.
+                self.layers.settle()
+            self.layers.close()
         if self.fd >= 0:
             close(self.fd)
             self.fd = -1
@@ -183,7 +191,7 @@ cdef class Block(VirtioDevice):
             if found == QUEUE_TIRED or self.clock - self.begun >= TURN_NS:
                 self.notify_again(0)
                 break
-            if found == QUEUE_HELD and not self.limiter.blocked and self.engine.take() != NULL:
+            if found == QUEUE_HELD and self.goes_on():
                 continue
             if self.answered != told:
                 told = self.answered
@@ -198,6 +206,12 @@ cdef class Block(VirtioDevice):
         self.engine.announce(True)
         if self.answered != told and queue.wants_interrupt():
             self.signal_queue(0)
+
+    cdef bint goes_on(self) noexcept nogil:
+        """Whether what held the queue does so no more."""
+        if self.current != NULL:
+            return self.engine.writing == 0
+        return not self.limiter.blocked and self.engine.take() != NULL
 
     cdef bint look_out(self, Virtqueue queue, bint for_more) noexcept nogil:
         """A driver that waits for its answer asks again at once: look out for it, and for what is in flight. Until rearm()
@@ -230,6 +244,8 @@ cdef class Block(VirtioDevice):
             if state == REQUEST_IN_FLIGHT:
                 self.current = NULL
                 continue
+            if state == REQUEST_WAITS:
+                return QUEUE_HELD
             self.clock = now_ns()
             if state == REQUEST_DONE:
                 self.current = NULL
@@ -325,9 +341,11 @@ cdef class Block(VirtioDevice):
             if waited == 0:
                 break
         self.engine.winding_down = False
-        if self.current != NULL and live:
-            self.keep(self.current, queue)
-        self.current = NULL
+        if self.current != NULL:
+            if live:
+                self.keep(self.current, queue)
+            self.engine.release(self.current)
+            self.current = NULL
         if live:
             # All of them, in their order, before any other.
             queue.in_hand = 0
@@ -387,6 +405,7 @@ cdef class Block(VirtioDevice):
     cdef use(self, str path, opened):
         """Put `path` behind the disk; once the disk is the guest's, tell it. The Backing, whose descriptor is taken."""
         cdef int fd, old = self.fd
+        cdef Layers layers = None
         cdef virtio_blk_config config
         cdef char identity[VIRTIO_BLK_ID_BYTES]
         backing = open_backing(path, self.disk.read_only) if opened is None else opened.duplicate()
@@ -399,27 +418,42 @@ cdef class Block(VirtioDevice):
         # 5.2.4: in sectors; one range a request.
         config.max_discard_sectors = config.max_write_zeroes_sectors = MAX_TRANSFER >> SECTOR_SHIFT
         config.max_discard_seg = config.max_write_zeroes_seg = config.write_zeroes_may_unmap = 1
-        config.discard_sector_alignment = max(backing.granularity >> SECTOR_SHIFT, 1)
+        config.discard_sector_alignment = max(backing.written.granularity >> SECTOR_SHIFT, 1)
+        if backing.layers:
+            config.discard_sector_alignment = max(config.discard_sector_alignment, BLOCK >> SECTOR_SHIFT)
         try:
-            self.exchange(fd, &config, identity)
+            if backing.layers:
+                layers = Layers(backing, writable=not self.disk.read_only, ordered=self.disk.writeback)
+            self.exchange(fd, layers, &config, identity)
         except BaseException:
+            if layers is not None:
+                layers.close()
             backing.close()
             raise
-        self.path = path
+        if self.layers is not None:
+            self.layers.close()
+        self.layers, self.path = layers, path
+        if old >= 0 and layers is not None:
+            layers.confirm(backing)
         if old >= 0:
             close(old)
         return backing
 
-    cdef int exchange(self, int fd, virtio_blk_config *config, const char *identity) except -1:
+    cdef int exchange(self, int fd, Layers layers, virtio_blk_config *config, const char *identity) except -1:
         cdef uint64_t until = now_ns() + UPDATE_PATIENCE_NS
+        cdef stack *before = NULL if self.layers is None else &self.layers.own
+        cdef stack *wanted = NULL if layers is None else &layers.own
         cdef bint first = self.fd < 0
         cdef int error = 0
         cdef bint done
         with nogil:
             pthread_mutex_lock(&self.lock)
             done = self.on_drain(until)
-            if done:
-                error = self.engine.use(fd)
+            if done and wanted != NULL and not first and self.disk.writeback:
+                # A flush will be for the new layer alone, which finds in the files below all that this process knows.
+                error = sync(before) if before != NULL else -fdatasync(self.fd)
+            if done and not error:
+                error = self.engine.use(fd, wanted)
             if done and not error:
                 memcpy(self.disk.serial, identity, VIRTIO_BLK_ID_BYTES)
                 memcpy(self.config, config, sizeof(virtio_blk_config))
@@ -491,12 +525,22 @@ cdef class Block(VirtioDevice):
 
     def save_own(self):
         """BlockState. What the guest has been told is written is on the disk when it is saved."""
-        if self.fd >= 0 and not self.disk.read_only:
+        overlay = None
+        if self.layers is not None:
+            if not self.disk.read_only:
+                self.layers.sync()
+            overlay = self.layers.told()
+        elif self.fd >= 0 and not self.disk.read_only:
             os.fdatasync(self.fd)
-        return BlockState(limiter=self.limiter.save())
+        return BlockState(limiter=self.limiter.save(), overlay=overlay)
 
     def restore_own(self, state):
-        """The reverse of `save_own`; ValueError when the state is no disk's."""
+        """The reverse of `save_own`; ValueError when the state is no disk's, or the overlay's contents are not its."""
+        if self.layers is None and state.overlay is not None or not (self.layers is None or self.layers.shows(state.overlay)):
+            raise ValueError(
+                f"the overlay over {self.path} has been written to since the snapshot was taken, or is another one: "
+                "give the drive an overlay of its own, one that is not there yet, and keep the one that was saved"
+            )
         self.limiter.restore(state.limiter)
 
     def accept_features(self, features):

@@ -35,10 +35,15 @@ cdef struct request:
     uint8_t *status         # the guest's byte for the answer, NULL where it gave none
     uint64_t length         # bytes to move; bytes written to the guest's buffers for DO_NOTHING
     uint64_t left           # of them
-    uint64_t offset         # in the file, of what is left
+    uint64_t offset         # on the disk, of what is left
     uint64_t piece          # bytes of it that one system call is to move,
     int piece_count         # in so many buffers,
     uint64_t cut            # and what was cut off the last of those
+    int file                # which of the disk's files it is for, 0 where there is one,
+    uint64_t at             # and where in that
+    uint64_t claim          # bytes of new blocks of an overlay that it takes
+    bint twice              # a flush that is at its second fdatasync
+    bint waiting            # for what is in flight
     uint64_t started        # ns
     uint64_t number         # of writes submitted before it
     uint32_t waits_for      # writes that a flush is held back for

@@ -2,11 +2,12 @@
 
 A module of its own, so that only a process with such a drive loads liburing. What a guest has submitted goes to the kernel
 in one io_uring_enter; what the page cache holds is done when that returns, the rest is announced by an eventfd. The ring is
-restricted to the operations below on the one registered file.
+restricted to the operations below on the registered files, which are the disk's.
 
 Owns the ring, its requests and the eventfd. Guest memory must outlive what is in flight: `shut_down` waits for it.
 """
 
+from libc.errno cimport EINTR
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset, strerror
@@ -16,7 +17,8 @@ from crackle.includes.io cimport iovec
 from crackle.includes.uring cimport *
 from crackle.memory.guest cimport GuestMemory
 from crackle.runtime.threads cimport now_ns
-from crackle.virtio.block.engine cimport REQUEST_IN_FLIGHT, Engine
+from crackle.virtio.block.engine cimport REQUEST_DONE, REQUEST_IN_FLIGHT, REQUEST_WAITS, Engine
+from crackle.virtio.block.layers cimport MAX_FILES, MUST_WAIT, end_flush, stack, stage, write_staged
 from crackle.virtio.block.request cimport DO_FLUSH, DO_READ, DO_WRITE, request
 from crackle.virtio.device cimport new_eventfd
 from crackle.virtio.queue cimport CHAIN_IOV, MAX_QUEUE_SIZE
@@ -40,8 +42,6 @@ cdef enum:
     DEPTH = MAX_QUEUE_SIZE
     # Bytes in flight, with the last to be taken on top: a pause waits for them.
     MAX_BYTES = 16 << 20
-    # The backing file's place among the registered files.
-    FILE = 0
 
 cdef int[6] OPERATIONS = [
     IORING_OP_READ, IORING_OP_WRITE, IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_FSYNC, IORING_OP_FALLOCATE
@@ -49,7 +49,7 @@ cdef int[6] OPERATIONS = [
 
 
 cdef restrict(io_uring *ring):
-    """Whatever happens to this process, the ring does nothing else and on no other file."""
+    """Whatever happens to this process, the ring does nothing else and on no other files."""
     cdef io_uring_restriction rules[8]
     cdef int i
     memset(rules, 0, sizeof(rules))
@@ -96,7 +96,8 @@ cdef class AsyncEngine(Engine):
 
     def __init__(self, GuestMemory memory):
         cdef io_uring_params params
-        cdef int nothing = -1, i
+        cdef int nothing[MAX_FILES]
+        cdef int i
         if self.made:
             raise ValueError("this engine is set up already")
         self.pid = getpid()
@@ -110,7 +111,8 @@ cdef class AsyncEngine(Engine):
             check(io_uring_queue_init_params(DEPTH, &self.ring, &params))
         self.made = True
         self.event_fd = new_eventfd()
-        check(io_uring_register_files(&self.ring, &nothing, 1))
+        memset(nothing, 0xFF, sizeof(nothing))
+        check(io_uring_register_files(&self.ring, nothing, MAX_FILES))
         check(io_uring_register_eventfd(&self.ring, self.event_fd))
         restrict(&self.ring)
         check(io_uring_register(self.ring.ring_fd, IORING_REGISTER_ENABLE_RINGS, NULL, 0))
@@ -145,20 +147,31 @@ cdef class AsyncEngine(Engine):
             close(self.event_fd)
             self.event_fd = -1
 
-    cdef int use(self, int fd) noexcept nogil:
-        cdef int result = io_uring_register_files_update(&self.ring, FILE, &fd, 1)
-        if result < 0:
-            if self.fd >= 0:
-                # The kernel has let go of the old file before it looked at the new one.
-                io_uring_register_files_update(&self.ring, FILE, &self.fd, 1)
-            return -result
-        self.fd = fd
-        return 0
+    cdef int use(self, int fd, stack *layers) noexcept nogil:
+        cdef int before[MAX_FILES]
+        cdef int result, i, used = 1
+        cdef stack *old = self.layers
+        memcpy(before, self.fds, sizeof(before))
+        Engine.use(self, fd, layers)
+        if layers != NULL:
+            used = layers.count
+        for i in range(used, MAX_FILES):
+            self.fds[i] = -1
+        result = io_uring_register_files_update(&self.ring, 0, self.fds, MAX_FILES)
+        if result >= 0:
+            return 0
+        self.layers = old
+        memcpy(self.fds, before, sizeof(before))
+        if self.fds[0] >= 0:
+            # The kernel has let go of the old files before it looked at the new ones.
+            io_uring_register_files_update(&self.ring, 0, self.fds, MAX_FILES)
+        return -result
 
     cdef request *take(self) noexcept nogil:
         return self.idle[self.idle_count - 1] if self.idle_count and self.bytes < MAX_BYTES else NULL
 
     cdef void release(self, request *r) noexcept nogil:
+        r.waiting = False
         self.idle[self.idle_count] = r
         self.idle_count += 1
 
@@ -166,7 +179,23 @@ cdef class AsyncEngine(Engine):
 
     cdef int submit(self, request *r) noexcept nogil:
         cdef iovec *table
-        self.idle_count -= 1
+        cdef int result
+        r.claim = 0
+        if self.layers != NULL:
+            result = self.prepare_layers(r)
+            if result == MUST_WAIT:
+                if not r.waiting:
+                    self.idle_count -= 1
+                    r.waiting = True
+                return REQUEST_WAITS
+            if result:
+                if r.waiting:
+                    self.release(r)
+                return REQUEST_DONE
+            self.layers.claimed += r.claim
+        if not r.waiting:
+            self.idle_count -= 1
+        r.waiting = False
         # The chain that it came in is used for the next.
         if r.count == 1:
             r.one = r.iov[0]
@@ -180,8 +209,8 @@ cdef class AsyncEngine(Engine):
         if r.what == DO_FLUSH:
             # What was written before must be on the disk when it is answered; what comes after does not wait for it, as
             # it would with IOSQE_IO_DRAIN.
-            r.waits_for = self.writing
-            if r.waits_for:
+            r.waits_for, r.twice = self.writing, False
+            if r.waits_for or self.layers != NULL and self.layers.flushing:
                 self.held[self.held_count] = r
                 self.held_count += 1
                 return REQUEST_IN_FLIGHT
@@ -195,22 +224,25 @@ cdef class AsyncEngine(Engine):
         # Never NULL: the ring has an entry for each request.
         cdef io_uring_sqe *sqe = io_uring_get_sqe(&self.ring)
         self.cut_piece(r)
+        if r.what == DO_FLUSH and self.layers != NULL and not self.layers.flushing:
+            # If there is no memory for it the map stays as it is, and `flush_layers` says so.
+            r.error = stage(self.layers)
         if r.what == DO_READ or r.what == DO_WRITE:
             self.bytes += r.piece
         if r.what == DO_READ:
             if r.piece_count == 1:
-                io_uring_prep_read(sqe, FILE, r.iov.iov_base, r.iov.iov_len, r.offset)
+                io_uring_prep_read(sqe, r.file, r.iov.iov_base, r.iov.iov_len, r.at)
             else:
-                io_uring_prep_readv(sqe, FILE, r.iov, r.piece_count, r.offset)
+                io_uring_prep_readv(sqe, r.file, r.iov, r.piece_count, r.at)
         elif r.what == DO_WRITE:
             if r.piece_count == 1:
-                io_uring_prep_write(sqe, FILE, r.iov.iov_base, r.iov.iov_len, r.offset)
+                io_uring_prep_write(sqe, r.file, r.iov.iov_base, r.iov.iov_len, r.at)
             else:
-                io_uring_prep_writev(sqe, FILE, r.iov, r.piece_count, r.offset)
+                io_uring_prep_writev(sqe, r.file, r.iov, r.piece_count, r.at)
         elif r.what == DO_FLUSH:
-            io_uring_prep_fsync(sqe, FILE, IORING_FSYNC_DATASYNC)
+            io_uring_prep_fsync(sqe, 0, IORING_FSYNC_DATASYNC)
         else:
-            io_uring_prep_fallocate(sqe, FILE, r.mode, r.offset, r.piece)
+            io_uring_prep_fallocate(sqe, 0, r.mode, r.at, r.piece)
         io_uring_sqe_set_flags(sqe, IOSQE_FIXED_FILE)
         sqe.user_data = <uint64_t> r
         self.queued += 1
@@ -261,12 +293,20 @@ cdef class AsyncEngine(Engine):
             io_uring_cq_advance(&self.ring, 1)
             if r.what == DO_READ or r.what == DO_WRITE:
                 self.bytes -= r.piece
+            if r.what == DO_FLUSH and self.layers != NULL:
+                result = self.flush_layers(r, result)
             r.unfinished = not self.advance(r, result)
-            if r.unfinished and not self.winding_down:
+            # A flush that has come so far is done sooner than one that is begun anew.
+            if r.unfinished and (not self.winding_down or r.what == DO_FLUSH and r.twice):
                 self.put(r)
                 continue
             self.in_flight -= 1
-            if r.what != DO_READ and r.what != DO_FLUSH:
+            if self.layers != NULL:
+                self.layers.claimed -= r.claim
+            if r.what == DO_FLUSH:
+                if self.layers != NULL:
+                    self.flushed()
+            elif r.what != DO_READ:
                 self.written(r)
             return r
         if self.winding_down and self.held_count and self.in_flight == self.held_count:
@@ -288,12 +328,43 @@ cdef class AsyncEngine(Engine):
             # One that has to wait for a write that is not done waits for good.
             if flush.number > r.number and not r.unfinished:
                 flush.waits_for -= 1
-            if flush.waits_for:
+            if flush.waits_for or self.layers != NULL and self.layers.flushing:
                 self.held[kept] = flush
                 kept += 1
             else:
                 self.put(flush)
         self.held_count = kept
+
+    cdef int flush_layers(self, request *r, int result) noexcept nogil:
+        """An fdatasync of a flush gave `result`; what `advance` is to be told: -EINTR for once more, after the map."""
+        if result == -EINTR:
+            return result
+        if r.error:
+            result = -r.error
+        elif result == 0 and self.layers.staged_count and not r.twice:
+            result = -write_staged(self.layers)
+            if result == 0:
+                r.twice = True
+                return -EINTR
+        end_flush(self.layers, result == 0)
+        return result
+
+    cdef void flushed(self) noexcept nogil:
+        """One flush less: let the next go, one at a time."""
+        cdef uint32_t i
+        cdef request *flush
+        if self.layers.flushing:
+            # It is given back unfinished: what it would have written is still to be.
+            end_flush(self.layers, False)
+        if self.winding_down:
+            return
+        for i in range(self.held_count):
+            flush = self.held[i]
+            if flush.waits_for == 0:
+                self.held_count -= 1
+                self.held[i] = self.held[self.held_count]
+                self.put(flush)
+                return
 
     cdef bint ready(self) noexcept nogil:
         return io_uring_cq_ready(&self.ring) != 0
