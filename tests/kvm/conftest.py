@@ -22,7 +22,7 @@ from crackle.vmm.builder import build
 from crackle.vmm.machine import BuildOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from crackle.vmm.machine import ExitStatus
 
@@ -216,10 +216,10 @@ class Client(http.client.HTTPConnection):
 class Process:
     """crackle-vmm, its API and its console."""
 
-    def __init__(self, directory: Path, *arguments: str) -> None:
+    def __init__(self, directory: Path, *arguments: str, command: Sequence[str] = VMM) -> None:
         self._socket = directory / f"api{time.monotonic_ns()}"
         self.process = subprocess.Popen(
-            [*VMM, "--api-sock", str(self._socket), *arguments],
+            [*command, "--api-sock", str(self._socket), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -10,6 +10,8 @@ import select
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +20,10 @@ from typing import Any
 
 import pytest
 
-from crackle import ConfigError
+from crackle import ConfigError, MicroVM
 from crackle.memory import GuestMemory
 from support.card import Host, frame
+from support.launcher import ZygoteProcess
 from support.network import Namespace
 
 from .conftest import PATIENCE, Client, Process
@@ -237,7 +240,7 @@ def test_each_has_its_vsock_and_its_disk(
         # The parent's connections are as they were.
         program.sendall(b"after!")
         assert program.recv(6) == b"after!"
-    paths = [str(tmp_path / "a.vsock"), str(tmp_path / "w")]
+    paths = [path + ".a", str(tmp_path / "w")]
     for clone, own in zip(clones, paths, strict=True):
         assert clone.api.ask("GET", "/vm/config", expect=200)["vsock"]["uds_path"] == own
         with connected(own, ECHO) as program:
@@ -370,6 +373,188 @@ def test_memory_that_cannot_be_copied_on_write_is_refused(guests: Path) -> None:
         memory.check_inheritable()
     with GuestMemory([(0, 2 << 20)]) as memory:
         memory.check_inheritable()
+
+
+def test_a_monitor_from_the_zygote_forks_and_its_clones_outlive_launcher_and_zygote(
+    fork: Callable[..., list[Clone]], guests: Path, tmp_path: Path
+) -> None:
+    zygote = ZygoteProcess(tmp_path / "zygote")
+    try:
+        parent = Process(tmp_path, command=zygote.command)
+        try:
+            parent.boot(guests / "count.elf", "touch=2 tick=100")
+            parent.counted(2)
+            clones = fork(parent.api, {"id": "a"}, {"id": "b"})
+            (again,) = fork(clones[0].api, {"id": "c"})
+        finally:
+            parent.kill()
+    finally:
+        zygote.end()
+    for clone in (*clones, again):
+        # More than a second, after which memory that is as the zygote's was given back.
+        assert contiguous(clone.counted(len(clone.numbers()) + 150))
+        assert f"--id\0{clone.id}" in Path(f"/proc/{clone.pid}/cmdline").read_text().replace(" ", "\0")
+
+
+def test_crackle_fork(parent: Process, guests: Path, tmp_path: Path) -> None:
+    parent.boot(guests / "count.elf", "")
+    parent.counted(2)
+    command = [sys.executable, "-m", "crackle.cli.main", "fork", str(parent.api.path)]
+    done = subprocess.run(
+        [*command, "-n", "2", "--name", "n{index}", "--console", "{id}.out"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    lines = [line.split() for line in done.stdout.splitlines()]
+    try:
+        assert done.returncode == 0, done.stderr
+        sockets = [str(tmp_path / name) for name in ("n0.sock", "n1.sock")]
+        assert [(name, socket) for name, _, socket in lines] == list(zip(("n0", "n1"), sockets, strict=True))
+        for name, _, path in lines:
+            assert Client(Path(path)).ask("GET", "/", expect=200)["id"] == name
+            until(functools.partial(contiguous_from, tmp_path / f"{name}.out"), str)
+        done = subprocess.run(
+            [*command, "--name", "n0"], capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith("crackle: Fork error: the clone 'n0' cannot be: Failed to open the API")
+        for path, sentence in (("/nowhere", "cannot ask the microVM at /nowhere: No such file"),):
+            done = subprocess.run(
+                [*command[:-1], path], capture_output=True, text=True, timeout=PATIENCE, check=False
+            )
+            assert (done.returncode, done.stdout) == (1, "")
+            assert sentence in done.stderr
+    finally:
+        for _, pid, _ in lines:
+            os.kill(int(pid), signal.SIGKILL)
+
+
+@pytest.fixture(params=[True, False], ids=["own process", "this process"])
+def counting(request: pytest.FixtureRequest, guests: Path) -> Iterator[MicroVM]:
+    """A guest of this program's that counts."""
+    with MicroVM(guests / "count.elf", boot_args="touch=2", memory=64, own_process=request.param) as vm:
+        vm.console.expect("count 2\n", PATIENCE)
+        yield vm
+
+
+def told(vm: MicroVM) -> int:
+    return int(vm.console.expect(r"count (\d+)\n", PATIENCE)[1])
+
+
+def test_a_fork_is_microvms_of_this_program(counting: MicroVM) -> None:
+    clones = counting.fork(3, instance_id="clone{index}")
+    everybody = [counting, *clones, *clones[0].fork(2)]
+    assert len({vm.pid for vm in everybody}) == len(everybody)
+    assert [f"'clone{n}': Running" in repr(clone) for n, clone in enumerate(clones)] == [True] * 3
+    for vm in everybody:
+        first = told(vm)
+        assert [told(vm), told(vm)] == [first + 1, first + 2]
+        assert vm.state == "Running"
+    processes = [os.pidfd_open(clone.pid) for clone in everybody[1:]]
+    for clone in everybody[1:]:
+        clone.stop()
+    for process in processes:
+        assert select.select([process], [], [], PATIENCE)[0]
+        os.close(process)
+    told(counting)
+
+
+def test_clones_of_a_paused_microvm_are_paused_and_can_be_saved(counting: MicroVM, tmp_path: Path) -> None:
+    counting.pause()
+    (clone,) = counting.fork()
+    assert (counting.state, clone.state) == ("Paused", "Paused")
+    clone.snapshot(tmp_path / "s")
+    counting.resume()
+    last = told(counting)
+    with MicroVM.restore(tmp_path / "s") as vm:
+        assert told(vm) <= last + 1
+    clone.resume()
+    assert told(clone) == told(clone) - 1
+    clone.stop()
+
+
+def test_a_fork_that_cannot_be_leaves_nothing(counting: MicroVM) -> None:
+    fds, before = set(os.listdir("/proc/self/fd")), threads()
+    for options, sentence in (
+        ({"instance_id": "same"}, "two clones would have the id 'same'"),
+        ({"drives": {"d": "x"}}, "has no 'd'"),
+        ({"vsock": "x"}, "has no vsock device"),
+        ({"metadata": {}}, "The microVM has no metadata service"),
+        ({"huge_pages": "None"}, "huge_pages: a clone of a running microVM is in this as the microVM is"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            counting.fork(2, **options)
+    with pytest.raises(ConfigError, match="forked once to 1000 times, not 0 times"):
+        counting.fork(0)
+    assert set(os.listdir("/proc/self/fd")) == fds
+    until(lambda: threads() == before or None, threads)
+    told(counting)
+
+
+def threads() -> list[str]:
+    """The names of this process's, without the kernel's own."""
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has just ended
+            names.append((task / "comm").read_text())
+    return sorted(name for name in names if not name.startswith("kvm-"))
+
+
+PROGRAM = """
+import os, signal, sys, threading
+import crackle
+
+held = open(sys.argv[2], "w")
+signal.signal(signal.SIGUSR1, lambda *_: os._exit(9))
+stop = threading.Event()
+threads = [threading.Thread(target=stop.wait, daemon=True) for _ in range(4)]
+for thread in threads:
+    thread.start()
+
+class Told:
+    def __del__(self):
+        os.write(1, b"finalised\\n")
+
+told = Told()
+
+def work():
+    "Not the main thread."
+    vm = crackle.MicroVM(sys.argv[1], boot_args="touch=2", memory=64)
+    vm.start()
+    vm.console.expect("count 2\\n", 30)
+    print("unflushed", end="")
+    (clone,) = vm.fork()
+    clone.console.expect(r"count \\d+\\n", 30)
+    names = [os.readlink(f"/proc/{clone.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{clone.pid}/fd")]
+    print("", sys.argv[2] in names, len(os.listdir(f"/proc/{clone.pid}/task")) < 5, flush=True)
+    print(clone.pid, flush=True)
+    sys.stdin.read()
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+
+
+def test_a_clone_runs_nothing_of_the_program_and_ends_with_it(guests: Path, tmp_path: Path) -> None:
+    program = subprocess.Popen(
+        [sys.executable, "-X", "dev", "-c", PROGRAM, str(guests / "count.elf"), str(tmp_path / "held")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "unflushed False True\n"
+        clone = os.pidfd_open(int(program.stdout.readline()))
+    finally:
+        program.kill()
+    assert select.select([clone], [], [], PATIENCE)[0]
+    os.close(clone)
+    # The clone has not had the program's end of the pipe either.
+    assert program.communicate(timeout=PATIENCE)[0] == ""
 
 
 @pytest.mark.parametrize("delay_ms", [0, 5, 10, 15, 20, 30, 40, 60, 80, 120])

@@ -299,6 +299,69 @@ def zygote(
     os.execv(words[0], words)
 
 
+_PER_CLONE = "{index} is the clone's number, {id} its name."
+
+
+@app.command()
+def fork(
+    socket: Annotated[
+        Path, typer.Argument(metavar="API_SOCK", help="Socket of the API of a microVM that runs.")
+    ],
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="How many clones.")] = 1,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEMPLATE", help="Names, with {index} for the clone's number. [default: made up]"
+        ),
+    ] = None,
+    api_sock: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEMPLATE", help=f"Sockets of their APIs, else <name>.sock beside it. {_PER_CLONE}"
+        ),
+    ] = None,
+    drive: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID=TEMPLATE", help="Files for a drive that is written to; may be repeated."),
+    ] = None,
+    tap: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID=TEMPLATE", help="TAP devices for an interface; may be repeated."),
+    ] = None,
+    vsock: Annotated[
+        str | None, typer.Option(metavar="TEMPLATE", help="Unix sockets that lead to their vsock ports.")
+    ] = None,
+    console: Annotated[
+        str | None, typer.Option(metavar="TEMPLATE", help="Files that take what their consoles say.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: what the API answers.")] = False,
+) -> None:
+    """Have clones of a running microVM go on from where it is, which goes on too.
+
+    Each is a process of its own, and shares memory with the others until it writes to it. Shown are the name, the
+    process and the API's socket of each. When one cannot be, there is none.
+    """
+    import json
+
+    from crackle.cli import fork as forking
+
+    answer = forking.fork(
+        socket,
+        count,
+        names=name,
+        api_sock=api_sock,
+        drives=drive or (),
+        taps=tap or (),
+        vsock=vsock,
+        console=console,
+    )
+    if as_json:
+        print(json.dumps(answer))
+        return
+    for clone in answer["clones"]:
+        print(clone["id"], clone["pid"], clone["api_sock"])
+
+
 @app.command()
 def version() -> None:
     """Show the version."""

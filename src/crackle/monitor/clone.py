@@ -9,27 +9,31 @@ called, and leaves by os._exit.
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # the signal module makes enums of everything
+import _socket
 import contextlib
 import gc
 import os
 import sys
 
+import msgspec
+
 from crackle.api.listener import listen
 from crackle.errors import CrackleError, reason_of
 from crackle.monitor.process import VmmProcess
 from crackle.runtime.system import close_between, close_from, set_title
+from crackle.telemetry.logger import OFF, Logger
 from crackle.telemetry.sink import Sink
 from crackle.vmm.shell import Shell
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from typing import NoReturn
 
     from crackle.monitor.options import Options
     from crackle.schema.fork import Clone
     from crackle.snapshot.fork import Heritage, Line
-    from crackle.telemetry.logger import Logger
+    from crackle.vmm.wire import Birth, Lent
 
 # Of the parent's command line: what is about its start.
 _STARTING = frozenset(
@@ -38,25 +42,28 @@ _STARTING = frozenset(
 
 
 class Cloner:
-    """Makes clones of a microVM whose API is at `api_sock`.
+    """What a forked process does to be a clone; how it is spoken to is the subclass's.
 
     leave: closes what this process has of the parent's monitor. logger: the parent's, which becomes the clone's.
     """
 
-    def __init__(self, options: Options, logger: Logger, api_sock: str, leave: Callable[[], None]) -> None:
-        self.api_sock = api_sock
-        self._options = type(options)({k: v for k, v in options.items() if k not in _STARTING})
+    # Of the parent: where the API's sockets of clones are by default.
+    api_sock = ""
+
+    def __init__(self, logger: Logger, leave: Callable[[], None]) -> None:
         self._logger = logger
         self._leave = leave
 
-    def become(self, heritage: Heritage, clone: Clone, line: Line) -> NoReturn:
+    def become(self, heritage: Heritage, index: int, clone: Clone, line: Line) -> NoReturn:
         """Be that clone until it ends."""
         status = 1
         try:
             gc.freeze()
             line.born()
-            self._settle(heritage, clone, line)
-            status = self._run(heritage, clone, line)
+            self._settle(heritage, index, clone, line)
+            machine = heritage.snapshot.config.machine_config
+            assert machine is not None, "whoever has booted has filled it in"
+            status = self._run(heritage, clone, line, Shell(machine, memory=heritage.memory))
         except BaseException as error:
             reason = str(error) if isinstance(error, CrackleError) else reason_of(error) or repr(error)
             line.fail(reason)
@@ -65,7 +72,7 @@ class Cloner:
         finally:
             os._exit(status)
 
-    def _settle(self, heritage: Heritage, clone: Clone, line: Line) -> None:
+    def _settle(self, heritage: Heritage, index: int, clone: Clone, line: Line) -> None:
         """Let go of everything that is not this process's."""
         heritage.memory.inherited()
         os.setsid()
@@ -76,13 +83,41 @@ class Cloner:
         for stream in range(3):
             os.dup2(null, stream)
         files = {region.fd for region in heritage.memory.regions}
-        _close_all_but({0, 1, 2, self._logger.file, *files, *heritage.descriptors, *line.descriptors})
-        _set_title(f"crackle-vmm --id {clone.id} --api-sock {clone.api_sock}".encode(errors="replace"))
+        kept = {0, 1, 2, self._logger.file, *files, *self._own(index), *line.descriptors}
+        _close_all_but(kept)
+        _set_title(f"crackle-vmm --id {clone.id}{self._said(clone)}".encode(errors="replace"))
         # The frames below never return.
         sys.setrecursionlimit(sys.getrecursionlimit() + _depth())
         _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
 
-    def _run(self, heritage: Heritage, clone: Clone, line: Line) -> int:
+    def _said(self, _clone: Clone) -> str:
+        """More of its command line."""
+        return ""
+
+    def _own(self, index: int) -> Iterable[int]:
+        """What that clone, and no other, has open already."""
+        raise NotImplementedError
+
+    def _run(self, heritage: Heritage, clone: Clone, line: Line, shell: Shell) -> int:
+        """The exit status, in the end."""
+        raise NotImplementedError
+
+
+class MonitorCloner(Cloner):
+    """Clones of a microVM of `crackle-vmm`'s, whose options these are."""
+
+    def __init__(self, options: Options, logger: Logger, leave: Callable[[], None]) -> None:
+        super().__init__(logger, leave)
+        self.api_sock = options.value("api-sock") or ""
+        self._options = type(options)({k: v for k, v in options.items() if k not in _STARTING})
+
+    def _said(self, clone: Clone) -> str:
+        return f" --api-sock {clone.api_sock}"
+
+    def _own(self, _index: int) -> Iterable[int]:
+        return ()
+
+    def _run(self, heritage: Heritage, clone: Clone, line: Line, shell: Shell) -> int:
         if clone.log_path is not None:
             self._logger.move(clone.log_path)
         metrics = None
@@ -91,9 +126,6 @@ class Cloner:
         path = clone.api_sock or ""
         listener = listen(path)
         try:
-            machine = heritage.snapshot.config.machine_config
-            assert machine is not None, "whoever has booted has filled it in"
-            shell = Shell(machine, memory=heritage.memory)
             options = type(self._options)({**self._options, "id": clone.id or "", "api-sock": path})
             process = VmmProcess(options, self._logger, metrics, listener, None, shell)
             gc.freeze()
@@ -103,6 +135,41 @@ class Cloner:
             if not line.open:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
+
+
+class ServedCloner(Cloner):
+    """Clones of a microVM of a program's, which gives their orders over a channel each.
+
+    birth: of the microVM that forks, but for its name and console. lent: for each clone its ends of commands and
+    events, and the descriptors of its console, -1 for none.
+    """
+
+    def __init__(self, birth: Birth, lent: Sequence[Lent], leave: Callable[[], None]) -> None:
+        super().__init__(Logger(level=OFF), leave)
+        self._birth = birth
+        self._lent = lent
+        self._index = 0
+
+    def _own(self, index: int) -> Iterable[int]:
+        self._index = index
+        return self._lent[index]
+
+    def _run(self, heritage: Heritage, clone: Clone, line: Line, shell: Shell) -> int:
+        from crackle.monitor.served import ServedProcess
+
+        commands, events, *console = self._lent[self._index]
+        birth = msgspec.structs.replace(self._birth, instance_id=clone.id or "")
+        process = ServedProcess(
+            birth,
+            _socket.socket(fileno=commands),
+            _socket.socket(fileno=events),
+            (console[0], console[1]),
+            shell=shell,
+        )
+        gc.freeze()
+        gc.enable()
+        process.run_clone(heritage, clone, line)
+        return 0
 
 
 def _default_signals() -> None:

@@ -20,7 +20,6 @@ from crackle.runtime.loop import Loop
 from crackle.runtime.terminal import Terminal
 from crackle.schema.codec import decode, explain, unknown_fields
 from crackle.schema.config import VmConfig
-from crackle.schema.serial import Serial
 from crackle.telemetry.metrics import FLUSH_PERIOD_S, Metrics
 from crackle.vmm import builder, shell
 from crackle.vmm.commands import NOT_STARTED, Command
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from crackle.monitor.clone import Cloner
+    from crackle.monitor.clone import MonitorCloner
     from crackle.monitor.options import Options
     from crackle.schema.fork import Clone
     from crackle.snapshot.fork import Heritage, Line
@@ -94,6 +93,24 @@ class Monitor:
 
     def _options_of_machine(self) -> BuildOptions:
         raise NotImplementedError
+
+    def _inherit(self, heritage: Heritage, clone: Clone, line: Line) -> bool:
+        """In a clone's process: go on from where the parent was, once that lets it; False when it does not."""
+        from crackle.schema.serial import Serial
+        from crackle.snapshot.overrides import override
+
+        if clone.serial_out_path is not None:
+            self._controller.execute(Command("put_serial", Serial(serial_out_path=clone.serial_out_path)))
+        document = heritage.document if clone.mmds is msgspec.UNSET else clone.mmds
+        if document is not None:
+            self._controller.execute(Command("put_mmds", document))
+        heritage.snapshot = override(heritage.snapshot, clone)
+        self._controller.inherit(heritage)
+        if not line.wait():
+            return False
+        if heritage.running:
+            self._controller.execute(Command("resume"))
+        return True
 
     def _started(self, machine: Machine) -> None:
         self._loop.watch(machine.exit_fd, self._look_for_end, essential=True)
@@ -174,29 +191,18 @@ class VmmProcess(Monitor):
 
     def run_clone(self, heritage: Heritage, clone: Clone, line: Line) -> int:
         """As `run`, for a microVM that goes on from where its parent was, once the parent lets it."""
-        from crackle.snapshot.overrides import override
-
         try:
             self._report_start()
-            if clone.serial_out_path is not None:
-                self._controller.execute(Command("put_serial", Serial(serial_out_path=clone.serial_out_path)))
-            document = heritage.document if clone.mmds is msgspec.UNSET else clone.mmds
-            if document is not None:
-                self._controller.execute(Command("put_mmds", document))
-            heritage.snapshot = override(heritage.snapshot, clone)
-            self._controller.inherit(heritage)
-            if line.wait():
-                if heritage.running:
-                    self._controller.execute(Command("resume"))
+            if self._inherit(heritage, clone, line):
                 self._loop.run()
         finally:
             self._close()
         return self._ending()
 
-    def _cloner(self) -> Cloner:
-        from crackle.monitor.clone import Cloner
+    def _cloner(self) -> MonitorCloner:
+        from crackle.monitor.clone import MonitorCloner
 
-        return Cloner(self._options, self._logger, self._options.value("api-sock") or "", self._leave)
+        return MonitorCloner(self._options, self._logger, self._leave)
 
     def _leave(self) -> None:
         """In a forked process: close the copies of what is the parent's."""

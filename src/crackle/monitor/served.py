@@ -20,15 +20,19 @@ from crackle.runtime.channel import Channel
 from crackle.telemetry.logger import OFF, Logger
 from crackle.vmm.commands import Command
 from crackle.vmm.machine import BuildOptions
-from crackle.vmm.wire import GUEST_ENDED, NOTHING, Answer, Order, encode
+from crackle.vmm.wire import GUEST_ENDED, LEND, NOTHING, Answer, Order, encode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
+    from crackle.monitor.clone import ServedCloner
+    from crackle.schema.fork import Clone
+    from crackle.snapshot.fork import Heritage, Line
     from crackle.snapshot.load import Template
-    from crackle.vmm.controller import ExitStatus, Machine
-    from crackle.vmm.wire import Birth
+    from crackle.vmm.controller import ExitStatus, Machine, Shell
+    from crackle.vmm.wire import Birth, Lent
 
 # What each command's resource is; those that are not there have any JSON, or none.
 _RESOURCES = {route.command: schema_of(route) for route in ROUTES.values() if route.command}
@@ -39,7 +43,8 @@ _orders = msgspec.msgpack.Decoder(Order)
 class ServedProcess(Monitor):
     """Carries out what comes over `commands`, and says on `events` how the guest has ended. Takes over both.
 
-    console: the descriptors of the guest's console, -1 for none. template: the snapshot that it is to load.
+    console: the descriptors of the guest's console, -1 for none. template: the snapshot that it is to load. shell: what
+    it is to go on in.
     """
 
     def __init__(
@@ -49,10 +54,16 @@ class ServedProcess(Monitor):
         events: _socket.socket,
         console: tuple[int, int],
         template: Template | None = None,
+        shell: Shell | None = None,
     ) -> None:
         super().__init__(
-            Logger(birth.instance_id, level=OFF), metadata_limit=birth.metadata_limit, template=template
+            Logger(birth.instance_id, level=OFF),
+            metadata_limit=birth.metadata_limit,
+            template=template,
+            shell=shell,
+            cloner=self._cloner,
         )
+        self._lent: list[Lent] = []
         self._birth = birth
         self._channel = Channel(commands, takes_descriptors=True)
         self._events = events
@@ -62,7 +73,16 @@ class ServedProcess(Monitor):
 
     def run(self) -> None:
         """Until the program has had enough, or ends."""
+        self._run(lambda: True)
+
+    def run_clone(self, heritage: Heritage, clone: Clone, line: Line) -> None:
+        """The same, for a microVM that goes on from where its parent was, once the parent lets it."""
+        self._run(lambda: self._inherit(heritage, clone, line))
+
+    def _run(self, begin: Callable[[], bool]) -> None:
         try:
+            if not begin():
+                return
             hello = msgspec.Raw(encode(os.getpid()))
             self._channel.send(encode(Answer(self._controller.state, hello)))
             self._loop.run()
@@ -74,6 +94,18 @@ class ServedProcess(Monitor):
             if machine is not None and (status := machine.exit_status()) is not None:
                 self._tell(status)
             self._loop.close()
+
+    def _cloner(self) -> ServedCloner:
+        from crackle.monitor.clone import ServedCloner
+
+        return ServedCloner(self._birth, self._lent, self._leave)
+
+    def _leave(self) -> None:
+        """In a forked process: close the copies of what is the parent's."""
+        self._channel.close()
+        self._events.close()
+        self._loop.close()
+        self._controller.disown()
 
     def _options_of_machine(self) -> BuildOptions:
         return BuildOptions(
@@ -109,14 +141,21 @@ class ServedProcess(Monitor):
                 return
 
     def _answer(self, data: bytes, fds: list[int]) -> Answer:
-        for fd in fds:
-            os.close(fd)  # none of the commands takes one
         result, error, words = NOTHING, None, ""
         try:
-            result = msgspec.Raw(encode(self._carry_out(_orders.decode(data))))
+            order = _orders.decode(data)
+            if order.name == LEND:
+                # A clone's own, which come one clone after the other.
+                self._lent.append((fds[0], fds[1], fds[2], fds[3]))
+                fds = []
+            else:
+                result = msgspec.Raw(encode(self._carry_out(order)))
         except Exception as reason:
             error = type(reason).__name__ if isinstance(reason, CrackleError) else CrackleError.__name__
             words = str(reason) if isinstance(reason, CrackleError) else reason_of(reason) or repr(reason)
+        finally:
+            for fd in fds:
+                os.close(fd)  # the other commands take none
         return Answer(self._controller.state, result, error, words)
 
     def _carry_out(self, order: Order) -> Any:
@@ -124,6 +163,12 @@ class ServedProcess(Monitor):
             os.chdir(order.directory)
         # What has no schema is JSON as it is.
         kind: Any = _RESOURCES.get(order.name) or object
-        return self._controller.execute(
-            Command(order.name, msgspec.msgpack.decode(order.resource, type=kind))
-        )
+        command = Command(order.name, msgspec.msgpack.decode(order.resource, type=kind))
+        try:
+            return self._controller.execute(command)
+        finally:
+            if order.name == "fork":
+                for lent in self._lent:
+                    for fd in lent:
+                        os.close(fd)
+                self._lent.clear()

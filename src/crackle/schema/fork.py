@@ -15,8 +15,8 @@ MAX_CLONES = 1000
 class Clone(Resource):
     """One of the microVMs that go on from a fork: its name, and what it has instead of its parent's.
 
-    id: by default "clone-" and eight random digits. api_sock: path of its API socket; by default `<id>.sock` beside its
-    parent's, and the path of a vsock device `<id>.vsock` beside its parent's. serial_out_path, log_path, metrics_path:
+    id: by default "clone-" and 16 random digits. api_sock: path of its API socket; by default `<id>.sock` beside its
+    parent's. vsock_override: by default the parent's path, a dot and the id. serial_out_path, log_path, metrics_path:
     its console, log and metrics; by default nobody has the first and last, and the log is the parent's if that is a
     file. mmds: its metadata document, by default the parent's.
     """

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
         def dirty_pages(self) -> list[bytes] | None: ...
         def fork(self) -> int: ...
 
-    Become = Callable[["Heritage", Clone, "Line"], NoReturn]
+    Become = Callable[["Heritage", int, Clone, "Line"], NoReturn]
 
 # Seconds that clones have to become ready, and seconds more for each.
 _PATIENCE_S = 10.0
@@ -177,8 +177,8 @@ def fork(
 ) -> Forked:
     """Have `clones`, complete as `plan` makes them, go on from where `machine` is, which goes on as before.
 
-    become: what a clone does in its process, and does not return from. ConfigError with the reason when one of them
-    cannot be: then there is none.
+    become: what a clone does in its process, given its number too, and does not return from. ConfigError with the
+    reason when one of them cannot be: then there is none.
     """
     machine.check_forkable()
     # While the guest runs: it stands still for as long as the kernel has pages to look at.
@@ -262,7 +262,7 @@ class _Family:
         """Fork each clone, and end."""
         self._close_all(self._ours)
         self._close_gate(opener_only=True)
-        for clone, line in zip(self._clones, self._theirs, strict=True):
+        for index, (clone, line) in enumerate(zip(self._clones, list(self._theirs), strict=True)):
             try:
                 pid = fork_process()
             except OSError as error:
@@ -271,7 +271,7 @@ class _Family:
             if not pid:
                 self._theirs.remove(line)
                 self._close_all(self._theirs)
-                become(heritage, clone, Line(line, self._gate))
+                become(heritage, index, clone, Line(line, self._gate))
         os._exit(0)
 
     # -- the parent ------------------------------------------------------------------------------------------------

@@ -31,10 +31,10 @@ def plan(clones: list[Clone], config: VmConfig, api_sock: str) -> list[Clone]:
 
 
 def _completed(clone: Clone, config: VmConfig, api_sock: str) -> Clone:
-    name = f"clone-{os.urandom(4).hex()}" if clone.id is None else clone.id
+    name = f"clone-{os.urandom(8).hex()}" if clone.id is None else clone.id
     vsock = clone.vsock_override
     if vsock is None and config.vsock is not None and config.vsock.uds_path:
-        vsock = VsockOverride(_beside(config.vsock.uds_path, f"{name}.vsock"))
+        vsock = VsockOverride(f"{config.vsock.uds_path}.{name}")
     complete: Clone = msgspec.structs.replace(
         clone,
         id=name,

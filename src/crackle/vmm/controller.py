@@ -102,7 +102,7 @@ if TYPE_CHECKING:
 
         @property
         def api_sock(self) -> str: ...
-        def become(self, heritage: Heritage, clone: Clone, line: Line) -> NoReturn: ...
+        def become(self, heritage: Heritage, index: int, clone: Clone, line: Line) -> NoReturn: ...
 
     Restore = Callable[[Loaded | Heritage, "Shell | None", Mapping[tuple[str, str], Held]], "Machine"]
     Prepare = Callable[[MachineConfig, bool], "Shell | None"]
@@ -151,12 +151,12 @@ class Controller:
         self._stopped = False
         self.machine: Machine | None = None
         self.on_start = on_start
-        self._metadata_limit = metadata_limit
+        self.metadata_limit = metadata_limit
         self._store: Store | None = None
         self._build = build
         self._restore = restore
         self._template = template
-        self._cloner = cloner
+        self.cloner = cloner
         self._prepare = prepare
         self._shell = shell
         self._shell_for = None if shell is None else (self.config.machine_config, False)
@@ -242,7 +242,7 @@ class Controller:
                 raise ConfigError("The MMDS data store is not initialized.")
             from crackle.mmds.store import Store
 
-            self._store = Store(self._metadata_limit)
+            self._store = Store(self.metadata_limit)
         return self._store
 
     def _get_mmds(self) -> Any:
@@ -359,14 +359,14 @@ class Controller:
 
     def _fork(self, request: Fork) -> Forked:
         with context("Fork error"):
-            if self._cloner is None:
+            if self.cloner is None:
                 raise ConfigError(
                     "a microVM inside another program cannot be forked. Run it in a process of its own."
                 )
             from crackle.snapshot.fork import fork
             from crackle.snapshot.plan import plan
 
-            cloner = self._cloner()
+            cloner = self.cloner()
             clones = plan(request.clones, self.config, cloner.api_sock)
             document = None if self._store is None else self._store.get()
             forked = fork(

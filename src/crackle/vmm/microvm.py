@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import msgspec
 
@@ -47,11 +47,12 @@ from crackle.vmm.console import DEFAULT_LIMIT, Console
 from crackle.vmm.controller import DEFAULT_METADATA_LIMIT
 from crackle.vmm.hosting import Hosting
 from crackle.vmm.machine import ExitStatus, Machine
-from crackle.vmm.remote import RemoteController, RemoteMachine
+from crackle.vmm.remote import Link, RemoteController, RemoteMachine
 from crackle.vmm.silence import Silence
 
 if TYPE_CHECKING:
     from crackle.vmm.hosting import Source
+    from crackle.vmm.identity import CloneOptions
 
 DEFAULT_GUEST_CID = 3
 DEFAULT_BOOT_ARGS = "console=ttyS0 reboot=k panic=1 i8042.noaux i8042.nomux"
@@ -276,7 +277,22 @@ class MicroVM:
             self.end()
             raise
 
-    def _set_up(self, instance_id: str, hosting: Hosting, source: Source | None = None) -> None:
+    @classmethod
+    def begin_fork(cls, instance_id: str, hosting: Hosting, link: Link) -> MicroVM:
+        """One whose process, at the other ends of `link`, is to be forked; then there is `finish_fork`."""
+        vm = cls.__new__(cls)
+        vm._set_up(instance_id, hosting, link=link)
+        return vm
+
+    def finish_fork(self, state: str) -> None:
+        """Its process is there, and has a machine in this state."""
+        assert isinstance(self._controller, RemoteController)
+        self._controller.adopt(state)
+        self._has_machine()
+
+    def _set_up(
+        self, instance_id: str, hosting: Hosting, source: Source | None = None, link: Link | None = None
+    ) -> None:
         """Make console and controller, which know of no guest yet."""
         hosting.check()
         ends = (-1, -1) if hosting.console is None else console_of(hosting.console)
@@ -288,8 +304,13 @@ class MicroVM:
         self._console = Console(hosting.console_limit) if hosting.console is None else None
         if self._console is not None:
             ends = (self._console.guest_in, self._console.guest_out)
+        self._ends = ends
         try:
-            self._controller = hosting.controller(instance_id, ends, source)
+            self._controller = (
+                hosting.controller(instance_id, ends, source)
+                if link is None
+                else RemoteController(link, instance_id)
+            )
         except BaseException:
             if self._console is not None:
                 self._console.close()
@@ -355,6 +376,30 @@ class MicroVM:
             finally:
                 if runs:
                     self.resume()
+
+    def fork(self, n: int = 1, *, first: int = 0, **options: Unpack[CloneOptions]) -> list[MicroVM]:
+        """`n` microVMs that go on from where this one is, which goes on too; each with a process of its own.
+
+        This one stands still for about a millisecond, and for as long as the kernel needs to share its memory, whatever
+        `n` is. Nobody's memory is copied before somebody writes to it, page by page. Clones of one that is paused are
+        paused. They end when this program does.
+
+        The options are those of `Snapshot.clone`, of which a running guest can have instance_id, interfaces, macs,
+        vsock, cid, drives, metadata, console and console_limit. A drive that the guest may write to needs a copy as of
+        the fork in `drives`: pause this microVM, copy the file, fork, resume. By default a clone's metadata document is
+        this one's.
+
+        Where the guest runs in this process, that is forked as it is, with all that the program has in memory; the
+        clones run none of the program, and have none of its descriptors. Programs whose memory others may not have,
+        or that have C code which registers itself for forks, use `own_process`.
+
+        When one cannot be had, none is, and this one goes on: ConfigError says why.
+        """
+        from crackle.vmm.forks import fork
+
+        with self._turn(waits=True):
+            self._running()
+            return fork(self, n, first, options)
 
     def send_ctrl_alt_del(self) -> None:
         """Press Ctrl-Alt-Del in the guest."""

@@ -31,6 +31,7 @@ from crackle.errors import CrackleError, StateError
 from crackle.runtime.channel import Channel, pair
 from crackle.runtime.inherit import ENDED, status_of
 from crackle.schema.config import VmConfig
+from crackle.schema.fork import Forked
 from crackle.schema.instance import InstanceInfo, Version
 from crackle.schema.machine import MachineConfig
 from crackle.vmm.commands import NOT_STARTED, STOPPED, Command
@@ -48,6 +49,7 @@ _RESULTS: Mapping[str, Any] = {
     "get_version": Version,
     "get_metrics": dict[str, dict[str, Any]],
     HELLO: int,
+    "fork": Forked,
 }
 # These make the machine.
 _BEGINNINGS = ("start", "load_snapshot")

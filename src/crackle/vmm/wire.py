@@ -56,6 +56,12 @@ class Answer(msgspec.Struct, array_like=True):
     words: str = ""
 
 
+# Comes before a fork for each clone, with its ends of commands and events, and of its console, input and output.
+LEND = "lend"
+
+# Those, where there is no console -1.
+Lent = tuple[int, int, int, int]
+
 # The first answer, which nobody has asked for: the number of the process.
 HELLO = "hello"
 
