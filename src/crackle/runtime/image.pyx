@@ -105,7 +105,8 @@ cdef extern from * nogil:
     static void complete(PyObject *object, PyObject *name) {
         if (PyUnicode_Check(object) || PyBytes_Check(object))
             PyObject_Hash(object);
-        else if (PyType_Check(object) && ((PyTypeObject *) object)->tp_mro)
+        else if (PyType_Check(object) && ((PyTypeObject *) object)->tp_mro
+                 && !PyType_HasFeature((PyTypeObject *) object, Py_TPFLAGS_VALID_VERSION_TAG))
             _PyType_Lookup((PyTypeObject *) object, name);
     }
 

@@ -6,9 +6,9 @@ told and does not end the loop, unless the callback is essential: a descriptor w
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # the signal module makes enums of everything
 import os
 import select
-import signal
 import time
 
 TYPE_CHECKING = False
@@ -116,17 +116,17 @@ class Loop:
 
         A signal that the process was started to ignore (nohup(1), a shell's ``&``) stays ignored.
         """
-        before = signal.getsignal(number)
+        before = _signal.getsignal(number)
         # The interpreter ignores this one itself, whatever its parent wanted.
-        if before == signal.SIG_IGN and number != signal.SIGXFSZ and number not in self._signals:
+        if before == _signal.SIG_IGN and number != _signal.SIGXFSZ and number not in self._signals:
             return
         if self._signal_pipe is None:
             self._signal_pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-            signal.set_wakeup_fd(self._signal_pipe[1], warn_on_full_buffer=False)
+            _signal.set_wakeup_fd(self._signal_pipe[1], warn_on_full_buffer=False)
             self.watch(self._signal_pipe[0], self._deliver_signals, essential=True)
         self._signals[number] = handler, self._signals[number][1] if number in self._signals else before
         # The wake-up descriptor gets a byte only for signals that have a Python handler.
-        signal.signal(number, lambda _number, _frame: None)
+        _signal.signal(number, lambda _number, _frame: None)
 
     def _deliver_signals(self, _events: int) -> None:
         assert self._signal_pipe is not None
@@ -175,10 +175,10 @@ class Loop:
     def close(self) -> None:
         """Give signals the handlers back that they had and close the descriptors; idempotent."""
         for number, (_, before) in self._signals.items():
-            signal.signal(number, signal.SIG_DFL if before is None else before)
+            _signal.signal(number, _signal.SIG_DFL if before is None else before)
         self._signals.clear()
         if self._signal_pipe is not None:
-            signal.set_wakeup_fd(-1)
+            _signal.set_wakeup_fd(-1)
             for fd in self._signal_pipe:
                 os.close(fd)
             self._signal_pipe = None

@@ -22,7 +22,8 @@ import sys
 
 from crackle.errors import ConfigError, os_reason
 from crackle.runtime import image
-from crackle.runtime.inherit import ENDED, REFUSES, WILL, Home, RefusedError, adopt, alone, answer
+from crackle.runtime.inherit import ENDED, REFUSES, WILL, adopt, alone, answer
+from crackle.runtime.launcher import Home, RefusedError
 from crackle.runtime.loop import Loop
 from crackle.runtime.pages import written_pages
 from crackle.runtime.system import own_pages, watch_directories
@@ -247,15 +248,15 @@ class Zygote:
         """Be ready, and wait for a launcher; the zygote's end is this one's, too."""
         try:
             self._loop.close()
-            zygote = alone(zygote)
+            zygote = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, alone(zygote.detach()))
             own_pages(self._written)
             message, control, _, _ = zygote.recvmsg(4, _socket.CMSG_SPACE(4), _socket.MSG_CMSG_CLOEXEC)
             if len(message) != 4:
                 os._exit(0)
             (launcher,) = struct.unpack("=i", message)
             (fd,) = struct.unpack("=i", control[0][2])
-            connection = alone(_socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd))
             zygote.detach()
+            connection = alone(fd)
         except BaseException as error:
             sys.excepthook(type(error), error, error.__traceback__)
             os._exit(1)
@@ -288,18 +289,16 @@ class Zygote:
     def _be_child(self, connection: _socket.socket, launcher: int) -> NoReturn:
         # The loop's descriptors are copies, its handlers of signals the zygote's.
         self._loop.close()
-        self._serve_launcher(alone(connection), launcher)
+        self._serve_launcher(alone(connection.detach()), launcher)
 
-    def _serve_launcher(self, connection: _socket.socket, launcher: int) -> NoReturn:
+    def _serve_launcher(self, connection: int, launcher: int) -> NoReturn:
         status = 1
         try:
-            lifeline, arguments = adopt(connection, launcher, self._home)
+            connection, arguments = adopt(connection, launcher, self._home)
             status = self._run(arguments)
-            with contextlib.suppress(OSError):
-                answer(lifeline, WILL, status=(status & 0xFF) << 8)
+            _tell(connection, WILL, status=(status & 0xFF) << 8)
         except RefusedError as reason:
-            with contextlib.suppress(OSError):
-                answer(connection, REFUSES, str(reason))
+            _tell(connection, REFUSES, str(reason))
         except BaseException as error:
             sys.excepthook(type(error), error, error.__traceback__)
         finally:
@@ -340,6 +339,11 @@ def _loaded_from() -> set[str]:
     """The directories of all modules that there are."""
     files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
     return {directory for file in files if file and os.path.isdir(directory := os.path.dirname(file))}
+
+
+def _tell(connection: int, kind: bytes, reason: str = "", status: int = 0) -> None:
+    with contextlib.suppress(OSError):
+        answer(_socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, connection), kind, reason, status)
 
 
 def _complain(message: str) -> None:
