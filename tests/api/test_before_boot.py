@@ -288,11 +288,6 @@ LATER = [
     ("PUT", "/entropy", {}),
     ("PUT", "/pmem/p", {"id": "p", "path_on_host": "/dev/null"}),
     ("PUT", "/hotplug/memory", {"total_size_mib": 1024}),
-    (
-        "PUT",
-        "/snapshot/load",
-        {"snapshot_path": "s", "mem_backend": {"backend_path": "m", "backend_type": "Uffd"}},
-    ),
 ]
 
 

@@ -119,7 +119,8 @@ def test_a_load_that_fails_changes_nothing(
         ),
         (
             {"mem_backend": {"backend_type": "Uffd", "backend_path": "/none"}},
-            "Crackle does not support guest memory that another process serves (Uffd) yet.",
+            "Failed to load guest memory: Error creating guest memory from uffd: Failed to connect to UDS Unix stream: "
+            "No such file or directory (os error 2): /none",
         ),
         (
             {"network_overrides": [{"iface_id": "e", "host_dev_name": "t"}]},

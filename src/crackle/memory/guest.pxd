@@ -20,6 +20,7 @@ cdef class GuestMemory:
     cdef readonly bint tracking
     cdef list listeners
     cdef list given_up
+    cdef readonly object source
     cdef list _cover(self, gpa, size)
     cdef list _live_listeners(self)
     cdef object _publish(self, regions)

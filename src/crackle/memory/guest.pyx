@@ -354,11 +354,15 @@ cdef class GuestMemory:
             offset += region.r.size
         self.backing = "file"
 
+    def come_from(self, source):
+        """Pages that nobody has touched yet come from `source`, whose `close` is called before they are unmapped."""
+        self.source = source
+
     # -- forks ---------------------------------------------------------------------------------------------------
 
     def check_inheritable(self):
         """ConfigError where a forked process would have the same memory, or might not get its own copy of a page."""
-        if self.backing not in INHERITABLE:
+        if self.source is not None or self.backing not in INHERITABLE:
             raise ConfigError(
                 f"memory of the kind {self.backing!r} is not copied on write: it is shared with another process, served "
                 "by one, or in reserved huge pages"
@@ -405,6 +409,9 @@ cdef class GuestMemory:
         for region in self.regions:
             if region.exports:
                 raise BufferError("guest memory is in use by a memoryview")
+        source, self.source = self.source, None
+        if source is not None:
+            source.close()
         regions = (*self.regions, *self.given_up)
         self._publish(())
         self._forget_older()

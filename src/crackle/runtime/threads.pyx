@@ -95,6 +95,7 @@ STACK_SIZES = {
     "mmds": PYTHON_STACK,
     "shell": PYTHON_STACK,
     "console": PYTHON_STACK,
+    "faults": PYTHON_STACK,     # waits for a page-fault handler, or for its end
     "reaper": PYTHON_STACK,     # ends what was dropped on a thread that cannot wait for it
 }
 

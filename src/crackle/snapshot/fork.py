@@ -112,10 +112,13 @@ class Heritage:
         """Go on with `config`, into which the parent's has been made."""
         self.snapshot = msgspec.structs.replace(self.snapshot, config=config)
 
-    def fill(self, memory: GuestMemory) -> None:
+    def fill(
+        self, memory: GuestMemory, _report: Callable[[str], None]
+    ) -> contextlib.AbstractContextManager[object]:
         """The memory of the machine that is being restored is the one that was inherited already."""
         if memory is not self.memory:
             raise ConfigError("the clone's machine was made with other memory than its parent's")
+        return contextlib.nullcontext()
 
     def close(self) -> None:
         """Nothing is open for it."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 
 import msgspec
 
-from crackle.errors import ConfigError
+from crackle.errors import ConfigError, context
 from crackle.schema.config import VmConfig
 from crackle.snapshot import statefile
 from crackle.snapshot.overrides import override
-from crackle.snapshot.pair import find
+from crackle.snapshot.pair import find, read
 from crackle.snapshot.state import Snapshot
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
     from crackle.memory import GuestMemory
     from crackle.schema import SnapshotLoad
 
@@ -43,8 +47,9 @@ class Template:
 
 
 class Loaded:
-    """A snapshot whose configuration is as `request` wants it, and its open memory file, until `close`.
+    """A snapshot whose configuration is as `request` wants it, until `close`.
 
+    memory_fd: the memory file, open; or -1 where its pages come from the handler that listens at `handler`.
     template: the snapshot that is meant, if it has been read already.
     ConfigError when there is no such snapshot, or no such device in it.
     """
@@ -53,7 +58,12 @@ class Loaded:
         path = request.mem_file_path if request.mem_backend is None else request.mem_backend.backend_path
         assert path is not None, "one of the two is given"
         self.clock_realtime = request.clock_realtime
-        if template is None:
+        self.memory_fd = -1
+        self.handler: str | None = None
+        if request.mem_backend is not None and request.mem_backend.backend_type == "Uffd":
+            self.handler = path
+            found = read(request.snapshot_path)
+        elif template is None:
             found, self.memory_fd = find(request.snapshot_path, path)
         else:
             found, self.memory_fd = template.copy()
@@ -67,9 +77,20 @@ class Loaded:
         """Go on with `config`, into which the snapshot's has been made."""
         self.snapshot = msgspec.structs.replace(self.snapshot, config=config)
 
-    def fill(self, memory: GuestMemory) -> None:
-        """Give a machine's memory its contents."""
-        memory.map_file(self.memory_fd)
+    def fill(self, memory: GuestMemory, report: Callable[[str], None]) -> AbstractContextManager[object]:
+        """Give a machine's memory its contents; the machine, which looks at some of them, is restored in the block.
+
+        report: is told of what becomes of a page-fault handler later.
+        """
+        if self.handler is None:
+            memory.map_file(self.memory_fd)
+            return nullcontext()
+        from crackle.snapshot.handover import Handover
+
+        with context("Failed to load guest memory: Error creating guest memory from uffd"):
+            handover = Handover(memory, self.handler, report, self.snapshot.memory.samples)
+        memory.come_from(handover)
+        return handover
 
     def close(self) -> None:
         """Idempotent."""
@@ -83,10 +104,11 @@ def _overridden(found: Snapshot, request: SnapshotLoad) -> Snapshot:
     machine = config.machine_config
     assert machine is not None, "whoever saved it has filled it in"
     huge_pages = machine.huge_pages if request.huge_pages == "Snapshot" else request.huge_pages
-    if huge_pages == "2M":
+    backend = request.mem_backend
+    if huge_pages == "2M" and (backend is None or backend.backend_type == "File"):
         raise ConfigError(
             "Failed to load guest memory: Cannot restore hugetlbfs backed snapshot by mapping the memory file. "
-            'Give "huge_pages": "None" or "Transparent".'
+            'Give "huge_pages": "None" or "Transparent", or have a page-fault handler ("Uffd").'
         )
     config.machine_config = msgspec.structs.replace(
         machine,

@@ -235,20 +235,21 @@ def find(state_path: str, memory_path: str) -> tuple[Snapshot, int]:
 
     ConfigError when there is no such pair.
     """
-    snapshot = _decoded(state_path)
+    snapshot = read(state_path)
     for _ in range(_ATTEMPTS):
         try:
             return snapshot, open_memory(memory_path, snapshot)
         except ConfigError:
             # Another pair may have been put in its place just now.
-            again = _decoded(state_path)
+            again = read(state_path)
             if again.id == snapshot.id:
                 raise
             snapshot = again
     raise ConfigError(f"Failed to load snapshot state from file: it is replaced all the time: {state_path}")
 
 
-def _decoded(path: str) -> Snapshot:
+def read(path: str) -> Snapshot:
+    """The snapshot in a state file. ConfigError when there is none."""
     with context("Failed to get snapshot state from file"):
         data = read_state(path)
         with context("Failed to load snapshot state from file", f": {path}"):

@@ -7,7 +7,7 @@ from binascii import crc32
 
 import msgspec
 
-from crackle.errors import ConfigError, os_reason
+from crackle.errors import ConfigError, context, os_reason
 from crackle.memory.dump import Scan, resident_pages, write_pages
 from crackle.snapshot import statefile
 from crackle.snapshot.pair import PAGE_SIZE, Pair
@@ -43,13 +43,16 @@ def save(machine: Machine, config: VmConfig, instance_id: str, request: Snapshot
     # Taken before a full one too: it begins anew what the next differential one has.
     marks = machine.dirty_pages()
     full = request.snapshot_type == "Full"
+    if marks is None:
+        marks = [] if full else resident_pages(memory)
+    _fetch(memory, full)
     with Pair(request.snapshot_path, request.mem_file_path, memory.size) as pair:
         try:
             if full:
                 samples = tuple(Scan(memory, pair.memory_fd).samples)
             else:
                 pair.begin_with_old_memory()
-                write_pages(memory, pair.memory_fd, resident_pages(memory) if marks is None else marks)
+                write_pages(memory, pair.memory_fd, marks)
                 # Of all memory: whoever loads it needs what this one goes on from as well.
                 samples = tuple(Scan(memory).samples)
         except OSError as error:
@@ -70,6 +73,29 @@ def save(machine: Machine, config: VmConfig, instance_id: str, request: Snapshot
         )
         pair.commit(statefile.encode(snapshot))
     machine.forget_dirty()
+
+
+def _fetch(memory: GuestMemory, full: bool) -> None:
+    """Have the pages come that only a page-fault handler has: all of them for a full snapshot.
+
+    For a differential one those by which the memory that it goes on from is known: it is not to be taken for that.
+    """
+    source = memory.source
+    if source is None:
+        return
+    places, begin = [], 0
+    for index, region in enumerate(memory.regions):
+        if full:
+            places.append((index, 0, region.size // PAGE_SIZE))
+        else:
+            places += [
+                (index, (offset - begin) // PAGE_SIZE, 1)
+                for offset in source.landmarks
+                if begin <= offset < begin + region.size
+            ]
+        begin += region.size
+    with context("Cannot write memory file"):
+        source.fetch(places)
 
 
 def _checksum(memory: GuestMemory, samples: tuple[int, ...]) -> int:

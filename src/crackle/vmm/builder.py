@@ -13,7 +13,7 @@ from crackle.errors import ConfigError, os_reason
 from crackle.memory import GuestMemory, huge_pages_missing
 from crackle.vmm.devices import configured, is_read_only, kind_of_drive
 from crackle.vmm.files import BootFile
-from crackle.vmm.machine import BuildOptions, Machine
+from crackle.vmm.machine import BuildOptions, Machine, untold
 from crackle.vmm.preload import preload
 from crackle.vmm.shell import Shell
 
@@ -62,9 +62,9 @@ def restore(
     machine = _bare(snapshot.config, shell, options)
     try:
         _check_fits(machine, snapshot, options)
-        loaded.fill(machine.memory)
-        _furnish_as_saved(machine, snapshot, options, held or {})
-        machine.restore(snapshot.machine, realtime=loaded.clock_realtime)
+        with loaded.fill(machine.memory, untold if options.logger is None else options.logger.error):
+            _furnish_as_saved(machine, snapshot, options, held or {})
+            machine.restore(snapshot.machine, realtime=loaded.clock_realtime)
     except ValueError as error:
         machine.stop()
         raise ConfigError(f"its state does not fit together: {error}") from None

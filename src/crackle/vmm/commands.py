@@ -88,10 +88,6 @@ def _has(name: str, *values: object) -> Callable[[Any], bool]:
     return check
 
 
-def _by_uffd(request: Any) -> bool:
-    return request.mem_backend is not None and request.mem_backend.backend_type == "Uffd"
-
-
 # What answers "not supported yet": command, condition on its resource (None: always), and what it is called.
 NOT_YET: tuple[tuple[str, Callable[[Any], bool] | None, str], ...] = (
     ("put_machine", _has("cpu_template", "C3", "T2", "T2S", "T2CL", "T2A"), "CPU templates"),
@@ -100,7 +96,6 @@ NOT_YET: tuple[tuple[str, Callable[[Any], bool] | None, str], ...] = (
     ("delete_drive", None, "removing drives"),
     ("put_serial", _has("rate_limiter"), "rate limiters of the serial console"),
     ("delete_network", None, "removing network interfaces"),
-    ("load_snapshot", _by_uffd, "guest memory that another process serves (Uffd)"),
     *(
         (name, None, resource.missing)
         for resource in RESOURCES

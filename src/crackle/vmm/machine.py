@@ -50,6 +50,9 @@ EXIT_ERROR = 1
 
 # Seconds that a pause takes at most before it is given up. What a disk does for 16 MiB takes less.
 PAUSE_TIMEOUT = 2.0
+
+# Seconds after which a thread that was asked to stop is taken to wait for a page of guest memory.
+_STOP_TIMEOUT = 0.5
 # And that what is done beside the guest waits for its threads.
 _REST_TIMEOUT = 0.05
 
@@ -153,7 +156,7 @@ class Machine:
             console=(options.console_in, console_out),
             console_waits=options.console_waits,
             ends_on_panic=options.ends_on_panic,
-            report=_untold if options.logger is None else options.logger.error,
+            report=untold if options.logger is None else options.logger.error,
             report_boot_time=_boot_time_reporter(options.logger) if options.boot_timer else None,
         )
         self.serial = self.board.serial
@@ -528,11 +531,30 @@ class Machine:
             self.serial.pause()
             for vcpu in self.vcpus:
                 vcpu.request_stop()
+            self._free_waiting()
             for vcpu in self.vcpus:
                 vcpu.stop()
             self._ended = self.exit_status() or ExitStatus("stopped", "the microVM was stopped", EXIT_OK)
             os.eventfd_write(self.exit_fd, 1)
             self._give_back()
+
+    def _free_waiting(self) -> None:
+        """Let no vCPU wait any more for a page of guest memory that its handler does not give.
+
+        It gets zeros, and ends. A device that waits for one would go on with zeros, to a disk perhaps: it waits on.
+        """
+        source = self.memory.source
+        if source is None:
+            return
+        with contextlib.suppress(KvmError):
+            for io in self._io_threads():
+                io.request_stop()
+                io.wait_paused(_STOP_TIMEOUT)
+            try:
+                for vcpu in self.vcpus:
+                    vcpu.wait_paused(_STOP_TIMEOUT)
+            except KvmError:
+                source.release()
 
     def _give_back(self) -> None:
         for io in self._io_threads():
@@ -608,7 +630,7 @@ def await_end(
         os.close(fd)
 
 
-def _untold(_message: str) -> None:
+def untold(_message: str) -> None:
     """Where nothing is logged."""
 
 

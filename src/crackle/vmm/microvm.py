@@ -182,6 +182,7 @@ class MicroVM:
         memory: str | os.PathLike[str] | None = None,
         *,
         resume: bool = True,
+        handler: str | os.PathLike[str] | None = None,
         drives: Mapping[str, str | os.PathLike[str]] = NOTHING,
         overlays: Mapping[str, str | os.PathLike[str] | Overlay] = NOTHING,
         interfaces: Mapping[str, str] = NOTHING,
@@ -206,6 +207,8 @@ class MicroVM:
         are needed. drives, interfaces: other files, and other TAP devices, by the identifiers that the snapshot has
         for them. overlays: for a drive, where its writes go from now on: a file, made if it is not there over what
         the drive was when it was saved, or an `Overlay`; so that any number of microVMs may go on from one snapshot.
+        handler: path of the Unix socket where a page-fault handler listens, another process, which gives the memory
+        instead of the memory file; that is not looked at here then.
         vsock: another path for the Unix socket. metadata: a new document, where the guest has a metadata service:
         snapshots keep none. devices: new instances of those written in Python, in the same order. clock_realtime:
         let the guest's kvmclock go on by the time that has passed, rather than where it stood. The rest as in
@@ -218,7 +221,9 @@ class MicroVM:
         request = make(
             SnapshotLoad,
             snapshot_path=state_path,
-            mem_backend={"backend_path": memory_path, "backend_type": "File"},
+            mem_backend={"backend_path": memory_path, "backend_type": "File"}
+            if handler is None
+            else {"backend_path": path_of(handler, "handler"), "backend_type": "Uffd"},
             resume_vm=False,
             drive_overrides=drive_overrides(drives, overlays),
             network_overrides=[{"iface_id": name, "host_dev_name": tap} for name, tap in interfaces.items()],

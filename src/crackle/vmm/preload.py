@@ -31,7 +31,11 @@ ALWAYS = (
 )
 
 # To load a snapshot, which is done before it runs.
-_LOADING = ("crackle.snapshot.load", f"crackle.arch.{os.uname().machine}.compatibility")
+_LOADING = (
+    "crackle.snapshot.load",
+    "crackle.snapshot.handover",
+    f"crackle.arch.{os.uname().machine}.compatibility",
+)
 
 # To fork, which some do, and are told if there is nothing to import it from any more.
 _FORKING = (
