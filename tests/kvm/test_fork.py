@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import UNSET
 
-from crackle import ConfigError, MicroVM
+from crackle import ConfigError, Drive, MicroVM, Overlay
 from crackle.memory import GuestMemory
 from support.card import Host, frame
 from support.launcher import ZygoteProcess
@@ -267,8 +268,8 @@ def test_requests_in_flight_are_done_once_by_each(
     parent.api.ask("PATCH", "/vm", {"state": "Paused"})
     refused = parent.api.ask("PUT", "/vm/fork", {"clones": [{"id": "a"}]}, expect=400)
     assert refused["fault_message"] == (
-        "Fork error: The clone 'a' cannot write to the file of the drive 'd' too: name a copy of it in its "
-        "drive_overrides."
+        "Fork error: The clone 'a' cannot write to the file of the drive 'd' too: name a copy of it, or an "
+        "overlay that is to be made, in its drive_overrides."
     )
     clones = []
     for number in range(2):
@@ -500,6 +501,108 @@ def threads() -> list[str]:
         with contextlib.suppress(OSError):  # it has just ended
             names.append((task / "comm").read_text())
     return sorted(name for name in names if not name.startswith("kvm-"))
+
+
+@pytest.fixture
+def writing(guests: Path, tmp_path: Path) -> Iterator[Callable[..., MicroVM]]:
+    """Starts a guest that knows what it has written to its disk, which has no file but an overlay's."""
+    made: list[MicroVM] = []
+
+    def start(engine: str, **section: Any) -> MicroVM:
+        with open(tmp_path / "base", "wb") as base:
+            base.truncate(4 << 20)
+        options = {"overlay": Overlay(str(tmp_path / "top")), "io_engine": engine, **section}
+        drive = Drive("d", False, path_on_host=str(tmp_path / "base"), **options)
+        vm = MicroVM(guests / "writes.elf", boot_args="", memory=64, drives=[drive], own_process=True)
+        made.append(vm)
+        vm.start()
+        vm.console.expect("writes begins", PATIENCE)
+        return vm
+
+    yield start
+    for vm in made:
+        vm.stop()
+
+
+def write(vm: MicroVM, seed: int, count: int = 1000) -> None:
+    # A line that its parent was in the middle of is at an end.
+    vm.console.write(f"\nw {seed} {count}\n")
+
+
+def checked(vm: MicroVM) -> bytes:
+    """What tells the disk, which is as its guest knows it, from others'."""
+    found: bytes = vm.console.expect(r"checked \d+ sum=(\S+)\n", PATIENCE)[1]
+    return found
+
+
+@pytest.mark.parametrize("engine", ["Sync", "Async"])
+def test_a_tree_of_forks_in_which_each_disk_is_its_own(writing: Callable[..., MicroVM], engine: str) -> None:
+    """Three deep and twenty wide: what was written up to the fork is in all that come from there, the rest in one."""
+    root = writing(engine)
+    write(root, 1)
+    everybody, seeds = [root], iter(range(2, 1000))
+    level = [root]
+    for parents, each in ((1, 20), (4, 5), (4, 5)):
+        following: list[MicroVM] = []
+        for parent in level[:parents]:
+            # It is forked in the middle of that, and all go on with it.
+            write(parent, next(seeds))
+            following += parent.fork(each)
+        for vm in following:
+            write(vm, next(seeds))
+        level = following
+        everybody += following
+    assert len(everybody) == 61
+    for vm in everybody:
+        vm.console.write("\nc\n")
+    assert len({checked(vm) for vm in everybody}) == 61
+    for vm in everybody[1:]:
+        vm.stop()
+
+
+def test_a_drive_without_an_overlay_may_get_one_by_a_fork(
+    writing: Callable[..., MicroVM], tmp_path: Path
+) -> None:
+    vm = writing("Sync", overlay=UNSET, cache_type="Writeback")
+    write(vm, 1)
+    with pytest.raises(ConfigError, match=r"two microVMs cannot write to the file of the drive 'd'"):
+        vm.fork()
+    one, two = vm.fork(2, overlays={"d": str(tmp_path / "{id}.overlay")})
+    for number, each in enumerate((vm, one, two), 2):
+        write(each, number)
+        each.console.write("c\n")
+    assert len({checked(each) for each in (vm, one, two)}) == 3
+    assert vm.config.drives[0].overlay.path.startswith(str(tmp_path / "d."))
+    assert one.config.drives[0].overlay.path.startswith(str(tmp_path / "clone-"))
+    one.stop()
+    two.stop()
+
+
+def test_overlays_of_clones_that_cannot_be_are_gone(writing: Callable[..., MicroVM], tmp_path: Path) -> None:
+    vm = writing("Sync")
+    write(vm, 1)
+    before = set(os.listdir(tmp_path))
+    (tmp_path / "there").touch()
+    with pytest.raises(ConfigError, match=r"The overlay .*/there of a clone is there already"):
+        vm.fork(overlays={"d": str(tmp_path / "there")})
+    with pytest.raises(ConfigError, match=r"cannot be: .*cannot make the overlay .*/none/x"):
+        vm.fork(2, overlays={"d": lambda index: str(tmp_path / ("fine" if index else "none/x"))})
+    # The source keeps a layer that nothing lies over; nothing else has changed.
+    (own,) = set(os.listdir(tmp_path)) - before - {"there"}
+    assert vm.config.drives[0].overlay == Overlay(str(tmp_path / own))
+    (clone,) = vm.fork()
+    for each in (vm, clone):
+        each.console.write("\nc\n")
+    assert checked(vm) == checked(clone)
+    clone.stop()
+
+
+def test_an_overlay_in_memory_is_not_forked(writing: Callable[..., MicroVM]) -> None:
+    vm = writing("Sync", overlay=Overlay(memory=True))
+    with pytest.raises(ConfigError, match="The overlay of the drive 'd' is in memory"):
+        vm.fork(overlays={"d": "x"})
+    vm.console.write("c\n")
+    checked(vm)
 
 
 PROGRAM = """

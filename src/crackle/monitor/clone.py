@@ -63,7 +63,10 @@ class Cloner:
             self._settle(heritage, index, clone, line)
             machine = heritage.snapshot.config.machine_config
             assert machine is not None, "whoever has booted has filled it in"
-            status = self._run(heritage, clone, line, Shell(machine, memory=heritage.memory))
+            shell = Shell(machine, memory=heritage.memory)
+            with contextlib.ExitStack() as undo:
+                undo.callback(_remove_overlays, clone, line)
+                status = self._run(heritage, clone, line, shell)
         except BaseException as error:
             reason = str(error) if isinstance(error, CrackleError) else reason_of(error) or repr(error)
             line.fail(reason)
@@ -170,6 +173,15 @@ class ServedCloner(Cloner):
         gc.enable()
         process.run_clone(heritage, clone, line)
         return 0
+
+
+def _remove_overlays(clone: Clone, line: Line) -> None:
+    """Those that were made for a clone that is not to be: none of them was there before."""
+    if not line.open:
+        for drive in clone.drive_overrides:
+            if drive.overlay is not None and drive.overlay.path is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(drive.overlay.path)
 
 
 def _default_signals() -> None:

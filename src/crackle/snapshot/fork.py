@@ -49,7 +49,7 @@ if TYPE_CHECKING:
         def pause(self) -> None: ...
         def resume(self) -> None: ...
         def check_forkable(self) -> None: ...
-        def save(self) -> MachineState: ...
+        def save(self, *, durable: bool = True) -> MachineState: ...
         def dirty_pages(self) -> list[bytes] | None: ...
         def fork(self) -> int: ...
 
@@ -98,7 +98,7 @@ class Heritage:
             instance_id=instance_id,
             created_ms=0,
             config=config,
-            machine=machine.save(),
+            machine=machine.save(durable=False),
             memory=MemoryFile(size=machine.memory.size, samples=(), checksum=0),
         )
         self.dirty = machine.dirty_pages()
@@ -176,12 +176,15 @@ def fork(
     instance_id: str,
     clones: list[Clone],
     become: Become,
+    *,
     document: Any = None,
+    split: Callable[[], None] = lambda: None,
 ) -> Forked:
     """Have `clones`, complete as `plan` makes them, go on from where `machine` is, which goes on as before.
 
-    become: what a clone does in its process, given its number too, and does not return from. ConfigError with the
-    reason when one of them cannot be: then there is none.
+    become: what a clone does in its process, given its number too, and does not return from. split: done while the
+    machine stands still, after its state is taken. ConfigError with the reason when one of them cannot be: then there
+    is none.
     """
     machine.check_forkable()
     # While the guest runs: it stands still for as long as the kernel has pages to look at.
@@ -193,6 +196,7 @@ def fork(
         machine.pause()
         try:
             heritage = Heritage(machine, config, instance_id, document, running=running)
+            split()
             template = _fork_quietly(machine.fork, lambda: family.be_template(heritage, become))
         finally:
             if running:

@@ -7,7 +7,8 @@ import os
 import msgspec
 
 from crackle.errors import ConfigError
-from crackle.schema.snapshot import VsockOverride
+from crackle.schema.drive import Drive, DriveUpdate, Overlay
+from crackle.schema.snapshot import DriveOverride, VsockOverride
 from crackle.telemetry.logger import instance_id_problem
 
 TYPE_CHECKING = False
@@ -18,8 +19,33 @@ if TYPE_CHECKING:
     from crackle.schema.fork import Clone
 
 
-def plan(clones: list[Clone], config: VmConfig, api_sock: str) -> list[Clone]:
-    """The clones with what they do not say filled in. ConfigError when two would have the same, or one has too little.
+class Plan(msgspec.Struct, frozen=True):
+    """The clones with what they do not say filled in.
+
+    layers: what is done to the parent's drives when it stands still, so that what they are then stays as it is.
+    """
+
+    clones: list[Clone]
+    layers: list[DriveUpdate]
+
+    def make_durable(self, config: VmConfig) -> None:
+        """Have the parent's new overlays on the disk, where its guest may flush. OSError when that fails."""
+        from crackle.disk.overlay import sync_directory
+
+        flushed = {drive.drive_id for drive in config.drives if drive.cache_type == "Writeback"}
+        for layer in self.layers:
+            if layer.drive_id not in flushed or layer.overlay is None or layer.overlay.path is None:
+                continue
+            fd = os.open(layer.overlay.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            sync_directory(layer.overlay.path)
+
+
+def plan(clones: list[Clone], config: VmConfig, api_sock: str) -> Plan:
+    """How these clones are to be had. ConfigError when two would have the same, or one has too little.
 
     api_sock: the parent's.
     """
@@ -27,7 +53,7 @@ def plan(clones: list[Clone], config: VmConfig, api_sock: str) -> list[Clone]:
     for clone in complete:
         _check(clone, config)
     _check_distinct(complete)
-    return complete
+    return Plan(complete, [_new_layer(drive) for drive in config.drives if _is_layered(drive, complete)])
 
 
 def _completed(clone: Clone, config: VmConfig, api_sock: str) -> Clone:
@@ -35,8 +61,10 @@ def _completed(clone: Clone, config: VmConfig, api_sock: str) -> Clone:
     vsock = clone.vsock_override
     if vsock is None and config.vsock is not None and config.vsock.uds_path:
         vsock = VsockOverride(f"{config.vsock.uds_path}.{name}")
+    overlays = [_own_overlay(drive, clone, name) for drive in config.drives if _is_written(drive)]
     complete: Clone = msgspec.structs.replace(
         clone,
+        drive_overrides=[*_plain(clone), *(each for each in overlays if each is not None)],
         id=name,
         api_sock=_beside(api_sock, f"{name}.sock") if clone.api_sock is None else clone.api_sock,
         vsock_override=vsock,
@@ -68,11 +96,75 @@ def _check(clone: Clone, config: VmConfig) -> None:
                 "its network_overrides."
             )
     for drive in config.drives:
-        if drive.path_on_host is not None and not drive.is_read_only and drive.drive_id not in files:
+        if _is_written(drive) and drive.drive_id not in files:
             raise ConfigError(
-                f"The clone {name!r} cannot write to the file of the drive {drive.drive_id!r} too: name a copy of it "
-                "in its drive_overrides."
+                f"The clone {name!r} cannot write to the file of the drive {drive.drive_id!r} too: name a copy of it, "
+                "or an overlay that is to be made, in its drive_overrides."
             )
+
+
+# -- drives: each gets an overlay of its own over what the drive is when the microVM stands still ----------------------
+
+
+def _is_written(drive: Drive) -> bool:
+    return drive.path_on_host is not None and not drive.is_read_only
+
+
+def _plain(clone: Clone) -> list[DriveOverride]:
+    """Those of its drives for which no overlay is to be made."""
+    return [each for each in clone.drive_overrides if each.overlay is None]
+
+
+def _own_overlay(drive: Drive, clone: Clone, name: str) -> DriveOverride | None:
+    """The overlay that a clone gets for a drive; None where it does not."""
+    given = next((each for each in clone.drive_overrides if each.drive_id == drive.drive_id), None)
+    before = None if drive.overlay is msgspec.UNSET else drive.overlay
+    if given is None:
+        if before is None:
+            return None
+        overlay = Overlay(_beside(before.path or "", f"{name}.{drive.drive_id}.overlay"))
+        overlay.size_limit = before.size_limit
+        given = DriveOverride(drive.drive_id, overlay=overlay)
+    if given.overlay is None:
+        return None
+    _check_overlay(drive, given)
+    over = None if before is None else before.path
+    return DriveOverride(drive.drive_id, overlay=msgspec.structs.replace(given.overlay, over=over))
+
+
+def _check_overlay(drive: Drive, given: DriveOverride) -> None:
+    overlay, what = given.overlay, f"the drive {drive.drive_id!r}"
+    assert overlay is not None, "whoever calls has looked"
+    if given.path_on_host is not None:
+        raise ConfigError(f"A clone has a copy of {what}, or an overlay over what it is, and not both.")
+    if overlay.over is not None:
+        raise ConfigError(f"What the overlay of a clone lies over is what {what} is: leave `over` out.")
+    if overlay.path is not None and os.path.lexists(overlay.path):
+        raise ConfigError(f"The overlay {overlay.path} of a clone is there already.")
+    if drive.overlay is not msgspec.UNSET and drive.overlay.path is None:
+        raise ConfigError(
+            f"The overlay of {what} is in memory, over which there can be none: give it a file."
+        )
+
+
+def _is_layered(drive: Drive, clones: list[Clone]) -> bool:
+    """Whether something is going to lie over what the drive is."""
+    return any(
+        each.drive_id == drive.drive_id and each.overlay is not None
+        for clone in clones
+        for each in clone.drive_overrides
+    )
+
+
+def _new_layer(drive: Drive) -> DriveUpdate:
+    before = None if drive.overlay is msgspec.UNSET else drive.overlay
+    path = drive.path_on_host if before is None else before.path
+    overlay = Overlay(_beside(path or "", f"{drive.drive_id}.{os.urandom(8).hex()}.overlay"))
+    overlay.size_limit = None if before is None else before.size_limit
+    return DriveUpdate(drive.drive_id, overlay=overlay)
+
+
+# -- what is wrong ---------------------------------------------------------------------------------------------------
 
 
 def _check_known(given: list[str], known: list[str], what: str) -> None:
@@ -90,6 +182,10 @@ def _check_distinct(clones: list[Clone]) -> None:
         ("api_sock", [clone.api_sock for clone in clones]),
         ("TAP device", [tap.host_dev_name for clone in clones for tap in clone.network_overrides]),
         ("vsock path", [path for path in sockets if path]),
+        (
+            "overlay",
+            [each.overlay.path for clone in clones for each in clone.drive_overrides if each.overlay],
+        ),
         ("serial_out_path", [clone.serial_out_path for clone in clones]),
         ("metrics_path", [clone.metrics_path for clone in clones]),
     ):

@@ -392,6 +392,9 @@ cdef class VirtioDevice:
         self.restore_own(self.own_of(state.own))
         self.kick()
 
+    def make_durable(self):
+        """Have on the host's disks what the guest has been told is there. OSError or ConfigError when that cannot be."""
+
     def save_own(self):
         """What the device itself adds to DeviceState: an `own_state`, or None."""
         return None

@@ -76,8 +76,9 @@ class Snapshot:
         macs: likewise another MAC address, for guests that look at it again: a driver that is bound keeps what it has.
         vsock: the path of the Unix socket, a template or callable; by default that of the snapshot, a dot and the id.
         cid: a callable that says the guest's CID, at which it looks again; by default it is as it was.
-        drives: other files, by the drives' identifiers. Drives that are read-only are shared if they are not named;
-        others have to be.
+        drives: other files, by the drives' identifiers, as templates or callables. overlays: likewise new files that
+        take a drive's writes, over what it was. Drives that are read-only are shared if they are not named; those with
+        an overlay get `{id}.<drive>.overlay` beside it; others have to be named.
         metadata: a document, or a callable that gives one, where the guest has a metadata service.
         in_process: they run in this process. devices: a callable that gives new instances of those written in Python,
         which takes `in_process`. console: a callable that gives (input, output) descriptors, as for `MicroVM`.

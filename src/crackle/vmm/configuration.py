@@ -275,8 +275,11 @@ class Configuration:
         disks: list[Any] = [held for (kind, _), held in self.held.items() if kind == "block"]
         return [part for held in disks for part in held.parts]
 
-    def _open_disk(self, drive: Drive) -> Any:
-        """The file of a drive, with its overlays, or what is to take its place."""
+    def _open_disk(self, drive: Drive, *, durable: bool = True) -> Any:
+        """The file of a drive, with its overlays, or what is to take its place.
+
+        durable: an overlay that is made is on the disk at once, where the guest may flush.
+        """
         path, read_only = drive.path_on_host, bool(drive.is_read_only)
         assert path is not None, "a drive with a file has a path"
         held: Any = self.held.get(("block", drive.drive_id))
@@ -285,7 +288,8 @@ class Configuration:
         if drive.overlay is msgspec.UNSET:
             backing = open_disk(path, read_only, locking, self._disks(), leaving)
         else:
-            backing = open_overlaid(drive, self._disks(), leaving, locking=locking)
+            durable = durable and drive.cache_type == "Writeback"
+            backing = open_overlaid(drive, self._disks(), leaving, locking=locking, durable=durable)
         if not backing.lockable:
             self._warn(f"{path} is neither a file nor a block device: the guest sees an empty disk.")
         elif backing.size % SECTOR_SIZE or not backing.size:
@@ -311,8 +315,13 @@ class Configuration:
         self._check_limiter(update.rate_limiter)
         return drive
 
-    def update_drive(self, drive: Drive, update: DriveUpdate, change: Callable[..., None]) -> None:
-        """Have `change` done with the file that `update` names, if it does; note it when that is well."""
+    def update_drive(
+        self, drive: Drive, update: DriveUpdate, change: Callable[..., None], *, durable: bool = True
+    ) -> None:
+        """Have `change` done with the file that `update` names, if it does; note it when that is well.
+
+        durable: as for `_open_disk`.
+        """
         backing: Any = None
         wanted = drive
         if update.path_on_host is not None:
@@ -322,7 +331,7 @@ class Configuration:
             wanted = msgspec.structs.replace(drive, overlay=update.overlay)
         if wanted is not drive:
             with context("Block", _VERIFY):
-                backing = self._open_disk(wanted)
+                backing = self._open_disk(wanted, durable=durable)
         try:
             change(kind_of_drive(drive), drive.drive_id, update, backing)
             if backing is not None:

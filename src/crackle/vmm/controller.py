@@ -86,7 +86,7 @@ if TYPE_CHECKING:
         def serve_metadata(self, config: MmdsConfig, store: Store) -> None: ...
         def update(self, kind: str, identifier: str, resource: Any, held: Held | None = None) -> None: ...
         def metrics(self) -> Mapping[str, Mapping[str, Any]]: ...
-        def save(self) -> MachineState: ...
+        def save(self, *, durable: bool = True) -> MachineState: ...
         def check_forkable(self) -> None: ...
         def fork(self) -> int: ...
         def note_dirty(self, bitmaps: list[bytes] | None) -> None: ...
@@ -367,13 +367,31 @@ class Controller:
             from crackle.snapshot.plan import plan
 
             cloner = self.cloner()
-            clones = plan(request.clones, self.config, cloner.api_sock)
-            document = None if self._store is None else self._store.get()
+            # As it is before the drives have new layers.
+            config = msgspec.msgpack.decode(msgspec.msgpack.encode(self.config), type=VmConfig)
+            planned = plan(request.clones, config, cloner.api_sock)
             forked = fork(
-                self._running_machine(), self.config, self.instance_id, clones, cloner.become, document
+                self._running_machine(),
+                config,
+                self.instance_id,
+                planned.clones,
+                cloner.become,
+                document=None if self._store is None else self._store.get(),
+                split=lambda: self._add_layers(planned.layers),
             )
-        self.logger.info(f"Forked {len(clones)} clones; the microVM stood still for {forked.pause_us} us.")
+            planned.make_durable(self.config)
+        self.logger.info(
+            f"Forked {len(planned.clones)} clones; the microVM stood still for {forked.pause_us} us."
+        )
         return forked
+
+    def _add_layers(self, updates: list[DriveUpdate]) -> None:
+        with context("Unable to put an overlay on a drive"):
+            for update in updates:
+                drive = self._configuration.drive_to_change(update)
+                # The guest stands still: the disk is waited for when it does not.
+                change = self._running_machine().update
+                self._configuration.update_drive(drive, update, change, durable=False)
 
     def inherit(self, heritage: Heritage) -> None:
         """In a clone's process, before anything else: have the parent's machine, paused. Raises as a load does."""

@@ -80,11 +80,16 @@ def open_disk(
 
 
 def open_overlaid(
-    drive: Drive, mine: Sequence[Backing], leaving: Sequence[Backing] = (), *, locking: bool = False
+    drive: Drive,
+    mine: Sequence[Backing],
+    leaving: Sequence[Backing] = (),
+    *,
+    locking: bool = False,
+    durable: bool = True,
 ) -> Backing:
     """As `open_disk`, for a drive with an overlay: its file is only read, and has the layers that the overlay says.
 
-    Where the guest may flush, one that is made is on the disk from the beginning.
+    durable: one that is made is on the disk from the beginning.
     """
     path, overlay, read_only = drive.path_on_host, drive.overlay, bool(drive.is_read_only)
     assert path is not None, "a drive with a file has a path"
@@ -102,7 +107,6 @@ def open_overlaid(
 
     base = open_disk(path, True, locking, mine, leaving)
     try:
-        durable = drive.cache_type == "Writeback"
         lay_over(base, overlay, open_layer, read_only=read_only, durable=durable)
     except BaseException:
         base.close()

@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
 
+from msgspec import UNSET
+
 from crackle.errors import ConfigError
 from crackle.schema.config import VmConfig
+from crackle.schema.drive import Drive
 from crackle.schema.snapshot import SnapshotHugePages, SnapshotLoad
 from crackle.vmm.arguments import check_rest, console_of, devices_of, document_of, make, path_of
 from crackle.vmm.console import DEFAULT_LIMIT
@@ -33,6 +36,7 @@ class CloneOptions(TypedDict, total=False):
 
     instance_id: Text
     drives: Mapping[str, Text]
+    overlays: Mapping[str, Text]
     interfaces: Mapping[str, Text]
     macs: Mapping[str, Text]
     vsock: Text
@@ -77,6 +81,7 @@ class Identities:
         self._paths = state, memory
         self._options = options
         self._drives = options.get("drives", _NONE)
+        self._overlays = options.get("overlays", _NONE)
         self._interfaces = options.get("interfaces", _NONE)
         self._macs = options.get("macs", _NONE)
         self._check()
@@ -85,6 +90,7 @@ class Identities:
         config = self._config
         known = {
             "drives": [drive.drive_id for drive in config.drives],
+            "overlays": [drive.drive_id for drive in config.drives],
             "interfaces": [card.iface_id for card in config.network_interfaces],
             "macs": [card.iface_id for card in config.network_interfaces],
         }
@@ -104,10 +110,12 @@ class Identities:
                     f'interfaces={{"{name}": "tap{{index}}"}}'
                 )
         for drive in config.drives:
-            if drive.drive_id not in self._drives and not drive.is_read_only:
+            known_to = drive.drive_id in self._drives or drive.drive_id in self._overlays
+            if not known_to and not drive.is_read_only and _overlay_of(drive) is None:
                 raise ConfigError(
                     f"two microVMs cannot write to the file of the drive {drive.drive_id!r}: say what each clone gets, "
-                    f'as in drives={{"{drive.drive_id}": "disk{{index}}.img"}}'
+                    f'as in drives={{"{drive.drive_id}": "disk{{index}}.img"}}, or in '
+                    f'overlays={{"{drive.drive_id}": "{{id}}.overlay"}}'
                 )
         for option in ("vsock", "cid"):
             if option in self._options and config.vsock is None:
@@ -157,11 +165,7 @@ class Identities:
             snapshot_path=state,
             mem_backend={"backend_path": memory, "backend_type": "File"},
             drive_overrides=[
-                {
-                    "drive_id": name,
-                    "path_on_host": path_of(_text(path, index, identifier), f"drives[{name!r}]"),
-                }
-                for name, path in self._drives.items()
+                each for drive in self._config.drives for each in self._disk(drive, index, identifier)
             ],
             network_overrides=networks,
             vsock_override=self._vsock(index, identifier),
@@ -169,6 +173,22 @@ class Identities:
             track_dirty_pages=options.get("track_dirty_pages", False),
             clock_realtime=options.get("clock_realtime", False),
         )
+
+    def _disk(self, drive: Drive, index: int, identifier: str) -> list[dict[str, Any]]:
+        """What the clone has otherwise of a drive: a file of its own, an overlay, or nothing."""
+        name = drive.drive_id
+        before = _overlay_of(drive)
+        overlay = self._overlays.get(name)
+        if overlay is not None:
+            overlay = path_of(_text(overlay, index, identifier), f"overlays[{name!r}]")
+        elif before is not None and name not in self._drives and not drive.is_read_only:
+            overlay = os.path.join(os.path.dirname(before), f"{identifier}.{name}.overlay")
+        found: dict[str, Any] = {}
+        if name in self._drives:
+            found["path_on_host"] = path_of(_text(self._drives[name], index, identifier), f"drives[{name!r}]")
+        if overlay is not None:
+            found["overlay"] = {"path": overlay}
+        return [{"drive_id": name, **found}] if found else []
 
     def _vsock(self, index: int, identifier: str) -> dict[str, Any] | None:
         vsock = self._config.vsock
@@ -193,6 +213,11 @@ class Identities:
                     )
                 owners.add((what, name))
         return found
+
+
+def _overlay_of(drive: Drive) -> str | None:
+    """The file of a drive's overlay, if it has one."""
+    return None if drive.overlay is UNSET else drive.overlay.path
 
 
 def _text(value: Any, index: int, identifier: str) -> Any:

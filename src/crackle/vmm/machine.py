@@ -319,9 +319,10 @@ class Machine:
 
     # -- saving and restoring ------------------------------------------------------------------------------------
 
-    def save(self) -> MachineState:
+    def save(self, *, durable: bool = True) -> MachineState:
         """All that the guest would miss but its memory. The machine is paused, and may go on afterwards.
 
+        durable: what the guest has been told is written is on the disk then, too.
         StateError when it is not; ConfigError for a device whose state another process has.
         """
         from crackle.snapshot.state import MachineState, SavedDevice
@@ -335,6 +336,9 @@ class Machine:
                 raise ConfigError(
                     f"Crackle does not support snapshots of a microVM with a vhost-user drive yet: {identifier}"
                 )
+        if durable:
+            for device in self.devices.values():
+                device.make_durable()
         # The devices first: the interrupt that one raises as it comes to rest belongs to what the chips hold.
         devices = tuple(
             SavedDevice(kind=kind, identifier=identifier, transport=transport.save())

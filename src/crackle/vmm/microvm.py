@@ -390,9 +390,10 @@ class MicroVM:
         paused. They end when this program does.
 
         The options are those of `Snapshot.clone`, of which a running guest can have instance_id, interfaces, macs,
-        vsock, cid, drives, metadata, console and console_limit. A drive that the guest may write to needs a copy as of
-        the fork in `drives`: pause this microVM, copy the file, fork, resume. By default a clone's metadata document is
-        this one's.
+        vsock, cid, drives, overlays, metadata, console and console_limit. A drive that the guest may write to, and has
+        no overlay, needs one in `overlays`, or in `drives` a copy as of the fork: pause this microVM, copy the file,
+        fork, resume. Where clones get an overlay, so does this microVM, over what its drive was: `config` says where
+        its writes go from then on. By default a clone's metadata document is this one's.
 
         Where the guest runs in this process, that is forked as it is, with all that the program has in memory; the
         clones run none of the program, and have none of its descriptors. Programs whose memory others may not have,

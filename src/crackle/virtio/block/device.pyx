@@ -523,15 +523,18 @@ cdef class Block(VirtioDevice):
 
     # -- saved state ---------------------------------------------------------------------------------------------
 
-    def save_own(self):
-        """BlockState. What the guest has been told is written is on the disk when it is saved."""
-        overlay = None
+    def make_durable(self):
+        """Have on the disk what the guest has been told is written. OSError or ConfigError when that cannot be."""
+        if self.disk.read_only:
+            return
         if self.layers is not None:
-            if not self.disk.read_only:
-                self.layers.sync()
-            overlay = self.layers.told()
-        elif self.fd >= 0 and not self.disk.read_only:
+            self.layers.sync()
+        elif self.fd >= 0:
             os.fdatasync(self.fd)
+
+    def save_own(self):
+        """BlockState."""
+        overlay = None if self.layers is None else self.layers.told()
         return BlockState(limiter=self.limiter.save(), overlay=overlay)
 
     def restore_own(self, state):
