@@ -1,6 +1,7 @@
 /*
  * Idles in hlt. Without options: for ever, with interrupts off. `tick=HZ`: wakes on the PIT and goes back to sleep; then
  * `beats=N` prints `beat` after each N ticks, and `ticks=N` ends after that many. `touch=MIB` writes a byte to each page of so much memory first.
+ * `spin=N` is not idle at all: it counts to N for ever, and prints a dot each time.
  */
 #include "bare.h"
 
@@ -13,6 +14,9 @@ int main(void)
             memory[at] = 1;
     }
     print("idle\n");
+    for (u64 spin = option_number("spin", 0); spin; put_byte('.'))
+        for (volatile u64 i = 0; i < spin; i++)
+            ;
     u64 hertz = option_number("tick", 0);
     if (!hertz)
         idle_for_ever();

@@ -114,6 +114,10 @@ class Monitor:
 
     def _started(self, machine: Machine) -> None:
         self._loop.watch(machine.exit_fd, self._look_for_end, essential=True)
+        self._settle_later(machine)
+
+    def _settle_later(self, machine: Machine, /) -> None:
+        """Give back what only the start needed when that is over."""
         self._loop.call_later(_SETTLED_S, lambda: housekeeping.settle(machine))
 
     def _look_for_end(self, _events: int) -> None:

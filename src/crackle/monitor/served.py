@@ -18,7 +18,7 @@ from crackle.errors import CrackleError, reason_of
 from crackle.monitor.process import Monitor
 from crackle.runtime.channel import Channel
 from crackle.telemetry.logger import OFF, Logger
-from crackle.vmm.commands import Command
+from crackle.vmm.commands import RUNNING, Command
 from crackle.vmm.machine import BuildOptions
 from crackle.vmm.wire import GUEST_ENDED, LEND, NOTHING, Answer, Order, encode
 
@@ -68,6 +68,7 @@ class ServedProcess(Monitor):
         self._channel = Channel(commands, takes_descriptors=True)
         self._events = events
         self._console = console
+        self._settling = False
         self._loop.watch(commands.fileno(), self._serve, essential=True)
         self._loop.on_signal(_signal.SIGTERM, lambda _number: self._loop.stop())
 
@@ -120,6 +121,16 @@ class ServedProcess(Monitor):
         super()._started(machine)
         gc.freeze()
 
+    def _settle_later(self, _machine: Machine, /) -> None:
+        # What is to run at once when it is told to has the pages for that.
+        self._settling = False
+
+    def _look_whether_it_runs(self) -> None:
+        machine = self._controller.machine
+        if not self._settling and machine is not None and self._controller.state == RUNNING:
+            self._settling = True
+            super()._settle_later(machine)
+
     def _ended(self, status: ExitStatus) -> None:
         # The program may want to know more of it yet.
         self._tell(status)
@@ -139,6 +150,7 @@ class ServedProcess(Monitor):
             except OSError:
                 self._loop.stop()
                 return
+        self._look_whether_it_runs()
 
     def _answer(self, data: bytes, fds: list[int]) -> Answer:
         result, error, words = NOTHING, None, ""

@@ -227,13 +227,13 @@ cdef class IoThread(Worker):
         cdef uint64_t one = 1
         write(self.wake_fd, &one, sizeof(one))
 
-    def start(self):
-        """Start the thread."""
+    def start(self, bint paused=False):
+        """Start the thread; paused: as after `pause`."""
         if load_acquire(&self.worker.state) != IS_NEW:
             raise StateError("the I/O thread has been started already")
         if self.epoll_fd < 0:
             raise StateError("the I/O thread is closed")
-        start_worker(&self.worker, self.kind, self.kind, thread_entry, False)
+        start_worker(&self.worker, self.kind, self.kind, thread_entry, paused)
 
     @property
     def name(self):

@@ -154,15 +154,25 @@ def finish(vms: list[MicroVM], *, resume: bool) -> list[MicroVM]:
     return vms
 
 
-def resume_all(vms: Iterable[MicroVM]) -> None:
-    """Let all go on, none of which waits for another."""
-    vms = list(vms)
+def resume_all(vms: Sequence[MicroVM], *, wait: bool = True) -> None:
+    """Let all go on, none of which waits for another. Without `wait` the next order to one says whether it has."""
+    _order_all(vms, Command("resume"), wait=wait)
+
+
+def stand_by_all(vms: Sequence[MicroVM]) -> None:
+    """Have everything there that all need to go on."""
+    # Twice: what the first order for a process touches is its own then.
+    for _ in range(2):
+        _order_all(vms, Command("stand_by"))
+
+
+def _order_all(vms: Sequence[MicroVM], command: Command, *, wait: bool = True) -> None:
     for vm in vms:
         if isinstance(vm._controller, RemoteController):
-            vm._controller.submit(Command("resume"))
+            vm._controller.submit(command)
         else:
-            vm.resume()
-    for vm in vms:
+            vm._controller.execute(command)
+    for vm in vms if wait else ():
         if isinstance(vm._controller, RemoteController):
             vm._controller.collect()
 

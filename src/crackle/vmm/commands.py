@@ -65,6 +65,7 @@ ALLOWED = {
     "start": _BEFORE,
     "pause": _AFTER,
     "resume": _AFTER,
+    "stand_by": frozenset((PAUSED,)),
     "send_ctrl_alt_del": _AFTER,
     "press_power_button": _AFTER,
     "get_metrics": frozenset((RUNNING, PAUSED, STOPPED)),

@@ -212,16 +212,34 @@ class Machine:
             self.board.start()
         self._run()
 
-    def _run(self) -> None:
+    def _run(self, *, paused: bool = False) -> None:
         self._threads_run = True
         # It may have been brought to rest before it ever ran.
         self.serial.resume()
         for io in self._io_threads():
-            io.start()
+            io.start(paused)
         if self.mmds is not None:
             self.mmds.start()
         for vcpu in self.vcpus:
-            vcpu.start(self.pio, self.mmio, self.exit_fd, profile=self._options.profile)
+            vcpu.start(self.pio, self.mmio, self.exit_fd, paused, profile=self._options.profile)
+
+    def stand_by(self) -> None:
+        """Have the threads of a machine that was restored, at rest, so that `resume` need not start any.
+
+        And do what that will do, as far as the guest sees nothing of it: in a forked process what is written to for the
+        first time has to be copied first. May be called again.
+        """
+        self._check_alive()
+        if not self._threads_run:
+            self._run(paused=True)
+            for thread in (*self.vcpus, *self._io_threads()):
+                thread.wait_paused(PAUSE_TIMEOUT)
+        before = self._restored
+        self._begin_time()
+        self._restored = before
+        self.clock.resume()
+        self.clock.pause()
+        self._let_devices_go_on()
 
     @property
     def state(self) -> str:
@@ -293,10 +311,7 @@ class Machine:
         self._check_alive()
         if not self._paused:
             return
-        if self._restored is not None:
-            self._rewind()
-        for vcpu in self.vcpus:
-            vcpu.kvmclock_ctrl()
+        self._begin_time()
         self._paused = False
         self.clock.resume()
         if not self._threads_run:
@@ -306,12 +321,21 @@ class Machine:
             self.mmds.resume()
         self._go_on()
 
-    def _go_on(self) -> None:
-        """Let everything run, whatever of it stands still."""
+    def _begin_time(self) -> None:
+        if self._restored is not None:
+            self._rewind()
+        for vcpu in self.vcpus:
+            vcpu.kvmclock_ctrl()
+
+    def _let_devices_go_on(self) -> None:
         self.serial.resume()
         for device in self.devices.values():
             # What was put back, and what came meanwhile, is told of by no notification.
             device.kick()
+
+    def _go_on(self) -> None:
+        """Let everything run, whatever of it stands still."""
+        self._let_devices_go_on()
         for io in self._io_threads():
             io.resume()
         for vcpu in self.vcpus:

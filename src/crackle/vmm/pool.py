@@ -19,7 +19,7 @@ from typing import Any, Self, Unpack
 from crackle.errors import CapacityError, ConfigError, CrackleError, StateError
 from crackle.runtime.ownership import enrol
 from crackle.vmm.arguments import document_of
-from crackle.vmm.clones import Snapshot, finish, resume_all, stop_all
+from crackle.vmm.clones import Snapshot, finish, resume_all, stand_by_all, stop_all
 from crackle.vmm.identity import CloneOptions
 from crackle.vmm.microvm import MicroVM
 
@@ -105,10 +105,14 @@ class Pool:
             if metadata is not None:
                 for vm in vms:
                     vm.metadata = metadata
-            resume_all(vms)
+            resume_all(vms, wait=False)
         except BaseException:
             stop_all(vms)
             raise
+        finally:
+            # Not before: its thread would want the interpreter, too.
+            with self._changed:
+                self._changed.notify_all()
         return vms
 
     def _pick(self, n: int, until: float) -> list[MicroVM]:
@@ -128,7 +132,6 @@ class Pool:
                     self._wait_for_more(until)
                 self._last_taken = time.monotonic()
                 self._taken += n
-                self._changed.notify_all()
                 return [self._ready.popleft() for _ in range(n)]
         finally:
             stop_all(dead)
@@ -185,6 +188,7 @@ class Pool:
             try:
                 vms = self._snapshot.begin(map(self._identities.of, numbers))
                 finish(vms, resume=False)
+                stand_by_all(vms)
                 for vm, number in zip(vms, numbers, strict=True):
                     vm.when_ended(partial(self._stopped, number))
             except CrackleError as error:

@@ -277,9 +277,13 @@ class RemoteController:
 
     @property
     def state(self) -> str:
-        """As the controller there would say."""
+        """As the controller there would say, once it has done what it was told."""
         if self._stopped or self._machine.exit_status() is not None:
             return STOPPED
+        if self._owed:
+            # What goes wrong is for who gives the next order.
+            with contextlib.suppress(CrackleError):
+                self.collect()
         return self._state
 
     @property
