@@ -23,6 +23,7 @@ AREAS = (
     "api",
     "memory",
     "block",
+    "overlay",
     "net",
     "drivers",
     "vsock",

@@ -44,12 +44,13 @@ TESTS = (
 
 
 def guest_run(
-    command: Sequence[str], scratch: Path, file: Path, test: Test, engine: str
+    command: Sequence[str], scratch: Path, file: Path, test: Test, engine: str, overlay: Path | None = None
 ) -> tuple[float, float]:
     """MiB/s of the best slice, and CPU seconds a GiB of all threads but the vCPU's over all slices."""
     options = f"t={test.operation},{test.size},{test.depth} " * SLICES
     with Monitor(command, scratch) as monitor:
-        monitor.configure("blk", f"end=idle ms={MILLISECONDS} {options}", drives=[file], io_engine=engine)
+        tasks = f"end=idle ms={MILLISECONDS} {options}"
+        monitor.configure("blk", tasks, drives=[file], overlay=overlay, io_engine=engine)
         monitor.start()
         monitor.wait_output("khz=")
         before = device_seconds(monitor.pid)

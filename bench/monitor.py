@@ -141,22 +141,28 @@ class Monitor:
         memory_mib: int = 128,
         vcpus: int = 1,
         drives: Sequence[Path] = (),
+        overlay: Path | None = None,
         io_engine: str = "Sync",
         network: Sequence[Mapping[str, object]] = (),
         vsock: Mapping[str, object] | None = None,
     ) -> None:
-        """Everything up to InstanceStart. guest: the name of a bare-metal guest or the path of a kernel."""
+        """Everything up to InstanceStart. guest: the name of a bare-metal guest or the path of a kernel.
+
+        overlay: of the drive, where there is one.
+        """
         kernel = GUESTS / f"{guest}.elf" if isinstance(guest, str) else guest
         self.request("PUT", "/machine-config", {"vcpu_count": vcpus, "mem_size_mib": memory_mib})
         self.request("PUT", "/boot-source", {"kernel_image_path": str(kernel), "boot_args": boot_args})
         for number, drive in enumerate(drives):
-            body = {
+            body: dict[str, object] = {
                 "drive_id": f"drive{number}",
                 "path_on_host": str(drive),
                 "is_root_device": False,
                 "is_read_only": False,
                 "io_engine": io_engine,
             }
+            if overlay is not None:
+                body["overlay"] = {"path": str(overlay)}
             self.request("PUT", f"/drives/drive{number}", body)
         for interface in network:
             self.request("PUT", f"/network-interfaces/{interface['iface_id']}", interface)
