@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import crackle
-from crackle import ConfigError, Drive, MicroVM, NetworkInterface, Snapshot, StateError
+from crackle import ConfigError, Drive, MicroVM, NetworkInterface, Overlay, Snapshot, StateError
 from crackle.memory import GuestMemory
 from crackle.vmm.clones import stop_all
 from support.network import Namespace
@@ -171,6 +171,25 @@ def test_drives_are_shared_if_nobody_writes_to_them(
         stopped += snapshot.clone(2, drives={"own": str(tmp_path / "own{index}")})
         paths = [[drive.path_on_host for drive in vm.config.drives] for vm in stopped]
         assert paths == [[str(tmp_path / "shared"), str(tmp_path / f"own{n}")] for n in range(2)]
+
+
+def test_each_may_have_an_overlay_of_its_own(guests: Path, tmp_path: Path, stopped: list[MicroVM]) -> None:
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    drives = [Drive("d", False, path_on_host=str(tmp_path / "disk"))]
+    with MicroVM(guests / "count.elf", boot_args="", memory=32, drives=drives) as vm:
+        vm.console.expect("count 2\n", PATIENCE)
+        vm.snapshot(tmp_path / "s")
+    with Snapshot(tmp_path / "s") as snapshot:
+        for in_process in (False, True):
+            place = f"{in_process}{{index}}"
+            stopped += snapshot.clone(2, overlays={"d": str(tmp_path / place)}, in_process=in_process)
+        stopped += snapshot.clone(2, overlays={"d": Overlay(memory=True)})
+        with pytest.raises(ConfigError, match="two clones would have the overlay"):
+            snapshot.clone(2, overlays={"d": str(tmp_path / "same")})
+    names = [vm.config.drives[0].overlay.path for vm in stopped]  # type: ignore[union-attr]
+    assert names[:4] == [str(tmp_path / f"{where}{index}") for where in (False, True) for index in range(2)]
+    assert all((tmp_path / name).exists() for name in names[:4] if name)
+    assert names[4:] == [None, None]
 
 
 def test_each_has_a_metadata_document(

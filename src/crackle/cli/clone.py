@@ -16,6 +16,7 @@ from typing import Any
 
 from crackle.errors import ConfigError, CrackleError, os_reason
 from crackle.runtime.loop import Loop
+from crackle.schema.drive import Overlay
 from crackle.vmm.clones import Snapshot, resume_all, stop_all
 from crackle.vmm.identity import CloneOptions
 from crackle.vmm.microvm import MicroVM
@@ -32,6 +33,7 @@ def options_of(
     taps: Sequence[str],
     macs: Sequence[str],
     drives: Sequence[str],
+    overlays: Sequence[str] = (),
     vsock: str | None,
     metadata: Path | None,
 ) -> CloneOptions:
@@ -40,6 +42,10 @@ def options_of(
         "interfaces": _pairs("--tap", taps),
         "macs": _pairs("--mac", macs),
         "drives": _pairs("--drive", drives),
+        "overlays": {
+            name: Overlay(memory=True) if where == "memory" else where
+            for name, where in _pairs("--overlay", overlays).items()
+        },
     }
     if identifier is not None:
         options["instance_id"] = identifier

@@ -53,14 +53,15 @@ def fork(
     names: str | None = None,
     api_sock: str | None = None,
     drives: Sequence[str] = (),
+    overlays: Sequence[str] = (),
     taps: Sequence[str] = (),
     vsock: str | None = None,
     console: str | None = None,
 ) -> Any:
     """Have `count` clones of the microVM at `path`; what the API answers.
 
-    names, api_sock, vsock, console: templates, with {index} for the clone's number and {id} for its name. drives, taps:
-    likewise, `ID=TEMPLATE` for a drive or an interface.
+    names, api_sock, vsock, console: templates, with {index} for the clone's number and {id} for its name. drives,
+    overlays, taps: likewise, `ID=TEMPLATE` for a drive or an interface.
     """
     clones = []
     for index in range(count):
@@ -72,6 +73,10 @@ def fork(
             "drive_overrides": [
                 {"drive_id": drive, "path_on_host": _path(file, index, name)}
                 for drive, file in map(_split, drives)
+            ]
+            + [
+                {"drive_id": drive, "overlay": _overlay(file, index, name)}
+                for drive, file in map(_split, overlays)
             ],
             "network_overrides": [
                 {"iface_id": interface, "host_dev_name": _filled(tap, index, name)}
@@ -94,6 +99,10 @@ def _split(text: str) -> tuple[str, str]:
 
 def _filled(template: str, index: int, name: str) -> str:
     return template.replace("{index}", str(index)).replace("{id}", name)
+
+
+def _overlay(template: str, index: int, name: str) -> dict[str, object]:
+    return {"memory": True} if template == "memory" else {"path": _path(template, index, name)}
 
 
 def _path(template: str, index: int, name: str) -> str:

@@ -201,6 +201,13 @@ _Drive = Annotated[
     list[str] | None,
     typer.Option(metavar="DRIVE=TEMPLATE", help="Another file for a drive; may be repeated."),
 ]
+_Overlay = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DRIVE=TEMPLATE",
+        help="Overlay that takes the writes to a drive, as rootfs={id}.overlay, or rootfs=memory; may be repeated.",
+    ),
+]
 _Vsock = Annotated[
     str | None, typer.Option(metavar="TEMPLATE", help="Path of the vsock device's Unix socket.")
 ]
@@ -215,6 +222,7 @@ def clone(
     tap: _Tap = None,
     mac: _Mac = None,
     drive: _Drive = None,
+    overlay: _Overlay = None,
     vsock: _Vsock = None,
     metadata: _Metadata = None,
 ) -> None:
@@ -231,6 +239,7 @@ def clone(
         taps=tap or (),
         macs=mac or (),
         drives=drive or (),
+        overlays=overlay or (),
         vsock=vsock,
         metadata=metadata,
     )
@@ -253,6 +262,7 @@ def pool(
     tap: _Tap = None,
     mac: _Mac = None,
     drive: _Drive = None,
+    overlay: _Overlay = None,
     vsock: _Vsock = None,
     metadata: _Metadata = None,
 ) -> None:
@@ -268,6 +278,7 @@ def pool(
         taps=tap or (),
         macs=mac or (),
         drives=drive or (),
+        overlays=overlay or (),
         vsock=vsock,
         metadata=metadata,
     )
@@ -324,6 +335,13 @@ def fork(
         list[str] | None,
         typer.Option(metavar="ID=TEMPLATE", help="Files for a drive that is written to; may be repeated."),
     ] = None,
+    overlay: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID=TEMPLATE",
+            help="Overlays for a drive, over what it is now, or memory; may be repeated.",
+        ),
+    ] = None,
     tap: Annotated[
         list[str] | None,
         typer.Option(metavar="ID=TEMPLATE", help="TAP devices for an interface; may be repeated."),
@@ -351,6 +369,7 @@ def fork(
         names=name,
         api_sock=api_sock,
         drives=drive or (),
+        overlays=overlay or (),
         taps=tap or (),
         vsock=vsock,
         console=console,

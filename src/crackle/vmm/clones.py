@@ -71,18 +71,17 @@ class Snapshot:
         Their numbers are `first` and those that follow. A template is text with `{index}`, the number, or `{id}`, the
         instance id, in it; a callable gets the number.
 
-        instance_id: a template or callable; by default each has one that nobody else has.
-        interfaces: the TAP device of each interface, by its identifier, as templates or callables. They must be given.
-        macs: likewise another MAC address, for guests that look at it again: a driver that is bound keeps what it has.
-        vsock: the path of the Unix socket, a template or callable; by default that of the snapshot, a dot and the id.
-        cid: a callable that says the guest's CID, at which it looks again; by default it is as it was.
-        drives: other files, by the drives' identifiers, as templates or callables. overlays: likewise new files that
-        take a drive's writes, over what it was. Drives that are read-only are shared if they are not named; those with
-        an overlay get `{id}.<drive>.overlay` beside it; others have to be named.
-        metadata: a document, or a callable that gives one, where the guest has a metadata service.
-        in_process: they run in this process. devices: a callable that gives new instances of those written in Python,
-        which takes `in_process`. console: a callable that gives (input, output) descriptors, as for `MicroVM`.
-        The rest as for `MicroVM.restore`.
+        instance_id: a template or callable; by default each has one that nobody else has. interfaces: the TAP device
+        of each interface, by its identifier, as templates or callables. They must be given. macs: likewise another
+        MAC address, for guests that look at it again: a driver that is bound keeps what it has. vsock: the path of
+        the Unix socket, a template or callable; by default that of the snapshot, a dot and the id. cid: a callable
+        that says the guest's CID, at which it looks again; by default it is as it was. drives: other files, by the
+        drives' identifiers, as templates or callables. overlays: likewise new files that take a drive's writes, over
+        what it was, or an `Overlay` in memory. Drives that are read-only are shared if they are not named; those
+        with an overlay get `{id}.<drive>.overlay` beside it; others have to be named. metadata: a document, or a
+        callable that gives one, where the guest has a metadata service. in_process: they run in this process.
+        devices: a callable that gives new instances of those written in Python, which takes `in_process`. console: a
+        callable that gives (input, output) descriptors, as for `MicroVM`. The rest as for `MicroVM.restore`.
 
         When one cannot be had, none is: ConfigError says why.
         """

@@ -15,9 +15,17 @@ from msgspec import UNSET
 
 from crackle.errors import ConfigError
 from crackle.schema.config import VmConfig
-from crackle.schema.drive import Drive
+from crackle.schema.drive import Drive, Overlay
 from crackle.schema.snapshot import SnapshotHugePages, SnapshotLoad
-from crackle.vmm.arguments import check_rest, console_of, devices_of, document_of, make, path_of
+from crackle.vmm.arguments import (
+    check_rest,
+    console_of,
+    devices_of,
+    document_of,
+    make,
+    overlay_of,
+    path_of,
+)
 from crackle.vmm.console import DEFAULT_LIMIT
 from crackle.vmm.controller import DEFAULT_METADATA_LIMIT
 from crackle.vmm.hosting import Hosting
@@ -36,7 +44,7 @@ class CloneOptions(TypedDict, total=False):
 
     instance_id: Text
     drives: Mapping[str, Text]
-    overlays: Mapping[str, Text]
+    overlays: Mapping[str, Text | Overlay]
     interfaces: Mapping[str, Text]
     macs: Mapping[str, Text]
     vsock: Text
@@ -65,6 +73,8 @@ class Identity(NamedTuple):
         """What no other may have: (what it is, its name)."""
         request = self.request
         found = [("the TAP device", each.host_dev_name) for each in request.network_overrides]
+        overlays = [each.overlay for each in request.drive_overrides if each.overlay is not None]
+        found += [("the overlay", overlay.path) for overlay in overlays if overlay.path is not None]
         if request.vsock_override is not None and request.vsock_override.uds_path:
             found.append(("the vsock path", request.vsock_override.uds_path))
         return [*found, ("the id", self.instance_id)]
@@ -180,14 +190,14 @@ class Identities:
         before = _overlay_of(drive)
         overlay = self._overlays.get(name)
         if overlay is not None:
-            overlay = path_of(_text(overlay, index, identifier), f"overlays[{name!r}]")
+            overlay = overlay_of(_text(overlay, index, identifier), f"overlays[{name!r}]")
         elif before is not None and name not in self._drives and not drive.is_read_only:
-            overlay = os.path.join(os.path.dirname(before), f"{identifier}.{name}.overlay")
+            overlay = Overlay(os.path.join(os.path.dirname(before), f"{identifier}.{name}.overlay"))
         found: dict[str, Any] = {}
         if name in self._drives:
             found["path_on_host"] = path_of(_text(self._drives[name], index, identifier), f"drives[{name!r}]")
         if overlay is not None:
-            found["overlay"] = {"path": overlay}
+            found["overlay"] = overlay
         return [{"drive_id": name, **found}] if found else []
 
     def _vsock(self, index: int, identifier: str) -> dict[str, Any] | None:
