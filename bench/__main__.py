@@ -29,6 +29,7 @@ AREAS = (
     "vsock",
     "pause",
     "snapshot",
+    "fork",
     "linux",
 )
 

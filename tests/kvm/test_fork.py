@@ -597,6 +597,39 @@ def test_overlays_of_clones_that_cannot_be_are_gone(writing: Callable[..., Micro
     clone.stop()
 
 
+def test_a_source_that_writes_nothing_is_forked_any_number_of_times(
+    writing: Callable[..., MicroVM], tmp_path: Path
+) -> None:
+    vm = writing("Sync", cache_type="Writeback")
+    write(vm, 1)
+    vm.console.expect("wrote 1\n", PATIENCE)
+    files = []
+    for number in range(2, 22):
+        (clone,) = vm.fork()
+        write(clone, number, 5)
+        clone.console.expect(f"wrote {number}\n", PATIENCE)
+        if number % 10 == 2:
+            for each in (vm, clone):
+                each.console.write("c\n")
+            assert checked(vm) != checked(clone)
+            (again,) = clone.fork()
+            again.console.write("c\n")
+            assert checked(again)
+            again.stop()
+        clone.stop()
+        files.append(vm.config.drives[0].overlay.path)
+    # The first fork has made it, and nothing was ever written to it.
+    assert len(set(files)) == 1
+    write(vm, 30, 5)
+    vm.console.expect("wrote 30\n", PATIENCE)
+    (clone,) = vm.fork()
+    clone.console.write("c\n")
+    vm.console.write("c\n")
+    assert checked(clone) == checked(vm)
+    assert vm.config.drives[0].overlay.path not in files
+    clone.stop()
+
+
 def test_an_overlay_in_memory_is_not_forked(writing: Callable[..., MicroVM]) -> None:
     vm = writing("Sync", overlay=Overlay(memory=True))
     with pytest.raises(ConfigError, match="The overlay of the drive 'd' is in memory"):

@@ -362,10 +362,15 @@ cdef class GuestMemory:
 
     def check_inheritable(self):
         """ConfigError where a forked process would have the same memory, or might not get its own copy of a page."""
-        if self.source is not None or self.backing not in INHERITABLE:
+        if self.source is not None:
             raise ConfigError(
-                f"memory of the kind {self.backing!r} is not copied on write: it is shared with another process, served "
-                "by one, or in reserved huge pages"
+                "memory whose pages a page-fault handler gives is not forked: the handler would not know of the clones. "
+                "Load the snapshot from its memory file"
+            )
+        if self.backing not in INHERITABLE:
+            raise ConfigError(
+                f"memory of the kind {self.backing!r} is not copied on write: it is shared with another process, or in "
+                "reserved huge pages"
             )
 
     def let_inherit(self, bint enable):

@@ -178,7 +178,7 @@ def fork(
     become: Become,
     *,
     document: Any = None,
-    split: Callable[[], None] = lambda: None,
+    split: Callable[[Heritage], None] = lambda _heritage: None,
 ) -> Forked:
     """Have `clones`, complete as `plan` makes them, go on from where `machine` is, which goes on as before.
 
@@ -196,7 +196,7 @@ def fork(
         machine.pause()
         try:
             heritage = Heritage(machine, config, instance_id, document, running=running)
-            split()
+            split(heritage)
             template = _fork_quietly(machine.fork, lambda: family.be_template(heritage, become))
         finally:
             if running:

@@ -42,7 +42,7 @@ def override(found: Snapshot, request: SnapshotLoad | Clone) -> Snapshot:
         config.vsock.uds_path = request.vsock_override.uds_path
         if request.vsock_override.guest_cid is not None:
             config.vsock.guest_cid = request.vsock_override.guest_cid
-            found = _with_own(found, ("vsock", "vsock"), cid=config.vsock.guest_cid)
+            found = with_own(found, ("vsock", "vsock"), cid=config.vsock.guest_cid)
     return found
 
 
@@ -53,10 +53,10 @@ def _with_mac(found: Snapshot, interface: NetworkInterface, mac: str) -> Snapsho
             "leave guest_mac out."
         )
     interface.guest_mac = mac
-    return _with_own(found, ("net", interface.iface_id), mac=bytes.fromhex(mac.replace(":", "")))
+    return with_own(found, ("net", interface.iface_id), mac=bytes.fromhex(mac.replace(":", "")))
 
 
-def _with_own(found: Snapshot, key: tuple[str, str], **changes: Any) -> Snapshot:
+def with_own(found: Snapshot, key: tuple[str, str], **changes: Any) -> Snapshot:
     """As if the device had saved these of its own: what its configuration space says."""
 
     def changed(device: SavedDevice) -> SavedDevice:

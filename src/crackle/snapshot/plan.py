@@ -9,6 +9,7 @@ import msgspec
 from crackle.errors import ConfigError
 from crackle.schema.drive import Drive, DriveUpdate, Overlay
 from crackle.schema.snapshot import DriveOverride, VsockOverride
+from crackle.snapshot.overrides import with_own
 from crackle.telemetry.logger import instance_id_problem
 
 TYPE_CHECKING = False
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from crackle.schema import VmConfig
     from crackle.schema.fork import Clone
+    from crackle.snapshot.fork import Heritage
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -28,20 +30,39 @@ class Plan(msgspec.Struct, frozen=True):
     clones: list[Clone]
     layers: list[DriveUpdate]
 
-    def make_durable(self, config: VmConfig) -> None:
-        """Have the parent's new overlays on the disk, where its guest may flush. OSError when that fails."""
+    def flush(self, config: VmConfig, *, made: bool = False) -> None:
+        """Have the disks of drives that get new layers on the host's disks, where the guest may flush. OSError.
+
+        Before the fork, so that it finds little to wait for. made: after it, with the new overlays.
+        """
         from crackle.disk.overlay import sync_directory
 
-        flushed = {drive.drive_id for drive in config.drives if drive.cache_type == "Writeback"}
-        for layer in self.layers:
-            if layer.drive_id not in flushed or layer.overlay is None or layer.overlay.path is None:
+        layered = {layer.drive_id for layer in self.layers}
+        for drive in config.drives:
+            if drive.drive_id not in layered or drive.cache_type != "Writeback":
                 continue
-            fd = os.open(layer.overlay.path, os.O_RDONLY | os.O_CLOEXEC)
+            path = (drive.path_on_host if drive.overlay is msgspec.UNSET else drive.overlay.path) or ""
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                os.fsync(fd)
+                os.fdatasync(fd)
             finally:
                 os.close(fd)
-            sync_directory(layer.overlay.path)
+            if made:
+                sync_directory(path)
+
+    def lie_lower(self, heritage: Heritage, drive_id: str, path: str | None, contents: str | None) -> None:
+        """Have the clones' overlays of a drive lie over another overlay than the parent's, which holds nothing.
+
+        path, contents: of the one under that, its id; None for the base.
+        """
+        for clone in self.clones:
+            for file in clone.drive_overrides:
+                if file.drive_id == drive_id and file.overlay is not None:
+                    file.overlay.over = path
+        for drive in heritage.snapshot.config.drives:
+            if drive.drive_id == drive_id:
+                drive.overlay = msgspec.UNSET if path is None else Overlay(path)
+        heritage.snapshot = with_own(heritage.snapshot, ("block", drive_id), overlay=contents)
 
 
 def plan(clones: list[Clone], config: VmConfig, api_sock: str) -> Plan:

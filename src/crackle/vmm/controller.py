@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from crackle.schema.fork import Clone, Forked
     from crackle.snapshot.fork import Heritage, Line
     from crackle.snapshot.load import Loaded, Template
+    from crackle.snapshot.plan import Plan
     from crackle.snapshot.state import MachineState
     from crackle.vmm.devices import Held
 
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
         def save(self, *, durable: bool = True) -> MachineState: ...
         def check_forkable(self) -> None: ...
         def fork(self) -> int: ...
+        def disk_below(self, drive_id: str) -> tuple[str | None, str | None] | None: ...
         def note_dirty(self, bitmaps: list[bytes] | None) -> None: ...
         def dirty_pages(self) -> list[bytes] | None: ...
         def forget_dirty(self) -> None: ...
@@ -374,6 +376,7 @@ class Controller:
             # As it is before the drives have new layers.
             config = msgspec.msgpack.decode(msgspec.msgpack.encode(self.config), type=VmConfig)
             planned = plan(request.clones, config, cloner.api_sock)
+            planned.flush(self.config)
             forked = fork(
                 self._running_machine(),
                 config,
@@ -381,21 +384,25 @@ class Controller:
                 planned.clones,
                 cloner.become,
                 document=None if self._store is None else self._store.get(),
-                split=lambda: self._add_layers(planned.layers),
+                split=lambda heritage: self._add_layers(planned, heritage),
             )
-            planned.make_durable(self.config)
+            planned.flush(self.config, made=True)
         self.logger.info(
             f"Forked {len(planned.clones)} clones; the microVM stood still for {forked.pause_us} us."
         )
         return forked
 
-    def _add_layers(self, updates: list[DriveUpdate]) -> None:
+    def _add_layers(self, plan: Plan, heritage: Heritage) -> None:
+        machine = self._running_machine()
         with context("Unable to put an overlay on a drive"):
-            for update in updates:
+            for update in plan.layers:
                 drive = self._configuration.drive_to_change(update)
-                # The guest stands still: the disk is waited for when it does not.
-                change = self._running_machine().update
-                self._configuration.update_drive(drive, update, change, durable=False)
+                below = machine.disk_below(update.drive_id)
+                if below is not None:
+                    plan.lie_lower(heritage, update.drive_id, *below)
+                else:
+                    # The guest stands still: the disk is waited for when it does not.
+                    self._configuration.update_drive(drive, update, machine.update, durable=False)
 
     def inherit(self, heritage: Heritage) -> None:
         """In a clone's process, before anything else: have the parent's machine, paused. Raises as a load does."""

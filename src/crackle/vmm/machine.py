@@ -449,6 +449,12 @@ class Machine:
                     "microVM and start it without, or clone a snapshot of it."
                 )
 
+    def disk_below(self, drive_id: str) -> tuple[str | None, str | None] | None:
+        """As `Block.below`, of a drive with a file."""
+        disk: Any = self.devices["block", drive_id]
+        found: tuple[str | None, str | None] | None = disk.below()
+        return found
+
     def fork(self) -> int:
         """Fork the process while the machine stands still: the child's id, or 0 in the child.
 

@@ -479,6 +479,15 @@ cdef class Block(VirtioDevice):
             raise
         self.updates += 1
 
+    def below(self):
+        """Where the disk's overlay holds nothing yet, path and id of the overlay under it, None twice for the base.
+
+        None where it holds something, or there is no overlay that could.
+        """
+        if self.layers is None or self.disk.read_only or self.layers.held_by(0):
+            return None
+        return self.layers.below()
+
     @property
     def size(self):
         """Bytes that the guest sees."""

@@ -347,6 +347,10 @@ cdef class Layers:
         cdef uint64_t blocks = (self.own.size + BLOCK - 1) >> BLOCK_SHIFT
         return (blocks << BLOCK_SHIFT) - missing(self.own.files[index].map, 0, self.own.size)
 
+    def below(self):
+        """Path and id of the overlay under the first; None twice where that is the base."""
+        return (self.parts[1].path, self.parts[1].header.id) if len(self.parts) > 1 else (None, None)
+
     def find(self, uint64_t offset, uint64_t most):
         """Which file, from 0 for the first, has the disk's bytes from `offset` on, and how many of `most`."""
         cdef int index
