@@ -30,6 +30,7 @@ AREAS = (
     "pause",
     "snapshot",
     "fork",
+    "clone",
     "linux",
 )
 
