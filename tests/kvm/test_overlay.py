@@ -105,6 +105,29 @@ def test_a_guest_goes_on_from_one_snapshot_many_times(boot: Boot, base: Path, tm
         MicroVM.restore(saved, overlays={"d": tmp_path / "a"})
 
 
+@pytest.mark.parametrize("memory", [False, True])
+def test_a_snapshot_may_keep_the_overlays_as_they_were(
+    boot: Boot, base: Path, tmp_path: Path, memory: bool
+) -> None:
+    saved = tmp_path / "saved"
+    overlay = Overlay(memory=True) if memory else Overlay(str(tmp_path / "o"))
+    with boot("end=idle irq seed=6 t=fill,4096,4 t=flush t=check,4096,8", overlay) as vm:
+        for _ in range(3):
+            vm.snapshot(saved, keep_overlays=not memory)
+        finished(vm)
+    kept = sorted(path.name for path in saved.iterdir())
+    assert len(kept) == 3, "those of the snapshots before are gone"
+    assert kept[2].startswith("state.d.")
+    for _ in range(2):
+        with MicroVM.restore(saved, overlays={"d": Overlay(memory=True)}) as vm:
+            finished(vm)
+    with MicroVM.restore(saved) as vm:
+        finished(vm)
+        config = vm.config.drives[0].overlay
+    assert config.path == str(saved / kept[2])  # type: ignore[union-attr]
+    assert base.read_bytes() == pattern(SIZE, 7)
+
+
 def test_a_disk_without_an_overlay_may_get_one_when_it_goes_on(
     boot: Boot, base: Path, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ import os
 
 import msgspec
 
-from crackle.disk.chain import Layer, below, check_below, close, open_layers
+from crackle.disk.chain import Layer, below, check_below, close, header_at, open_layers
 from crackle.disk.overlay import (
     BLOCK,
     MAP_AT,
@@ -21,7 +21,6 @@ from crackle.disk.overlay import (
     Under,
     check_base,
     identify,
-    lay_out,
     make,
     new_id,
     put_in_place,
@@ -101,7 +100,7 @@ def _share(layer: Layer, new: str, *, durable: bool) -> bool:
     """Make a file that shares its blocks with that of `layer`; False where there is no such thing."""
     from crackle.virtio.block.backing import share_blocks
 
-    header = _elsewhere(layer, new)
+    header = header_at(layer, new)
     temporary = f"{new}.{new_id()}"
     with context(f"cannot make the overlay {new}"):
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -119,38 +118,6 @@ def _share(layer: Layer, new: str, *, durable: bool) -> bool:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
     return True
-
-
-def _elsewhere(layer: Layer, new: str) -> Header:
-    """The header for a copy of an overlay at `new`: of the same contents, and what is below it named from there."""
-    header = layer.header
-    under = msgspec.structs.replace(header.under, path=seen_from(new, below(layer)))
-    return header.over(under)
-
-
-def copy(fd: int, layer: Layer, new: str) -> None:
-    """A whole copy of an overlay, whose file is open as `fd`, in a new file at `new`; blocks are shared where they
-    can be.
-
-    Nobody writes to it meanwhile. ConfigError, and there is nothing new.
-    """
-    from crackle.memory.dump import copy_data
-    from crackle.virtio.block.backing import share_blocks
-
-    header = _elsewhere(layer, new)
-    with context(f"cannot make the overlay {new}"):
-        out = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            if not share_blocks(fd, out, header.data_at):
-                lay_out(out, header, new)
-                copy_data(fd, out, header.file_size)
-            write_header(out, header, new)
-            os.fsync(out)
-        except BaseException:
-            os.unlink(new)
-            raise
-        finally:
-            os.close(out)
 
 
 # -- for people ------------------------------------------------------------------------------------------------------

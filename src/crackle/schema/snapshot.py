@@ -15,11 +15,16 @@ SnapshotHugePages = Literal["Snapshot", "None", "Transparent", "2M"]
 
 
 class SnapshotCreate(Resource):
-    """Host paths that take the state of the microVM and its memory."""
+    """Host paths that take the state of the microVM and its memory.
+
+    keep_overlays: and copies of its drives' overlays, ``<snapshot_path>.<drive_id>.<id>``; of those in memory in any
+    case.
+    """
 
     snapshot_path: str
     mem_file_path: str
     snapshot_type: Literal["Diff", "Full"] = "Full"
+    keep_overlays: bool = False
 
 
 class MemoryBackend(Resource):

@@ -107,8 +107,8 @@ class Pair:
         os.close(self._temporary.pop(f"{self._memory_path}.{self.id}"))
         self.memory_fd = -1
         with contextlib.suppress(OSError):
-            _sweep(self._memory_path, self.id)
-            _sweep(self._state_path, self.id)
+            sweep(self._memory_path, self.id)
+            sweep(self._state_path, self.id)
 
     def _keep(self, before: str) -> None:
         """Let the state file that is there now find its memory when the memory file is another's."""
@@ -186,7 +186,7 @@ def _sync_directory(path: str) -> None:
         os.close(fd)
 
 
-def _sweep(path: str, mine: str) -> None:
+def sweep(path: str, mine: str) -> None:
     """Remove what snapshots to this place have left that did not come to their end."""
     directory, name = os.path.split(path)
     for leftover in os.listdir(directory):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from binascii import crc32
 
@@ -10,7 +12,7 @@ import msgspec
 from crackle.errors import ConfigError, context, os_reason
 from crackle.memory.dump import Scan, resident_pages, write_pages
 from crackle.snapshot import statefile
-from crackle.snapshot.pair import PAGE_SIZE, Pair
+from crackle.snapshot.pair import PAGE_SIZE, Pair, sweep
 from crackle.snapshot.state import MemoryFile, Snapshot
 from crackle.version import VERSION
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
         @property
         def memory(self) -> GuestMemory: ...
         def save(self) -> MachineState: ...
+        def copy_overlay(self, drive: str, path: str) -> None: ...
         def dirty_pages(self) -> list[bytes] | None: ...
         def forget_dirty(self) -> None: ...
 
@@ -46,7 +49,10 @@ def save(machine: Machine, config: VmConfig, instance_id: str, request: Snapshot
     if marks is None:
         marks = [] if full else resident_pages(memory)
     _fetch(memory, full)
-    with Pair(request.snapshot_path, request.mem_file_path, memory.size) as pair:
+    with (
+        Pair(request.snapshot_path, request.mem_file_path, memory.size) as pair,
+        contextlib.ExitStack() as undo,
+    ):
         try:
             if full:
                 samples = tuple(Scan(memory, pair.memory_fd).samples)
@@ -59,6 +65,7 @@ def save(machine: Machine, config: VmConfig, instance_id: str, request: Snapshot
             raise ConfigError(
                 f"Cannot write memory file: {os_reason(error)}: {request.mem_file_path}"
             ) from None
+        kept, config = _keep_overlays(machine, config, request, pair.id, undo)
         snapshot = Snapshot(
             id=pair.id,
             crackle=VERSION,
@@ -72,7 +79,31 @@ def save(machine: Machine, config: VmConfig, instance_id: str, request: Snapshot
             ),
         )
         pair.commit(statefile.encode(snapshot))
+        undo.pop_all()
+        for path in kept:
+            with contextlib.suppress(OSError):
+                sweep(path.rpartition(".")[0], pair.id)
     machine.forget_dirty()
+
+
+def _keep_overlays(
+    machine: Machine, config: VmConfig, request: SnapshotCreate, identifier: str, undo: contextlib.ExitStack
+) -> tuple[list[str], VmConfig]:
+    """Copies of the overlays that the snapshot is to have itself, until `undo`, and the configuration that names
+    them.
+    """
+    state = os.path.realpath(request.snapshot_path)
+    paths, drives = [], []
+    for drive in config.drives:
+        overlay = drive.overlay
+        if overlay is not msgspec.UNSET and (request.keep_overlays or overlay.path is None):
+            path = f"{state}.{drive.drive_id}.{identifier}"
+            machine.copy_overlay(drive.drive_id, path)
+            undo.callback(os.unlink, path)
+            paths.append(path)
+            overlay = msgspec.structs.replace(overlay, path=path, memory=False, over=None)
+        drives.append(msgspec.structs.replace(drive, overlay=overlay))
+    return paths, msgspec.structs.replace(config, drives=drives)
 
 
 def _fetch(memory: GuestMemory, full: bool) -> None:

@@ -7,6 +7,7 @@ file, whose lock is then theirs together.
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import msgspec
@@ -97,6 +98,9 @@ def open_overlaid(
     from crackle.disk.chain import lay_over
 
     def open_layer(path: str, read_only: bool) -> Backing:
+        with contextlib.suppress(OSError, ValueError):
+            if os.path.samestat(os.stat(path), os.fstat(base.fd)):
+                raise ConfigError(f"the overlay {path} is the file of the drive itself")
         layer = open_disk(path, read_only, locking, mine, leaving)
         if not read_only and any(other.file == layer.file and other not in leaving for other in mine):
             layer.close()

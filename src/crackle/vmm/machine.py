@@ -378,6 +378,11 @@ class Machine:
             mmds=None if self.mmds is None else self.mmds.save(),
         )
 
+    def copy_overlay(self, drive: str, path: str) -> None:
+        """Have the overlay of a drive, as it is now, in a new file. The machine is paused and saved. ConfigError."""
+        block: Any = self.devices["block", drive]
+        block.copy_overlay(path)
+
     def dirty_pages(self) -> list[bytes] | None:
         """For each region of memory, the bitmap of the pages written since the last `forget_dirty`, or since the start.
 

@@ -355,14 +355,16 @@ class MicroVM:
         memory: str | os.PathLike[str] | None = None,
         *,
         differential: bool = False,
+        keep_overlays: bool = False,
     ) -> None:
         """Save the guest, which `restore` then lets go on: memory and all devices, but not the disks' contents.
 
-        path: a directory, made if it is not there, that gets the files "state" and "memory"; or the state file's path,
-        and `memory` the memory file's. What is there is replaced, both files together or none. A guest that runs is
-        paused meanwhile. ConfigError when they cannot be written.
-        differential: write only the pages that have changed since the snapshot before (with `track_dirty_pages`) or
-        since the start, into the memory file of that snapshot if it is the same.
+        path: a directory, made if it is not there, that gets the files "state" and "memory"; or the state file's
+        path, and `memory` the memory file's. What is there is replaced, both files together or none. A guest that
+        runs is paused meanwhile. ConfigError when they cannot be written. differential: write only the pages that
+        have changed since the snapshot before (with `track_dirty_pages`) or since the start, into the memory file of
+        that snapshot if it is the same. keep_overlays: copy the drives' overlays too, beside the state file, so that
+        the guest may go on writing to its own; those in memory are copied in any case.
         """
         state_path, memory_path = pair_of(path, memory, to_write=True)
         request = make(
@@ -370,6 +372,7 @@ class MicroVM:
             snapshot_path=state_path,
             mem_file_path=memory_path,
             snapshot_type="Diff" if differential else "Full",
+            keep_overlays=keep_overlays,
         )
         with self._turn(waits=True):
             self._running()

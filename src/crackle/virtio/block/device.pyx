@@ -541,6 +541,12 @@ cdef class Block(VirtioDevice):
         elif self.fd >= 0:
             os.fdatasync(self.fd)
 
+    def copy_overlay(self, str path):
+        """A copy of the overlay, as it is now, in a new file. The machine is paused. ConfigError without one."""
+        from crackle.disk.chain import copy_layer
+
+        copy_layer(self.layers.parts[0], path)
+
     def save_own(self):
         """BlockState."""
         overlay = None if self.layers is None else self.layers.told()
