@@ -24,6 +24,7 @@ NAMES = {
     "mmio": Name("queue:Mmio", ("virtio.transport.mmio", "virtio.device", "kvm.bus")),
     "block": Name("block:Sync", BLOCK),
     "async": Name("block:Async", (*BLOCK, "virtio.block.uring")),
+    "overlay": Name("block:Overlaid", (*BLOCK, "virtio.block.layers", "virtio.block.uring")),
     "net": Name("net:Interface", ("virtio.net.device", "virtio.net.window")),
     "vsock": Name(
         "vsock:Streams",

@@ -6,10 +6,13 @@ import os
 import struct
 import tempfile
 from contextlib import suppress
+from pathlib import Path
 
 from crackle.errors import ConfigError
+from crackle.schema.drive import Overlay
 from crackle.virtio.block.device import Block
 from support.driver import F_VERSION_1, Buffer
+from support.overlays import opened
 from targets.choices import Choices
 from targets.device import DATA, HEADERS, RINGS, DeviceTarget, Station, fire
 
@@ -103,3 +106,43 @@ class Async(Sync):
     """Requests that the kernel serves meanwhile."""
 
     engine = "Async"
+
+
+class Overlaid(Sync):
+    """Requests to a disk with an overlay, with either engine; what is flushed, and completed, goes by its map."""
+
+    kinds = 8
+
+    def make(self, kind: int) -> Block:
+        self.begin(kind, None)
+        backing = opened(Path(self.disks[0]), Overlay(memory=True))
+        try:
+            return Block(
+                self.memory,
+                self.disks[0],
+                writeback=bool(kind & 2),
+                engine="Async" if kind & 4 else "Sync",
+                backing=backing,
+            )
+        finally:
+            backing.close()
+
+    def begin(self, kind: int, station: Station | None) -> None:
+        """And a new overlay over the first."""
+        super().begin(kind, station)
+        if station is not None:
+            self.lay(station, self.disks[0])
+
+    def lay(self, station: Station, path: str) -> None:
+        backing = opened(Path(path), Overlay(memory=True))
+        try:
+            station.device.update(path, backing)
+        finally:
+            backing.close()
+
+    def outside(self, choices: Choices, station: Station) -> None:
+        if choices.byte() % 4:
+            super().outside(choices, station)
+            return
+        with suppress(ConfigError):
+            self.lay(station, choices.of(self.disks))

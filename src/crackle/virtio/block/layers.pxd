@@ -13,14 +13,14 @@ cdef struct layer:
     int fd
     uint64_t start          # where in it the disk begins
     uint64_t *map           # a bit for each block that is in it; NULL for the base, which has all
+    uint64_t map_size       # bytes
 
 # All of them, the one that is written first. A plain disk has none of this.
 cdef struct stack:
     layer files[MAX_FILES]
     int count
     uint64_t size           # of the disk, bytes
-    uint64_t map_size       # bytes of the map of the first
-    uint64_t map_at         # where in the file it is
+    uint64_t map_at         # where in the first the map is
     bint ordered            # the map is written at a flush, after the data
     uint64_t *unwritten     # where it is ordered: a bit for each page of it that is not in the file as it is here
     uint8_t *staged         # pages of it that a flush is about to write,
@@ -52,3 +52,5 @@ cdef int sync(stack *s) noexcept nogil
 cdef class Layers:
     cdef stack own
     cdef object parts
+    cdef bint owning            # of the descriptors, but for that of the base
+    cdef void release(self) noexcept

@@ -18,6 +18,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset, strerror
 from posix.mman cimport MAP_FAILED, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.stat cimport fstat, struct_stat
+from posix.unistd cimport close
 
 from crackle.includes.block cimport fdatasync
 from crackle.includes.io cimport pread, pwrite
@@ -194,7 +195,7 @@ cdef int put(int fd, const uint8_t *data, uint64_t size, uint64_t at) noexcept n
 # -- flushing --------------------------------------------------------------------------------------------------------
 
 cdef int stage(stack *s) noexcept nogil:
-    cdef uint64_t words = (s.map_size >> PAGE_SHIFT) + 63 >> 6, i, rest, page
+    cdef uint64_t words = (s.files[0].map_size >> PAGE_SHIFT) + 63 >> 6, i, rest, page
     cdef uint32_t count = 0
     if s.unwritten == NULL:
         return 0
@@ -278,23 +279,25 @@ cdef class Layers:
         for i, part in enumerate(self.parts):
             fd, at, map_size, start = part.place
             protection = PROT_READ | PROT_WRITE if writable and i == 0 else PROT_READ
-            s.files[i].fd, s.files[i].start = fd, start
+            s.files[i].fd, s.files[i].start, s.files[i].map_size = fd, start, map_size
             s.files[i].map = map_file(part.path, fd, at, map_size, protection, i == 0 and s.ordered)
             s.count += 1
             if i == 0:
-                s.map_at, s.map_size, s.limit = at, map_size, part.limit
+                s.map_at, s.limit = at, part.limit
         s.files[s.count].fd = backing.fd
         s.count += 1
         s.block = <uint8_t *> malloc(BLOCK)
         if s.ordered:
-            s.unwritten = <uint64_t *> calloc((s.map_size >> PAGE_SHIFT) + 63 >> 6, sizeof(uint64_t))
+            s.unwritten = <uint64_t *> calloc((s.files[0].map_size >> PAGE_SHIFT) + 63 >> 6, sizeof(uint64_t))
         if s.block == NULL or s.ordered and s.unwritten == NULL:
             raise MemoryError
         if writable and not self.parts[0].fresh:
             self.renew()
+        self.owning = True
 
     def __dealloc__(self):
-        self.close()
+        # What Python has of it may be gone already.
+        self.release()
 
     def renew(self):
         """Somebody knows these contents: have their header changed before they are."""
@@ -381,23 +384,28 @@ cdef class Layers:
 
     def close(self):
         """Give mappings and descriptors back. Idempotent."""
-        cdef stack *s = &self.own
-        cdef uint64_t size
-        cdef int i
         parts, self.parts = self.parts or [], []
-        for i, part in enumerate(parts):
+        if self.owning:
+            for part in parts:
+                part.backing.fd = -1
+        self.release()
+
+    cdef void release(self) noexcept:
+        """What is C's, whatever is left of the rest. Idempotent."""
+        cdef stack *s = &self.own
+        cdef int i
+        for i in range(s.count):
             if s.files[i].map != NULL:
-                size = part.header.map_size
-                munmap(s.files[i].map, size)
-                s.files[i].map = NULL
-            part.backing.close()
+                munmap(s.files[i].map, s.files[i].map_size)
+                if self.owning:
+                    close(s.files[i].fd)
         free(s.unwritten)
         free(s.staged)
         free(s.staged_pages)
         free(s.renewal)
         free(s.block)
         s.unwritten, s.staged, s.staged_pages, s.renewal, s.block = NULL, NULL, NULL, NULL, NULL
-        s.count = 0
+        s.count, self.owning = 0, False
 
 
 cdef uint64_t *map_file(str path, int fd, uint64_t at, uint64_t size, int protection, bint private) except NULL:
