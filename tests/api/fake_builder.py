@@ -16,6 +16,7 @@ import msgspec
 
 from crackle.cli.vmm import run
 from crackle.errors import ConfigError
+from crackle.vmm import shell as shell_module
 
 
 class ExitStatus(msgspec.Struct):
@@ -84,9 +85,8 @@ def build(config: Any, _shell: object, _options: object, _held: object) -> Machi
 builder: Any = types.ModuleType("crackle.vmm.builder")
 builder.build = build
 sys.modules["crackle.vmm.builder"] = builder
-shell: Any = types.ModuleType("crackle.vmm.shell")
+shell: Any = shell_module
 shell.prepare = lambda _config, _shared=False: None
-sys.modules["crackle.vmm.shell"] = shell
 
 if sys.argv[1:2] == ["--zygote"]:
     # Its children have the same machine.

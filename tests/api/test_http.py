@@ -108,6 +108,17 @@ def test_a_client_that_goes_away_leaves_no_trace(vmm: Vmm) -> None:
     assert vmm.request("GET", "/").status == 200
 
 
+def test_a_crowd_that_has_gone_before_it_is_looked_at_keeps_nobody_out(vmm: Vmm) -> None:
+    vmm.process.send_signal(signal.SIGSTOP)
+    for _ in range(63):
+        client = vmm.connect()
+        client.send(b"GET / HTTP")
+        client.close()
+    late = vmm.connect()
+    vmm.process.send_signal(signal.SIGCONT)
+    assert late.request("GET", "/").status == 200
+
+
 def test_one_client_too_many_is_told_so(vmm: Vmm) -> None:
     clients = [vmm.connect() for _ in range(63)]
     assert all(client.request("GET", "/").status == 200 for client in clients)

@@ -38,6 +38,9 @@ EVICTABLE_AFTER_S = 10.0
 # Seconds until a listener that could not be served is looked at again.
 _REST_S = 0.1
 
+# Rounds of the loop until it is known who has gone of those that were accepted last: who comes after them waits for that.
+_PATIENCE = 2
+
 # Seconds that are left to a client for what has been said to it already.
 LINGER_S = 1.0
 
@@ -90,6 +93,7 @@ class ApiServer:
         # The one that has been silent for the longest comes first.
         self._clients: dict[int, _Client] = {}
         self._reserve = -1
+        self._patience = _PATIENCE
         listener.setblocking(False)
         self._listen()
 
@@ -110,6 +114,11 @@ class ApiServer:
 
     def _accept(self, _events: int) -> None:
         for _ in range(MAX_CONNECTIONS):
+            if len(self._clients) >= MAX_CONNECTIONS and self._patience:
+                # Some of them may have gone already.
+                self._patience -= 1
+                return
+            self._patience = _PATIENCE
             try:
                 fd, _ = self._listener._accept()  # type: ignore[attr-defined]
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
