@@ -38,7 +38,7 @@ EVICTABLE_AFTER_S = 10.0
 # Seconds until a listener that could not be served is looked at again.
 _REST_S = 0.1
 
-# Rounds of the loop until it is known who has gone of those that were accepted last: who comes after them waits for that.
+# Rounds of the loop until it is known who has gone of those that were accepted last; who comes next waits for that.
 _PATIENCE = 2
 
 # Seconds that are left to a client for what has been said to it already.
