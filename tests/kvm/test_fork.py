@@ -22,7 +22,6 @@ import pytest
 from msgspec import UNSET
 
 from crackle import ConfigError, Drive, MicroVM, Overlay
-from crackle.memory import GuestMemory
 from support.card import Host, frame
 from support.launcher import ZygoteProcess
 from support.network import Namespace
@@ -366,14 +365,29 @@ def test_a_microvm_that_does_not_run_is_not_forked(parent: Process) -> None:
     assert fault["fault_message"] == "The requested operation is not supported before starting the microVM."
 
 
-def test_memory_that_cannot_be_copied_on_write_is_refused(guests: Path) -> None:
-    with (
-        GuestMemory([(0, 2 << 20)], backing="memfd") as memory,
-        pytest.raises(ConfigError, match="memory of the kind 'memfd' is not copied on write"),
-    ):
-        memory.check_inheritable()
-    with GuestMemory([(0, 2 << 20)]) as memory:
-        memory.check_inheritable()
+def test_each_has_its_metadata(
+    namespace: Namespace, fork: Callable[..., list[Clone]], guests: Path, tmp_path: Path
+) -> None:
+    taps = [namespace.tap(mtu=1500) for _ in range(3)]
+    with namespace.entered():
+        parent = Process(tmp_path)
+    try:
+        card = {"iface_id": "eth0", "host_dev_name": taps[0]}
+        parent.api.ask("PUT", "/network-interfaces/eth0", card)
+        parent.api.ask("PUT", "/mmds/config", {"network_interfaces": ["eth0"], "version": "V2"})
+        parent.api.ask("PUT", "/mmds", {"name": "parent", "n": [1]})
+        parent.boot(guests / "count.elf", "")
+        parent.counted(2)
+        overrides = [{"network_overrides": [{"iface_id": "eth0", "host_dev_name": tap}]} for tap in taps[1:]]
+        same, other = fork(parent.api, overrides[0], {**overrides[1], "mmds": {"name": "other"}})
+        assert same.api.ask("GET", "/mmds", expect=200) == {"name": "parent", "n": [1]}
+        assert other.api.ask("GET", "/mmds", expect=200) == {"name": "other"}
+        same.api.ask("PATCH", "/mmds", {"name": "same"})
+        assert parent.api.ask("GET", "/mmds", expect=200)["name"] == "parent"
+        for clone in (same, other):
+            clone.counted(3)
+    finally:
+        parent.kill()
 
 
 def test_a_monitor_from_the_zygote_forks_and_its_clones_outlive_launcher_and_zygote(

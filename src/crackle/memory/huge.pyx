@@ -12,7 +12,7 @@ from posix.unistd cimport close
 
 from crackle.includes.io cimport pread
 from crackle.memory.guest cimport GuestMemory
-from crackle.memory.region cimport HUGE_PAGE_SIZE, PAGE_SHIFT, Region
+from crackle.memory.region cimport HUGE_PAGE_SIZE, PAGE_SHIFT, PAGE_SIZE, Region
 from crackle.runtime.threads cimport now_ns
 
 
@@ -39,6 +39,15 @@ cdef uint64_t PM_PRESENT = <uint64_t> 1 << 63
 cdef uint64_t PM_MMAP_EXCLUSIVE = <uint64_t> 1 << 56
 
 
+cdef bint is_zero(const uint64_t *page) noexcept nogil:
+    """What was only ever read is the kernel's page of zeros, which everybody has."""
+    cdef int i
+    for i in range(PAGE_SIZE >> 3):
+        if page[i]:
+            return False
+    return True
+
+
 cdef bint is_worth_it(int pagemap, uintptr_t address) noexcept nogil:
     """Whether the range that begins there has enough pages, all of them this process's alone."""
     cdef uint64_t entries[PAGES]
@@ -47,9 +56,10 @@ cdef bint is_worth_it(int pagemap, uintptr_t address) noexcept nogil:
         return False
     for i in range(PAGES):
         if entries[i] & PM_PRESENT:
-            if not entries[i] & PM_MMAP_EXCLUSIVE:
+            if entries[i] & PM_MMAP_EXCLUSIVE:
+                present += 1
+            elif not is_zero(<const uint64_t *> (address + (<uintptr_t> i << PAGE_SHIFT))):
                 return False
-            present += 1
     return present >= LEAST
 
 
