@@ -1,4 +1,4 @@
-"""`crackle snapshot`: what is in a snapshot, and differential ones merged into their bases."""
+"""`crackle snapshot`: what is in a snapshot, seen, changed, merged and served."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Snapshots: look at them, merge differential ones.")
+app = typer.Typer(no_args_is_help=True, help="Snapshots: look at them, change, merge and serve them.")
 
 
 @app.command()
@@ -33,3 +33,73 @@ def rebase(
     from crackle.snapshot.inspect import rebase
 
     rebase(str(base), str(diff))
+
+
+@app.command()
+def edit(
+    state: Annotated[Path, typer.Argument(help="State file, or the directory of a snapshot.")],
+    drive: Annotated[
+        list[str] | None, typer.Option(metavar="ID=PATH", help="Another file for a drive; may be repeated.")
+    ] = None,
+    interface: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID=TAP", help="Another TAP device for an interface; may be repeated."),
+    ] = None,
+    vsock: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Another path for the vsock device's socket.")
+    ] = None,
+    instance_id: Annotated[str | None, typer.Option("--id", help="Another instance id.")] = None,
+) -> None:
+    """Have a snapshot name other files, TAP devices or sockets. What the guest knows of them stays as it is.
+
+    The state file is replaced as a whole, or not at all; the memory file is the same.
+    """
+    from crackle.snapshot.inspect import edit
+
+    edit(
+        str(state / "state" if state.is_dir() else state),
+        drives=_pairs("--drive", drive),
+        interfaces=_pairs("--interface", interface),
+        vsock=vsock,
+        instance_id=instance_id,
+    )
+
+
+def _pairs(option: str, given: list[str] | None) -> dict[str, str]:
+    """From words of the form ID=VALUE."""
+    result = {}
+    for word in given or ():
+        name, sign, value = word.partition("=")
+        if not (name and sign and value):
+            raise typer.BadParameter(f"{word!r} is not of the form ID=VALUE", param_hint=option)
+        result[name] = value
+    return result
+
+
+@app.command()
+def serve(
+    snapshot: Annotated[Path, typer.Argument(help="Memory file, or the directory of a snapshot.")],
+    socket: Annotated[
+        str, typer.Option("--socket", metavar="PATH", help="Unix socket for whoever loads the snapshot.")
+    ],
+    record: Annotated[
+        bool, typer.Option("--record", help="Note anew which pages a microVM wants first.")
+    ] = False,
+) -> None:
+    """Give the memory of a snapshot to the microVMs that load it (mem_backend "Uffd"), until Ctrl-C.
+
+    What the first of them wants in its first ten seconds is noted beside the memory file, and read ahead for others.
+    """
+    import sys
+
+    from crackle.snapshot.handler import Handler
+
+    def report(sentence: str) -> None:
+        print(f"crackle snapshot serve: {sentence}", file=sys.stderr)
+
+    memory = snapshot / "memory" if snapshot.is_dir() else snapshot
+    handler = Handler(str(memory), socket, report, record=record)
+    try:
+        handler.serve()
+    finally:
+        handler.close()

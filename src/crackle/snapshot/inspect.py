@@ -1,4 +1,4 @@
-"""For people: what a snapshot was taken of, and a differential one's memory merged into that of its base."""
+"""For people: what a snapshot is of; what it names changed; and a differential one's memory merged into its base's."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import contextlib
 import os
 import stat
 import time
+from types import MappingProxyType
 
-from crackle.errors import ConfigError
+import msgspec
+
+from crackle.errors import ConfigError, context
 from crackle.memory.dump import copy_data
+from crackle.schema.snapshot import DriveOverride, NetworkOverride, SnapshotLoad, VsockOverride
 from crackle.snapshot import statefile
+from crackle.snapshot.overrides import override
 from crackle.snapshot.pair import read_state, step
+from crackle.telemetry.logger import instance_id_problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 def describe(path: str) -> Iterator[tuple[str, str]]:
@@ -66,19 +74,60 @@ def rebase(base: str, diff: str) -> None:
             )
         if os.path.samefile(base, diff):
             raise ConfigError(f"{diff} and {base} are the same file")
-        target = os.path.realpath(base)
-        temporary = f"{target}.{os.urandom(16).hex()}"
-        with step("cannot write the merged memory file", base):
-            mode = stat.S_IMODE(os.fstat(fds[0]).st_mode)
-            out = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-            stack.callback(os.close, out)
-            try:
-                os.ftruncate(out, sizes[0])
-                for fd in fds:
-                    copy_data(fd, out, sizes[0])
-                os.fsync(out)
-                os.rename(temporary, target)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
-                raise
+        mode = stat.S_IMODE(os.fstat(fds[0]).st_mode)
+        with step("cannot write the merged memory file", base), _replaced(base, mode) as out:
+            os.ftruncate(out, sizes[0])
+            for fd in fds:
+                copy_data(fd, out, sizes[0])
+
+
+def edit(
+    path: str,
+    *,
+    drives: Mapping[str, str] = NOTHING,
+    interfaces: Mapping[str, str] = NOTHING,
+    vsock: str | None = None,
+    instance_id: str | None = None,
+) -> None:
+    """Have a state file name other things of the host; it is replaced whole or not at all, and its memory file stays.
+
+    drives, interfaces: files and TAP devices, by the identifiers that the snapshot has for them. vsock: the path of the
+    Unix socket. instance_id: what it was taken of. ConfigError, and nothing has changed, for what it does not have.
+    """
+    with context(f"{path} cannot be changed"):
+        if instance_id is not None and (problem := instance_id_problem(instance_id)) is not None:
+            raise ConfigError(problem)
+        snapshot = override(
+            statefile.decode(read_state(path)),
+            SnapshotLoad(
+                path,
+                drive_overrides=[DriveOverride(name, file) for name, file in drives.items()],
+                network_overrides=[NetworkOverride(name, tap) for name, tap in interfaces.items()],
+                vsock_override=None if vsock is None else VsockOverride(vsock),
+            ),
+        )
+        if instance_id is not None:
+            snapshot = msgspec.structs.replace(snapshot, instance_id=instance_id)
+        with step("Cannot write the state file", path):
+            mode = stat.S_IMODE(os.stat(path).st_mode)
+            with _replaced(path, mode) as out, open(out, "wb", closefd=False) as file:
+                file.write(statefile.encode(snapshot))
+
+
+@contextlib.contextmanager
+def _replaced(path: str, mode: int) -> Iterator[int]:
+    """A new file, open, that takes the place of the one at `path` when it is written. OSError leaves that as it is."""
+    target = os.path.realpath(path)
+    # A name as `pair` takes away, should this be killed.
+    temporary = f"{target}.{os.urandom(16).hex()}"
+    out = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        yield out
+        os.fsync(out)
+        os.rename(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    finally:
+        os.close(out)
