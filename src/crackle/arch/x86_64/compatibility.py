@@ -8,6 +8,7 @@ Documentation/virt/kvm/x86/cpuid.rst.
 
 from __future__ import annotations
 
+from crackle.arch.x86_64.msr import saved_msrs
 from crackle.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -103,7 +104,7 @@ def check_vcpus(kvm: Kvm, vcpus: Sequence[Vcpu], states: Sequence[VcpuState]) ->
         for function, index, register, names in _FEATURES
         for name in _missing(saved, here, function, index, register, names)
     ]
-    known = frozenset(kvm.msr_index_list())
+    known = frozenset(saved_msrs(kvm.msr_index_list()))
     registers = sorted(
         {index for state in states for index, value in state.msrs.items() if value and index not in known}
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Container, Iterable
 
 TSC = 0x10
 SYSENTER_CS = 0x174
@@ -38,8 +38,14 @@ _BOOT_MSRS = {
     MISC_ENABLE: _FAST_STRINGS,
     MTRR_DEF_TYPE: _MTRR_ENABLE | _WRITE_BACK,
 }
-# KVM handles the MTRRs but does not list them among the MSRs to save.
-_UNLISTED = (MTRR_DEF_TYPE,)
+# KVM handles the MTRRs but does not list them among the MSRs to save: eight variable ranges (base and mask), and the
+# fixed ones (Intel SDM volume 3, 12.11.2).
+_UNLISTED = (MTRR_DEF_TYPE, *range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270))
+
+
+def saved_msrs(listed: Iterable[int]) -> list[int]:
+    """The MSRs of a snapshot, out of KVM_GET_MSR_INDEX_LIST's; KVM leaves out those that it does not know."""
+    return list(dict.fromkeys((*listed, *_UNLISTED)))
 
 
 def boot_msrs(supported: Container[int] | None = None) -> dict[int, int]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from crackle.arch.x86_64.msr import saved_msrs
 from crackle.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -91,7 +92,7 @@ def save_vcpu(kvm: Kvm, vcpu: Vcpu) -> VcpuState:
     """A paused vCPU's state. Looking at its MP state first makes KVM deliver what is on its way."""
     mp_state = vcpu.get_mp_state()
     lapic = vcpu.get_lapic()
-    msrs = vcpu.get_msrs(kvm.msr_index_list())
+    msrs = vcpu.get_msrs(saved_msrs(kvm.msr_index_list()))
     timer = int.from_bytes(lapic[_LVT_TIMER : _LVT_TIMER + 4], "little")
     if timer & (_LVT_MODE | _LVT_MASKED) == _LVT_DEADLINE and msrs.get(_TSC_DEADLINE) == 0:
         # It may have expired just now, which KVM keeps where nobody can see it: better once too often than never.
@@ -124,7 +125,7 @@ def restore_vcpu(kvm: Kvm, vcpu: Vcpu, state: VcpuState) -> None:
     vcpu.set_xcrs(state.xcrs)
     vcpu.set_debugregs(state.debugregs)
     vcpu.set_lapic(state.lapic)
-    known = frozenset(kvm.msr_index_list())
+    known = frozenset(saved_msrs(kvm.msr_index_list()))
     # What this KVM does not know is zero: `check_vcpus` has seen to that.
     msrs = {index: value for index, value in state.msrs.items() if value or index in known}
     # Its value is an absolute time of the TSC, which must be there first.
