@@ -136,7 +136,7 @@ def _taken(
     calls, outputs = [], []
     # Numbers up to twice as many are given: the one that is in use goes before its successor comes.
     consoles = _Consoles(2 * READY)
-    with Pool(path, READY, console=consoles, in_process=in_process) as pool:
+    with Pool(path, READY, limit=2 * READY, console=consoles, in_process=in_process) as pool:
         for _ in range(times):
             pool.wait_ready(timeout=PATIENCE)
             time.sleep(BETWEEN_S)
@@ -188,7 +188,7 @@ def thousand(path: str, count: int) -> float:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     pipes = [_narrow_pipe() for _ in range(count)]
-    with Pool(path, count, at_once=8, console=lambda index: (-1, pipes[index][1])) as pool:
+    with Pool(path, count, limit=count, at_once=8, console=lambda index: (-1, pipes[index][1])) as pool:
         pool.wait_ready(timeout=10 * PATIENCE)
         heard = select.epoll()
         for read, _ in pipes:

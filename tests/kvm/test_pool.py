@@ -144,6 +144,20 @@ def test_what_cannot_be_made_is_told_and_tried_again(guests: Path, tmp_path: Pat
             answers(vm, "made")
 
 
+def test_a_callable_that_fails_is_told(echoing: Path) -> None:
+    with Pool(echoing, 2, instance_id=lambda index: ["first", "second"][index]) as pool:
+        pool.wait_ready(timeout=PATIENCE)
+        first, second = pool.take_many(2)
+        with pytest.raises(CrackleError, match="IndexError: list index out of range"):
+            pool.wait_ready(timeout=PATIENCE)
+        with pytest.raises(CapacityError, match="the last could not be made: IndexError"):
+            pool.take()
+        first.stop()
+        with pool.take(PATIENCE) as again:
+            assert again.instance_id == "first"
+        second.stop()
+
+
 def test_taps_are_used_again(namespace: Namespace, guests: Path, tmp_path: Path) -> None:
     taps = [namespace.tap(mtu=1500) for _ in range(2)]
     with namespace.entered():

@@ -57,7 +57,7 @@ def test_a_thousand_run_at_once_each_for_itself_and_leave_nothing(
 
     with Snapshot(tmp_path / "s") as snapshot:
         if ahead:
-            with Pool(snapshot, CLONES, console=console, instance_id="clone-{index}") as pool:
+            with Pool(snapshot, CLONES, limit=CLONES, console=console, instance_id="clone-{index}") as pool:
                 pool.wait_ready(timeout=20 * PATIENCE)
                 vms = pool.take_many(CLONES)
         else:

@@ -1,7 +1,7 @@
 """The guest's serial console, held by a program: what came out of it so far, and something to type into it.
 
-Owns two pipes and the thread that empties one of them, so that a guest that writes much never waits for its reader.
-Nothing waits with the lock held.
+Owns two pipes. One thread empties those of all consoles, while there are any, so that a guest that writes much never
+waits for its reader. Nothing waits with the lock held.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import select
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -99,8 +100,7 @@ class Console:
         self._room = select.epoll(flags=select.EPOLL_CLOEXEC)
         self._room.register(self._input, select.EPOLLOUT)
         self._room.register(self._gone, select.EPOLLIN)
-        self._thread = threading.Thread(target=self._drain, name="console", daemon=True)
-        self._thread.start()
+        _reader.add(self, self._events.fileno())
 
     def watch(self, exit_fd: int, why_ended: Callable[[], CrackleError | None]) -> None:
         """From now on the guest ends when `exit_fd` is readable; `why_ended` then says why, as the error to raise."""
@@ -111,18 +111,20 @@ class Console:
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
-    def _drain(self) -> None:
-        while True:
-            ready = {fd for fd, _ in self._events.poll()}
-            with self._changed:
-                if self._exit in ready:
-                    self._note_end()
-                if self._closing:
-                    self._take(every=True)
-                    self._closed = True
-                    self._changed.notify_all()
-                    return
-                self._take()
+    def serve(self) -> bool:
+        """Do what there is to do; False when it was the last time."""
+        ready = {fd for fd, _ in self._events.poll(0)}
+        with self._changed:
+            if self._exit in ready:
+                self._note_end()
+            self._take(every=self._closing)
+            return not self._closing
+
+    def served(self) -> None:
+        """The thread looks no more at the descriptors."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     def _take(self, every: bool = False) -> None:
         """Read what there is, or a good part of it; the lock is held."""
@@ -306,9 +308,8 @@ class Console:
             self._closing = True
             self._changed.notify_all()
         os.eventfd_write(self._gone, 1)
-        self._thread.join()
         with self._changed:
-            while self._writers:
+            while self._writers or not self._closed:
                 self._changed.wait()
             self._close_descriptors()
 
@@ -319,3 +320,62 @@ class Console:
             if fd >= 0:
                 os.close(fd)
         self.guest_in = self.guest_out = self._input = self._output = self._gone = self._exit = -1
+
+
+class _Reader:
+    """The thread of all consoles, which ends with the last of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._consoles: dict[int, Console] = {}
+        self._ready: select.epoll | None = None
+
+    def add(self, console: Console, fd: int) -> None:
+        """Serve a console whenever `fd` is readable, until it has been served for the last time."""
+        with self._lock:
+            starts = self._ready is None
+            ready = self._ready = self._ready or select.epoll(flags=select.EPOLL_CLOEXEC)
+            try:
+                ready.register(fd, select.EPOLLIN)
+                self._consoles[fd] = console
+                if starts:
+                    threading.Thread(target=self._run, args=(ready,), name="console", daemon=True).start()
+            except BaseException:
+                self._consoles.pop(fd, None)
+                if starts:
+                    ready.close()
+                    self._ready = None
+                raise
+
+    def _run(self, ready: select.epoll) -> None:
+        while True:
+            for fd, _ in ready.poll():
+                console = self._consoles[fd]
+                try:
+                    if console.serve():
+                        continue
+                except Exception as error:
+                    # It is this one's end, and not that of the others.
+                    sys.excepthook(type(error), error, error.__traceback__)
+                with self._lock:
+                    del self._consoles[fd]
+                    ready.unregister(fd)
+                    last = not self._consoles
+                    if last:
+                        ready.close()
+                        self._ready = None
+                console.served()
+                if last:
+                    return
+
+    def disown(self) -> None:
+        """In a forked child, which has not the thread."""
+        self._lock = threading.Lock()
+        self._consoles = {}
+        ready, self._ready = self._ready, None
+        if ready is not None:
+            ready.close()
+
+
+_reader = _Reader()
+os.register_at_fork(after_in_child=_reader.disown)

@@ -18,6 +18,7 @@ from typing import Any, Self, Unpack
 
 from crackle.errors import CapacityError, ConfigError, CrackleError, StateError
 from crackle.runtime.ownership import enrol
+from crackle.vmm import processes
 from crackle.vmm.arguments import document_of
 from crackle.vmm.clones import Snapshot, finish, resume_all, stand_by_all, stop_all
 from crackle.vmm.identity import CloneOptions
@@ -62,6 +63,8 @@ class Pool:
             # What two have in common is a mistake that is better told now.
             self._identities.of_all(range(min(self._size, 2)))
             self._read_ahead()
+            if not options.get("in_process", False):
+                processes.start()
         except BaseException:
             self._close_snapshot()
             raise
@@ -100,20 +103,25 @@ class Pool:
             raise ConfigError(f"a pool of {self._size} cannot give {n} at a time")
         if metadata is not None:
             metadata = document_of(metadata)
-        vms = self._pick(n, time.monotonic() + timeout)
+        until = time.monotonic() + timeout
         try:
-            if metadata is not None:
-                for vm in vms:
-                    vm.metadata = metadata
-            resume_all(vms, wait=False)
-        except BaseException:
-            stop_all(vms)
-            raise
+            while True:
+                vms = self._pick(n, until)
+                try:
+                    if metadata is not None:
+                        for vm in vms:
+                            vm.metadata = metadata
+                    resume_all(vms, wait=False)
+                    return vms
+                except BaseException as error:
+                    stop_all(vms)
+                    # One that has just been killed is no reason to have none.
+                    if not isinstance(error, StateError):
+                        raise
         finally:
             # Not before: its thread would want the interpreter, too.
             with self._changed:
                 self._changed.notify_all()
-        return vms
 
     def _pick(self, n: int, until: float) -> list[MicroVM]:
         dead: list[MicroVM] = []
@@ -193,8 +201,9 @@ class Pool:
                     vm.when_ended(partial(self._stopped, number))
             except CrackleError as error:
                 failure, vms = error, []
-            except OSError as error:
-                failure, vms = CrackleError(f"the host has no more room: {error}"), []
+            except Exception as error:
+                # The host has no more room, or a callable does not say what it should.
+                failure, vms = CrackleError(f"{type(error).__name__}: {error}"), []
             with self._changed:
                 self._making -= len(numbers)
                 self._failure = failure
@@ -218,7 +227,8 @@ class Pool:
                     lacking = min(lacking, self._limit - len(self._ready) - self._taken)
                 quiet = self._last_taken + _QUIET_S - time.monotonic()
                 if lacking > 0 and (quiet <= 0 or self._waiting):
-                    self._making = min(lacking, self._at_once)
+                    # One that cannot be made is not to take others with it.
+                    self._making = min(lacking, self._at_once if self._failure is None else 1)
                     return [self._number() for _ in range(self._making)]
                 self._changed.wait(quiet if lacking > 0 else None)
         return None

@@ -142,6 +142,16 @@ def ask(wish: Wish, fds: Sequence[int], source: Source | None = None) -> None:
             raise CrackleError("the process from which microVMs are had has ended as soon as it was started")
 
 
+def start() -> None:
+    """Have this program's zygote, before something that is to end before it. CrackleError when it cannot be had."""
+    global _current
+    with _starting:
+        if _current is None or _current.place != _place():
+            if _current is not None:
+                _current.end()
+            _current = Processes()
+
+
 def forget(key: int) -> None:
     """The snapshot with this key is not wanted any more."""
     with _starting:
