@@ -388,7 +388,7 @@ class MicroVM:
     def fork(self, n: int = 1, *, first: int = 0, **options: Unpack[CloneOptions]) -> list[MicroVM]:
         """`n` microVMs that go on from where this one is, which goes on too; each with a process of its own.
 
-        This one stands still for about a millisecond, and for as long as the kernel needs to share its memory, whatever
+        This one stands still for some milliseconds, and for as long as the kernel needs to share its memory, whatever
         `n` is. Nobody's memory is copied before somebody writes to it, page by page. Clones of one that is paused are
         paused. They end when this program does.
 
