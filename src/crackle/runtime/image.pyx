@@ -12,8 +12,10 @@ to at all. Neither is done by an interpreter without a GIL, which counts otherwi
 Owns the file's mappings and, for each word of them, whether it is such a count. They are inherited, and never given back.
 """
 
+from cpython.mem cimport PyObject_Free, PyObject_Malloc
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, strncmp
 from posix.fcntl cimport O_CLOEXEC, O_RDONLY, open
 from posix.mman cimport (
@@ -42,6 +44,15 @@ cdef extern from * nogil:
     static int make_memfd(const char *name) {
         int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
         return fd >= 0 ? fd : memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    }
+
+    #include <malloc.h>
+    #if !__GLIBC_PREREQ(2, 33)
+    #define mallinfo2 mallinfo
+    #endif
+    /* Where the part of the heap begins from which nothing has been taken yet. */
+    static char *heap_top(void) {
+        return (char *) sbrk(0) - mallinfo2().keepcost;
     }
 
     #define seal(fd) fcntl(fd, F_ADD_SEALS, F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE)
@@ -146,6 +157,7 @@ cdef extern from * nogil:
         HAS_GIL
         COUNTS_MAY_BE_LOST
         MADV_DONTNEED
+    char *heap_top()
     int make_memfd(const char *name)
     int seal(int fd)
     int ftruncate(int fd, int64_t size)
@@ -164,6 +176,13 @@ cdef enum:
     # Less is not worth a mapping of its own: the data of a module.
     SPAN_MIN = 64 << 10
     SPANS = 64
+    # Of Python's allocator: small objects come in sizes of so many bytes, from pools of such a size.
+    SMALL_STEP = 16
+    SMALL_MOST = 512
+    POOL = 16 << 10
+    LARGE_MOST = 64 << 10
+    # Bytes that are taken of each size at most, whichever allocator there is.
+    GAPS = 512 << 10
     ENTRIES = 512           # of /proc/PID/pagemap, at a time
     RESTING = 64
 
@@ -198,7 +217,48 @@ def take():
     find_spans()
     immortalise(gc.get_objects())
     gc.freeze()
+    fill_gaps()
     return put_into_file()
+
+
+cdef void fill_gaps() noexcept:
+    """Take what is free between that which is in use, for good: what a child makes lies together then, elsewhere."""
+    cdef size_t size, taken
+    cdef char *block
+    cdef char *last
+    for size in range(SMALL_STEP, SMALL_MOST + 1, SMALL_STEP):
+        last, taken = NULL, 0
+        while taken < GAPS:
+            block = <char *> PyObject_Malloc(size)
+            # One behind the other: those of a pool that nobody has used yet.
+            if block == NULL or (last != NULL and block == last + size and is_first(last)):
+                PyObject_Free(block)
+                PyObject_Free(last)
+                break
+            last = block
+            taken += size
+    fill_heap()
+
+
+cdef bint is_first(const char *block) noexcept nogil:
+    """Whether it is the first of its pool."""
+    return (<uintptr_t> block & (POOL - 1)) < 64
+
+
+cdef void fill_heap() noexcept nogil:
+    cdef size_t size = LARGE_MOST, taken
+    cdef char *block
+    cdef char *top
+    while size >= SMALL_STEP:
+        taken, top = 0, heap_top()
+        while taken < GAPS:
+            block = <char *> malloc(size)
+            # Cut off what has not been in use yet.
+            if block == NULL or block >= top:
+                free(block)
+                break
+            taken += size
+        size = size // 2 if size > 2048 else size - SMALL_STEP
 
 
 cdef void find_spans() noexcept:
