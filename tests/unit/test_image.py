@@ -84,6 +84,21 @@ assert kept[5 * PAGE] == 7 and kept[: 5 * PAGE] == before[: 5 * PAGE] and kept[5
 """)
 
 
+def test_what_takes_long_is_done_in_parts() -> None:
+    in_a_child("""
+for place in range(0, len(kept), PAGE):
+    kept[place] = 0
+    kept[place] = before[place]
+given, parts = image.give_back([], 1), 1
+while image.unfinished():
+    given += image.give_back([], 1)
+    parts += 1
+assert given > 1600 << 10 and parts > 10, (given, parts)
+image.give_back([], 60_000_000)
+assert not image.unfinished() and kept == before
+""")
+
+
 def test_pages_in_which_only_references_were_counted_are_given_back_and_the_objects_live() -> None:
     in_a_child("""
 image.give_back()

@@ -14,7 +14,7 @@ import time
 import msgspec
 
 from crackle.api.server import ApiServer
-from crackle.errors import CrackleError
+from crackle.errors import CrackleError, StateError
 from crackle.runtime import housekeeping
 from crackle.runtime.loop import Loop
 from crackle.runtime.terminal import Terminal
@@ -56,6 +56,9 @@ _IDLE_S = 0.05
 
 # Seconds after the start of the guest when what only the start needed is given back.
 _SETTLED_S = 1.0
+# And between the moments for which the guest stands still for that, and how many there are at most.
+_BETWEEN_S = 0.02
+_MOMENTS = 100
 
 # These end it in order, and then by the signal itself, so that the parent sees what it sent.
 _TERMINATE = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
@@ -118,7 +121,17 @@ class Monitor:
 
     def _settle_later(self, machine: Machine, /) -> None:
         """Give back what only the start needed when that is over."""
-        self._loop.call_later(_SETTLED_S, lambda: housekeeping.settle(machine))
+        self._loop.call_later(_SETTLED_S, lambda: self._settle(machine))
+
+    def _settle(self, machine: Machine) -> None:
+        housekeeping.settle()
+        self._give_back(machine, _MOMENTS)
+
+    def _give_back(self, machine: Machine, left: int) -> None:
+        # A machine that has stopped needs no memory.
+        with contextlib.suppress(StateError):
+            if left and housekeeping.give_back_unchanged(machine):
+                self._loop.call_later(_BETWEEN_S, lambda: self._give_back(machine, left - 1))
 
     def _look_for_end(self, _events: int) -> None:
         machine = self._controller.machine

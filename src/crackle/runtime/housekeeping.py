@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 
-from crackle.errors import CrackleError
+from crackle.errors import KvmError
 from crackle.runtime import image
 from crackle.runtime.mappings import trim_heap, unmap_code
 
@@ -29,20 +29,32 @@ if TYPE_CHECKING:
 # <linux/sched.h>, PF_IO_WORKER and PF_USER_WORKER: threads that the kernel has made for itself.
 _OF_KERNEL = 0x10 | 0x4000
 
+# Microseconds for which a guest stands still, at most, and a little more.
+_MOMENT_US = 1000
 
-def settle(machine: Machine) -> None:
-    """Give back all that can be, now that the guest runs; what it needs after all comes again. Takes milliseconds."""
+
+def settle() -> None:
+    """Give back what need not be looked at, now that the guest runs; what is needed after all comes again."""
     trim_heap()
     unmap_code()
-    # A guest whose threads cannot stand still for a moment is left alone.
-    with contextlib.suppress(CrackleError):
-        machine.at_rest(_give_back_unchanged)
 
 
-def _give_back_unchanged(workers: Sequence[Worker]) -> None:
-    """What is again as the zygote had it; nobody else may be writing then."""
+def give_back_unchanged(machine: Machine) -> bool:
+    """Give back what is again as the zygote had it, the machine standing still for a moment; whether there is more.
+
+    StateError when it has stopped.
+    """
+    # Whoever cannot stand still now can do so later.
+    with contextlib.suppress(KvmError):
+        machine.at_rest(_give_back)
+        return image.unfinished()
+    return True
+
+
+def _give_back(workers: Sequence[Worker]) -> None:
+    """Nobody else may be writing then."""
     if sum(map(_is_ours, os.listdir("/proc/self/task"))) <= 1 + len(workers):
-        image.give_back(workers)
+        image.give_back(workers, _MOMENT_US)
 
 
 def _is_ours(thread: str) -> bool:

@@ -14,7 +14,7 @@ Owns the file's mappings and, for each word of them, whether it is such a count.
 
 from cpython.mem cimport PyObject_Free, PyObject_Malloc
 from cpython.object cimport PyObject
-from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, strncmp
 from posix.fcntl cimport O_CLOEXEC, O_RDONLY, open
@@ -24,6 +24,7 @@ from posix.mman cimport (
 from posix.unistd cimport close, pread, pwrite
 
 from crackle.runtime.mappings cimport *
+from crackle.runtime.threads cimport now_ns
 
 import gc
 import os
@@ -201,6 +202,8 @@ cdef struct span:
 cdef span[SPANS] spans
 cdef int span_count = 0
 cdef unsigned long image_inode = 0
+# Where the next call goes on; 0 is at the beginning.
+cdef uintptr_t next_page = 0
 
 
 # -- the zygote --------------------------------------------------------------------------------------------------------
@@ -395,11 +398,12 @@ cdef bint map_from(int fd, span *s) noexcept nogil:
 
 # -- its children ------------------------------------------------------------------------------------------------------
 
-def give_back(resting=()):
+def give_back(resting=(), unsigned int microseconds=0):
     """Give back the pages that are as the zygote had them, and those of which only reference counts differ; their bytes.
 
     To be called where no other thread of this process can write to anything but its stack: all are workers that stand
-    still, `resting`, and this one has the GIL.
+    still, `resting`, and this one has the GIL. microseconds: when that has been long enough, 0 for no limit; `unfinished`
+    says whether there is more, with which the next call goes on.
     """
     cdef uintptr_t[2 * RESTING] places
     cdef int count = 0
@@ -412,28 +416,36 @@ def give_back(resting=()):
         places[2 * count] = <uintptr_t> <void *> worker
         places[2 * count + 1] = places[2 * count] + <size_t> type(worker).__basicsize__
         count += 1
-    return drop_unchanged(places, count)
+    return drop_unchanged(places, count, now_ns() + 1000 * <uint64_t> microseconds if microseconds else UINT64_MAX)
 
 
-cdef int64_t drop_unchanged(const uintptr_t *places, int count) noexcept nogil:
+def unfinished():
+    """Whether the last `give_back` has not come to the end."""
+    return next_page != 0
+
+
+cdef int64_t drop_unchanged(const uintptr_t *places, int count, uint64_t until) noexcept nogil:
+    global next_page
     cdef listing maps
     cdef mapping m
     cdef sigset_t before
     cdef int64_t dropped = 0
+    cdef uintptr_t begin = next_page
     cdef int pages, i
+    next_page = 0
     pages = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)
     if pages < 0:
         return 0
     # A handler would write to what the interpreter has.
     block_signals(&before)
     list_mappings(&maps)
-    while next_mapping(&maps, &m):
+    while not next_page and next_mapping(&maps, &m):
         # Still mapped from the image, and where it was: anything may have come in its place.
         if has_access(&m, "rw-p") and m.inode == image_inode and m.offset == m.start and not strncmp(m.name, "/memfd:", 7):
             for i in range(span_count):
-                if spans[i].view != NULL:
+                if spans[i].view != NULL and not next_page:
                     dropped += drop_from(
-                        &spans[i], max(m.start, spans[i].start), min(m.end, spans[i].end), pages, places, count
+                        &spans[i], max(m.start, spans[i].start, begin), min(m.end, spans[i].end), pages, places, count, until
                     )
     forget_mappings(&maps)
     restore_signals(&before)
@@ -445,15 +457,16 @@ cdef int64_t drop_unchanged(const uintptr_t *places, int count) noexcept nogil:
 
 
 cdef int64_t drop_from(
-    span *s, uintptr_t start, uintptr_t end, int pages, const uintptr_t *places, int count
+    span *s, uintptr_t start, uintptr_t end, int pages, const uintptr_t *places, int count, uint64_t until
 ) noexcept nogil:
-    """Drop what can be of a part of a span."""
+    """Drop what can be of a part of a span, until then."""
+    global next_page
     cdef uint64_t[ENTRIES] entries
     cdef uintptr_t at = start, run = start
     cdef int64_t dropped = 0
     cdef ssize_t got
     cdef int i
-    while at < end:
+    while at < end and not next_page:
         got = pread(pages, entries, min(<size_t> ENTRIES, (end - at) // PAGE) * 8, <int64_t> (at // PAGE * 8)) // 8
         if got <= 0:
             break
@@ -465,6 +478,10 @@ cdef int64_t drop_from(
                 dropped += drop(run, at)
                 run = at + PAGE
             at += PAGE
+            # Pages that are not one's own cost next to nothing.
+            if entries[i] & EXCLUSIVE and now_ns() >= until:
+                next_page = at
+                break
     return dropped + drop(run, at)
 
 
