@@ -30,7 +30,9 @@ def gone(pid: int) -> bool:
         except ProcessLookupError:
             return True
         try:
-            if select.select([process], [], [], PATIENCE)[0]:
+            poll = select.poll()
+            poll.register(process, select.POLLIN)
+            if poll.poll(PATIENCE * 1000):
                 return True
         finally:
             os.close(process)
