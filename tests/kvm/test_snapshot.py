@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from crackle import ConfigError, Drive, MicroVM, NetworkInterface, RateLimiter, TokenBucket, VirtioDevice
+from crackle.arch.x86_64 import layout
+from crackle.arch.x86_64.board import Board
 from crackle.memory.dump import Scan
 from crackle.snapshot.inspect import rebase
 from support.card import Host, frame
@@ -503,3 +505,37 @@ def test_the_command_shows_and_merges(guests: Path, tmp_path: Path) -> None:
     assert wrong.returncode == 1
     assert f"it has {64 << 20} bytes, the other 4096" in wrong.stderr
     assert disk.read_bytes() == bytes(4096)
+
+
+def generation_id(vm: MicroVM) -> bytes:
+    return vm._machine().memory.read(layout.VMGENID_ADDR, 16)
+
+
+def test_whoever_goes_on_from_a_snapshot_has_another_generation_id(guests: Path, tmp_path: Path) -> None:
+    with MicroVM(guests / "count.elf", boot_args="", memory=64) as vm:
+        vm.console.expect("count 2\n", timeout=PATIENCE)
+        found = [generation_id(vm)]
+        vm.snapshot(tmp_path)
+        assert generation_id(vm) == found[0], "it is the same machine still"
+    for _ in range(2):
+        with MicroVM.restore(tmp_path) as vm:
+            found.append(generation_id(vm))
+            vm.console.expect("count 4\n", timeout=PATIENCE)
+    assert len(set(found)) == 3
+
+
+def test_a_snapshot_of_a_guest_without_a_generation_id_is_loaded_as_it_is(
+    guests: Path, tmp_path: Path
+) -> None:
+    with MicroVM(guests / "count.elf", boot_args="", memory=64) as vm:
+        vm.console.expect("count 2\n", timeout=PATIENCE)
+        vm.pause()
+        board = vm._machine().board
+        assert isinstance(board, Board)
+        board._vmgenid = None
+        vm._machine().memory.write(layout.VMGENID_ADDR, b"the guest's own.")
+        vm.snapshot(tmp_path / "0")
+    for number in range(2):
+        with MicroVM.restore(tmp_path / f"{number}") as vm:
+            assert generation_id(vm) == b"the guest's own."
+            vm.snapshot(tmp_path / f"{number + 1}")

@@ -120,7 +120,7 @@ def test_without_a_power_button_there_is_no_event_device() -> None:
 def test_the_largest_machine_fits_below_the_rsdp() -> None:
     devices = [DeviceInfo(0xC000_1000 + index * 0x1000, 0x1000, 5 + index) for index in range(19)]
     memory = GuestMemory(memory_layout(MIB))
-    end = acpi.write_tables(memory, START, vcpu_count=32, devices=devices, sleep_port=0x600)
+    end = acpi.write_tables(memory, START, vcpu_count=32, devices=devices, sleep_port=0x600, vmgenid=0xE1000)
     assert end <= 0xE0000
 
 
@@ -162,18 +162,30 @@ DefinitionBlock ("dsdt.aml", "DSDT", 2, "CRACKL", "CRACKLVM", 1)
         {
             Name (_HID, EisaId ("PNP0C0C"))
         }
+        Device (VGEN)
+        {
+            Name (_HID, "CRKL0001")
+            Name (_CID, Package (2) { "VMGENCTR", "VM_Gen_Counter" })
+            Name (_DDN, "VM_Gen_Counter")
+            Name (ADDR, Package (2) { 0x9ABCDEF0, 0x12345678 })
+        }
         Device (GED)
         {
             Name (_HID, "ACPI0013")
             Name (_CRS, ResourceTemplate ()
             {
                 Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive) { 3 }
+                Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive) { 23 }
             })
             Method (_EVT, 1, Serialized)
             {
                 If (LEqual (Arg0, 3))
                 {
                     Notify (\_SB.PWRB, 0x80)
+                }
+                If (LEqual (Arg0, 23))
+                {
+                    Notify (\_SB.VGEN, 0x80)
                 }
             }
         }
@@ -199,7 +211,7 @@ def test_the_dsdt_is_what_intels_compiler_makes_of_the_same_source(tmp_path: Pat
     (tmp_path / "dsdt.asl").write_text(ASL)
     subprocess.run(["iasl", "-oa", "dsdt.asl"], cwd=tmp_path, check=True, capture_output=True, timeout=30)
     compiled = (tmp_path / "dsdt.aml").read_bytes()
-    ours = acpi.dsdt(DEVICES[:1], power_gsi=3, sleep_port=0x600)
+    ours = acpi.dsdt(DEVICES[:1], power_gsi=3, sleep_port=0x600, vmgenid=0x12345678_9ABCDEF0)
     header = 36  # names the compiler
     assert ours[header:] == compiled[header:]
 

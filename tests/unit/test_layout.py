@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from crackle.arch.x86_64 import layout
+from crackle.arch.x86_64 import layout, platform
 from crackle.arch.x86_64.layout import memory_layout
 from crackle.errors import ConfigError
 
@@ -63,6 +63,7 @@ def test_what_the_monitor_writes_does_not_overlap() -> None:
         (layout.CMDLINE_START, layout.CMDLINE_MAX_SIZE),
         (layout.SYSTEM_MEM_START, layout.SYSTEM_MEM_SIZE),
         (layout.RSDP_ADDR, 36),
+        (layout.VMGENID_ADDR, 16),
     ]
     ends = [(start, start + size) for start, size in sorted(ranges)]
     assert all(before[1] <= after[0] for before, after in pairwise(ends))
@@ -74,3 +75,4 @@ def test_fixed_interrupt_lines_are_not_handed_to_devices() -> None:
     fixed = [layout.GSI_KEYBOARD, layout.GSI_POWER, layout.GSI_COM1]
     assert len(set(fixed)) == 3
     assert max(fixed) < layout.GSI_FIRST
+    assert layout.GSI_VMGENID not in platform.DEVICE_LINES

@@ -25,6 +25,12 @@ class PvPanicState(msgspec.Struct, frozen=True, kw_only=True):
     panicked: bool
 
 
+class VmGenIdState(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the generation ID is, as a guest physical address. The ID itself is in guest memory."""
+
+    address: int
+
+
 class I8042State(msgspec.Struct, frozen=True, kw_only=True):
     """Registers of the keyboard controller and the bytes waiting in its output buffer."""
 

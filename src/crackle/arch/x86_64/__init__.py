@@ -47,6 +47,7 @@ def configure_system(
     devices: Sequence[DeviceInfo],
     power_gsi: int | None = layout.GSI_POWER,
     sleep_port: int | None = None,
+    vmgenid: int | None = None,
 ) -> None:
     """Write the command line, boot parameters, MP table, ACPI tables, GDT and page tables to guest memory.
 
@@ -78,6 +79,7 @@ def configure_system(
         devices=devices,
         power_gsi=power_gsi,
         sleep_port=sleep_port,
+        vmgenid=vmgenid,
     )
     registers.write_tables(memory, pvh=pvh)
     boot.write_reset_vector(memory)

@@ -1,10 +1,10 @@
 """ACPI tables of a hardware-reduced machine (ACPI 6.5, chapters 4.1 and 5.2): RSDP, XSDT, FADT, MADT and
 DSDT.
 
-The DSDT declares the serial port, the keyboard controller, the pvpanic device, a window for each virtio device,
-and a power button. A hardware-reduced machine has no fixed power button, so pressing it is an interrupt of the generic
-event device, whose `_EVT` method notifies the button (5.6.9, 4.8.2.2.2): raising GSI_POWER asks the guest to
-shut down.
+The DSDT declares the serial port, the keyboard controller, the pvpanic device, the VM generation ID, a window for each
+virtio device, and a power button. A hardware-reduced machine has no fixed power button, so pressing it is an interrupt
+of the generic event device, whose `_EVT` method notifies the button (5.6.9, 4.8.2.2.2): raising GSI_POWER asks the
+guest to shut down. GSI_VMGENID tells it in the same way that its generation ID is another one.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ _LOCAL_APIC = 0
 _IOAPIC = 1
 
 _BUTTON_PRESSED = 0x80
+_GENERATION_CHANGED = 0x80
 
 
 def write_tables(
@@ -71,12 +72,14 @@ def write_tables(
     devices: Sequence[DeviceInfo],
     power_gsi: int | None = layout.GSI_POWER,
     sleep_port: int | None = None,
+    vmgenid: int | None = None,
 ) -> int:
     """Write the RSDP to its place and the other tables from guest physical `address` on. Returns where they
     end.
 
     power_gsi: the power button's interrupt; None declares no button. sleep_port: I/O port of a sleep control
-    register, with the sleep status register at the next port; None declares no way to power off.
+    register, with the sleep status register at the next port; None declares no way to power off. vmgenid: where
+    the VM generation ID is; None declares none.
     """
     start = _align(address)
     tables = bytearray()
@@ -87,7 +90,7 @@ def write_tables(
         tables.extend(table)
         return place
 
-    dsdt_address = add(dsdt(devices, power_gsi=power_gsi, sleep_port=sleep_port))
+    dsdt_address = add(dsdt(devices, power_gsi=power_gsi, sleep_port=sleep_port, vmgenid=vmgenid))
     fadt_address = add(fadt(dsdt_address, sleep_port=sleep_port))
     madt_address = add(madt(vcpu_count))
     xsdt_address = add(xsdt(fadt_address, madt_address))
@@ -141,7 +144,13 @@ def madt(vcpu_count: int) -> bytes:
     return _table(b"APIC", 6, b"".join(body))
 
 
-def dsdt(devices: Sequence[DeviceInfo], *, power_gsi: int | None, sleep_port: int | None) -> bytes:
+def dsdt(
+    devices: Sequence[DeviceInfo],
+    *,
+    power_gsi: int | None,
+    sleep_port: int | None,
+    vmgenid: int | None = None,
+) -> bytes:
     """Differentiated system description table (5.2.11.1): devices, in the order the guest is to find them."""
     terms = [
         aml.device(
@@ -168,8 +177,15 @@ def dsdt(devices: Sequence[DeviceInfo], *, power_gsi: int | None, sleep_port: in
             _resources(aml.io(layout.PVPANIC_PORT, layout.PVPANIC_PORT_COUNT)),
         )
     )
+    events = []
     if power_gsi is not None:
-        terms.extend(_power_button(power_gsi))
+        terms.append(aml.device("PWRB", aml.name("_HID", aml.eisa_id("PNP0C0C"))))
+        events.append((power_gsi, "\\_SB.PWRB", _BUTTON_PRESSED))
+    if vmgenid is not None:
+        terms.append(_generation_id(vmgenid))
+        events.append((layout.GSI_VMGENID, "\\_SB.VGEN", _GENERATION_CHANGED))
+    if events:
+        terms.append(_event_device(events))
     gsis = [info.gsi for info in devices]
     for index, info in enumerate(devices):
         shared = gsis.count(info.gsi) > 1
@@ -191,16 +207,27 @@ def dsdt(devices: Sequence[DeviceInfo], *, power_gsi: int | None, sleep_port: in
     return _table(b"DSDT", 2, body)
 
 
-def _power_button(gsi: int) -> tuple[bytes, bytes]:
-    button = aml.device("PWRB", aml.name("_HID", aml.eisa_id("PNP0C0C")))
-    pressed = aml.if_equal(aml.ARG0, aml.integer(gsi), aml.notify("\\_SB.PWRB", _BUTTON_PRESSED))
-    events = aml.device(
+def _generation_id(address: int) -> bytes:
+    """Where it is, in two halves of 32 bits, under the two names that Microsoft gives it; Linux takes either."""
+    half = (1 << 32) - 1
+    return aml.device(
+        "VGEN",
+        aml.name("_HID", aml.string("CRKL0001")),
+        aml.name("_CID", aml.package(aml.string("VMGENCTR"), aml.string("VM_Gen_Counter"))),
+        aml.name("_DDN", aml.string("VM_Gen_Counter")),
+        aml.name("ADDR", aml.package(aml.integer(address & half), aml.integer(address >> 32))),
+    )
+
+
+def _event_device(events: Sequence[tuple[int, str, int]]) -> bytes:
+    """The generic event device: for each (interrupt, device, value) it notifies the device of the value."""
+    cases = [aml.if_equal(aml.ARG0, aml.integer(gsi), aml.notify(path, value)) for gsi, path, value in events]
+    return aml.device(
         "GED_",
         aml.name("_HID", aml.string("ACPI0013")),
-        _resources(aml.interrupt(gsi)),
-        aml.method("_EVT", 1, pressed, serialized=True),
+        _resources(*(aml.interrupt(gsi) for gsi, _, _ in events)),
+        aml.method("_EVT", 1, *cases, serialized=True),
     )
-    return button, events
 
 
 def _resources(*descriptors: bytes) -> bytes:

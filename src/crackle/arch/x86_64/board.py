@@ -13,7 +13,8 @@ from crackle.devices.i8042 import I8042
 from crackle.devices.power import SleepControl
 from crackle.devices.pvpanic import PvPanic
 from crackle.devices.serial import Serial
-from crackle.devices.state import I8042State, PvPanicState, SerialState
+from crackle.devices.state import I8042State, PvPanicState, SerialState, VmGenIdState
+from crackle.devices.vmgenid import VmGenId
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,15 +34,19 @@ _I8042 = (
 
 
 class BoardState(msgspec.Struct, frozen=True, kw_only=True):
-    """What the board saves in a snapshot. The sleep registers and the boot timer hold nothing."""
+    """What the board saves in a snapshot. The sleep registers and the boot timer hold nothing.
+
+    vmgenid: None of a guest that was begun without one.
+    """
 
     serial: SerialState
     i8042: I8042State
     pvpanic: PvPanicState
+    vmgenid: VmGenIdState | None = None
 
 
 class Board:
-    """Serial console, keyboard controller, sleep registers, power button, pvpanic and, if asked for, the boot timer."""
+    """Serial console, keyboard controller, sleep registers, power button, pvpanic, VM generation ID and boot timer."""
 
     def __init__(
         self,
@@ -60,6 +65,9 @@ class Board:
         host.pio.attach_python(layout.SLEEP_PORT, layout.SLEEP_PORT_COUNT, SleepControl(layout.S5_SLEEP_TYPE))
         self.pvpanic = PvPanic(report, ends=ends_on_panic)
         host.pio.attach_python(layout.PVPANIC_PORT, layout.PVPANIC_PORT_COUNT, self.pvpanic)
+        self._vmgenid: VmGenId | None = VmGenId(
+            host.memory, layout.VMGENID_ADDR, host.interrupt(layout.GSI_VMGENID)
+        )
         self._power_fd = host.interrupt(layout.GSI_POWER)
         self._boot_timer: BootTimer | None = None
         if report_boot_time is not None:
@@ -73,6 +81,8 @@ class Board:
 
     def start(self) -> None:
         """The guest begins now."""
+        if self._vmgenid is not None:
+            self._vmgenid.start()
         if self._boot_timer is not None:
             self._boot_timer.start()
 
@@ -93,10 +103,19 @@ class Board:
 
     def save(self) -> BoardState:
         """The machine is paused."""
-        return BoardState(serial=self.serial.save(), i8042=self.i8042.save(), pvpanic=self.pvpanic.save())
+        return BoardState(
+            serial=self.serial.save(),
+            i8042=self.i8042.save(),
+            pvpanic=self.pvpanic.save(),
+            vmgenid=None if self._vmgenid is None else self._vmgenid.save(),
+        )
 
     def restore(self, state: BoardState) -> None:
         """The reverse of `save`, before the vCPUs run."""
         self.serial.restore(state.serial)
         self.i8042.restore(state.i8042)
         self.pvpanic.restore(state.pvpanic)
+        if state.vmgenid is None or self._vmgenid is None:
+            self._vmgenid = None
+        else:
+            self._vmgenid.restore(state.vmgenid)

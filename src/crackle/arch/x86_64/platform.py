@@ -56,7 +56,7 @@ __all__ = [
 
 DEVICE_WINDOWS = range(layout.VIRTIO_MMIO_START, layout.VIRTIO_MMIO_LAST + 1, layout.MMIO_WINDOW_SIZE)
 make_board = Board
-DEVICE_LINES = range(layout.GSI_FIRST, layout.GSI_LAST + 1)
+DEVICE_LINES = range(layout.GSI_FIRST, layout.GSI_VMGENID)
 DEVICE_ROUTES = range(layout.GSI_MSI_FIRST, layout.GSI_MSI_LAST + 1)
 
 
@@ -100,6 +100,7 @@ def describe(
         vcpu_count=vcpu_count,
         devices=devices,
         sleep_port=layout.SLEEP_PORT,
+        vmgenid=layout.VMGENID_ADDR,
     )
 
 
