@@ -32,6 +32,11 @@ cdef extern from * nogil:
     int trailing_zeroes "__builtin_ctzll" (uint64_t value)
     int count_ones "__builtin_popcountll" (uint64_t value)
 
+cdef extern from "<sys/mman.h>" nogil:
+    enum:
+        MADV_RANDOM
+    int madvise(void *address, size_t size, int advice)
+
 cdef enum:
     PAGE_SHIFT = 12
     PAGE = 1 << PAGE_SHIFT
@@ -412,4 +417,6 @@ cdef uint64_t *map_file(str path, int fd, uint64_t at, uint64_t size, int protec
     cdef void *mapped = mmap(NULL, size, protection, MAP_PRIVATE if private else MAP_SHARED, fd, <long> at)
     if mapped == MAP_FAILED:
         raise ConfigError(f"cannot map the overlay {path}: {strerror(errno).decode()}")
+    # A page of it is for 128 MiB of the disk: reading ahead would be for the holes behind the map.
+    madvise(mapped, size, MADV_RANDOM)
     return <uint64_t *> mapped
