@@ -180,6 +180,7 @@ class Reader:
         }
         self.shell = self._terminal(["bash", "--norc", "--noprofile"])
         self.guest: Terminal | None = None
+        self._configured: list[tuple[str, str]] = []
         self._others: list[Terminal] = []
         self._boots = False
         self._began = time.monotonic()
@@ -216,6 +217,9 @@ class Reader:
                 self.run(_WAIT)
             for typed, shown in block.steps():
                 _compare(self.run(typed), shown)
+            if block.kind == "before the start":
+                # A guest that ends in between is configured as this one was.
+                self._configured += block.steps()
             if block.kind == "starts the guest":
                 self._greet()
 
@@ -242,16 +246,19 @@ class Reader:
         self.run("python example.py")
 
     def _prepare_monitor(self, kind: str) -> None:
+        if kind not in ("before the start", "while it runs") or (self.guest is not None and not self._boots):
+            return
         readme = blocks(Path("README.md"))
         start = next(block for block in readme if block.kind == "starts the guest").steps()
-        if kind == "before the start":
+        if self.guest is None:
             (monitor,) = next(block for block in readme if block.kind == "background").steps()
+            self.run("rm -f vm.sock")
             self.guest = self._terminal(["bash", "-c", monitor[0]])
-            self.run(_WAIT)
-            for typed, _ in start[:-1]:
-                self.run(typed)
             self._boots = True
-        elif self._boots and kind == "while it runs":
+            self.run(_WAIT)
+            for typed, _ in start[:-1] + self._configured:
+                self.run(typed)
+        if kind == "while it runs":
             self._boots = False
             self.run(start[-1][0])
             self._greet()

@@ -46,13 +46,13 @@ from crackle.vmm.commands import ALLOWED, NOT_STARTED, PAUSED, Command
 from crackle.vmm.console import DEFAULT_LIMIT, Console
 from crackle.vmm.controller import DEFAULT_METADATA_LIMIT
 from crackle.vmm.hosting import Hosting
+from crackle.vmm.identity import CloneOptions
 from crackle.vmm.machine import ExitStatus, Machine
 from crackle.vmm.remote import Link, RemoteController, RemoteMachine
 from crackle.vmm.silence import Silence
 
 if TYPE_CHECKING:
     from crackle.vmm.hosting import Source
-    from crackle.vmm.identity import CloneOptions
 
 DEFAULT_GUEST_CID = 3
 DEFAULT_BOOT_ARGS = "console=ttyS0 reboot=k panic=1 i8042.noaux i8042.nomux"
