@@ -87,7 +87,7 @@ def test_more_devices_than_interrupt_lines_work_at_the_same_time(
     assert found == "".join(f"disk{n:02}" for n in range(40))
     guest.sh(f"for d in {names}; do dd if=$d of=/dev/null bs=64k iflag=direct 2>/dev/null & done; wait")
     shared = [line for line in guest.sh("cat /proc/interrupts").splitlines() if line.count("virtio") > 1]
-    assert len(shared) == 19
+    assert len(shared) == 18
 
 
 def test_a_paused_guest_stands_still_and_goes_on_where_it_was(boot: Boot, rootfs: Path) -> None:
