@@ -20,8 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from support.network import Namespace, may_make_namespaces
 
-# Under nohup it is ignored, and what is ignored stays so in what the tests start.
+# Ignored under nohup, or behind a script's "&", and what is ignored stays so in what the tests start.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _COMMON = {
     "deadline": None,

@@ -8,7 +8,7 @@ bool virtio_find(struct virtio *device, u32 device_id, u32 skip)
 {
     for (u32 window = 0; window < 1000; window++) {
         device->base = VIRTIO_MMIO_BASE + window * VIRTIO_MMIO_STEP;
-        device->gsi = 5 + window % 19;
+        device->gsi = 5 + window % 18;
         if (get(device, MMIO_MAGIC) != VIRTIO_MAGIC)
             return 0; /* windows are handed out in order */
         if (get(device, MMIO_VERSION) == 2 && get(device, MMIO_DEVICE_ID) == device_id && !skip--)

@@ -56,7 +56,7 @@ struct used {
 
 struct virtio {
     u64 base;
-    u32 gsi; /* the n-th window has interrupt line 5 + n % 19 in the monitors this is for */
+    u32 gsi; /* the n-th window has interrupt line 5 + n % 18 in the monitors this is for */
     u64 offered, features;
 };
 struct queue {
