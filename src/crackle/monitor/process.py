@@ -14,7 +14,7 @@ import time
 import msgspec
 
 from crackle.api.server import ApiServer
-from crackle.errors import CrackleError, StateError
+from crackle.errors import CrackleError, KvmError, StateError
 from crackle.runtime import housekeeping
 from crackle.runtime.loop import Loop
 from crackle.runtime.terminal import Terminal
@@ -59,6 +59,8 @@ _SETTLED_S = 1.0
 # And between the moments for which the guest stands still for that, and how many there are at most.
 _BETWEEN_S = 0.02
 _MOMENTS = 100
+# It is tried again after twice as long each time, up to this.
+_LONGEST_S = 30.0
 
 # These end it in order, and then by the signal itself, so that the parent sees what it sent.
 _TERMINATE = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
@@ -127,11 +129,18 @@ class Monitor:
         housekeeping.settle()
         self._give_back(machine, _MOMENTS)
 
-    def _give_back(self, machine: Machine, left: int) -> None:
-        # A machine that has stopped needs no memory.
-        with contextlib.suppress(StateError):
-            if left and housekeeping.give_back_unchanged(machine):
-                self._loop.call_later(_BETWEEN_S, lambda: self._give_back(machine, left - 1))
+    def _give_back(self, machine: Machine, left: int, pause: float = _BETWEEN_S) -> None:
+        try:
+            more = housekeeping.give_back_unchanged(machine)
+        except StateError:
+            return  # a machine that has stopped needs no memory
+        except KvmError:
+            # Whoever cannot stand still now, or has a thread more, may do so later.
+            more, pause = pause < _LONGEST_S, pause * 2
+        else:
+            pause = _BETWEEN_S
+        if more and left:
+            self._loop.call_later(pause, lambda: self._give_back(machine, left - 1, pause))
 
     def _look_for_end(self, _events: int) -> None:
         machine = self._controller.machine

@@ -6,7 +6,6 @@ processes share; that they are mapped here, and counted here, is what `give_back
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 from crackle.errors import KvmError
@@ -42,19 +41,19 @@ def settle() -> None:
 def give_back_unchanged(machine: Machine) -> bool:
     """Give back what is again as the zygote had it, the machine standing still for a moment; whether there is more.
 
-    StateError when it has stopped.
+    StateError when it has stopped, KvmError when this is no moment for it.
     """
-    # Whoever cannot stand still now can do so later.
-    with contextlib.suppress(KvmError):
-        machine.at_rest(_give_back)
-        return image.unfinished()
-    return True
+    if not image.taken():
+        return False
+    machine.at_rest(_give_back)
+    return image.unfinished()
 
 
 def _give_back(workers: Sequence[Worker]) -> None:
     """Nobody else may be writing then."""
-    if sum(map(_is_ours, os.listdir("/proc/self/task"))) <= 1 + len(workers):
-        image.give_back(workers, _MOMENT_US)
+    if sum(map(_is_ours, os.listdir("/proc/self/task"))) > 1 + len(workers):
+        raise KvmError("another thread is there, which may write to what is given back")
+    image.give_back(workers, _MOMENT_US)
 
 
 def _is_ours(thread: str) -> bool:

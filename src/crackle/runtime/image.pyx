@@ -186,6 +186,8 @@ cdef enum:
     GAPS = 512 << 10
     ENTRIES = 512           # of /proc/PID/pagemap, at a time
     RESTING = 64
+    # Pages of one's own that are looked at in a moment however short it is: some time goes by before the first.
+    PAGES_MIN = 64
 
 # Documentation/admin-guide/mm/pagemap.rst: bits of an entry.
 cdef uint64_t PRESENT = 1ull << 63, OF_FILE = 1ull << 61, EXCLUSIVE = 1ull << 56
@@ -204,6 +206,7 @@ cdef int span_count = 0
 cdef unsigned long image_inode = 0
 # Where the next call goes on; 0 is at the beginning.
 cdef uintptr_t next_page = 0
+cdef int looked_at = 0
 
 
 # -- the zygote --------------------------------------------------------------------------------------------------------
@@ -419,13 +422,18 @@ def give_back(resting=(), unsigned int microseconds=0):
     return drop_unchanged(places, count, now_ns() + 1000 * <uint64_t> microseconds if microseconds else UINT64_MAX)
 
 
+def taken():
+    """Whether this process, or the zygote that it comes from, has its memory in a file."""
+    return span_count > 0
+
+
 def unfinished():
     """Whether the last `give_back` has not come to the end."""
     return next_page != 0
 
 
 cdef int64_t drop_unchanged(const uintptr_t *places, int count, uint64_t until) noexcept nogil:
-    global next_page
+    global next_page, looked_at
     cdef listing maps
     cdef mapping m
     cdef sigset_t before
@@ -433,6 +441,7 @@ cdef int64_t drop_unchanged(const uintptr_t *places, int count, uint64_t until) 
     cdef uintptr_t begin = next_page
     cdef int pages, i
     next_page = 0
+    looked_at = 0
     pages = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)
     if pages < 0:
         return 0
@@ -460,7 +469,7 @@ cdef int64_t drop_from(
     span *s, uintptr_t start, uintptr_t end, int pages, const uintptr_t *places, int count, uint64_t until
 ) noexcept nogil:
     """Drop what can be of a part of a span, until then."""
-    global next_page
+    global next_page, looked_at
     cdef uint64_t[ENTRIES] entries
     cdef uintptr_t at = start, run = start
     cdef int64_t dropped = 0
@@ -479,9 +488,11 @@ cdef int64_t drop_from(
                 run = at + PAGE
             at += PAGE
             # Pages that are not one's own cost next to nothing.
-            if entries[i] & EXCLUSIVE and now_ns() >= until:
-                next_page = at
-                break
+            if entries[i] & EXCLUSIVE:
+                looked_at += 1
+                if looked_at >= PAGES_MIN and now_ns() >= until:
+                    next_page = at
+                    break
     return dropped + drop(run, at)
 
 
