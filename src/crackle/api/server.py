@@ -39,7 +39,7 @@ EVICTABLE_AFTER_S = 10.0
 _REST_S = 0.1
 
 # Rounds of the loop until it is known who has gone of those that were accepted last; who comes next waits for that.
-_PATIENCE = 2
+_PATIENCE = 8
 
 # Seconds that are left to a client for what has been said to it already.
 LINGER_S = 1.0
