@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from crackle import MicroVM
 from crackle.schema.codec import decode
 from crackle.schema.config import VmConfig
 from crackle.vmm.builder import build
@@ -275,3 +276,13 @@ def spawn(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     yield spawn
     for each in started:
         each.kill()
+
+
+@pytest.fixture(scope="module")
+def echoing(guests: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The snapshot of a guest that echoes what is typed."""
+    path = tmp_path_factory.mktemp("echoing")
+    with MicroVM(guests / "echo.elf", boot_args="", memory=32) as vm:
+        vm.console.expect("echo\n", PATIENCE)
+        vm.snapshot(path)
+    return path

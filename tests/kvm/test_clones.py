@@ -20,16 +20,6 @@ from .conftest import PATIENCE
 from .test_bare_vsock import ECHO, connected
 
 
-@pytest.fixture(scope="module")
-def echoing(guests: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The snapshot of a guest that echoes what is typed."""
-    path = tmp_path_factory.mktemp("echoing")
-    with MicroVM(guests / "echo.elf", boot_args="", memory=32) as vm:
-        vm.console.expect("echo\n", PATIENCE)
-        vm.snapshot(path)
-    return path
-
-
 @pytest.fixture
 def stopped() -> Iterator[list[MicroVM]]:
     """What is in the list is stopped in the end."""

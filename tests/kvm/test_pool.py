@@ -18,16 +18,6 @@ from .conftest import PATIENCE
 from .test_own_process import gone, program
 
 
-@pytest.fixture(scope="module")
-def echoing(guests: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The snapshot of a guest that echoes what is typed."""
-    path = tmp_path_factory.mktemp("echoing")
-    with MicroVM(guests / "echo.elf", boot_args="", memory=32) as vm:
-        vm.console.expect("echo\n", PATIENCE)
-        vm.snapshot(path)
-    return path
-
-
 @pytest.fixture(params=[False, True])
 def in_process(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)

@@ -22,6 +22,7 @@ import sys
 
 from crackle.errors import ConfigError, os_reason
 from crackle.runtime import image
+from crackle.runtime.channel import rights
 from crackle.runtime.inherit import ENDED, REFUSES, WILL, adopt, alone, answer
 from crackle.runtime.launcher import Home, RefusedError
 from crackle.runtime.loop import Loop
@@ -220,11 +221,10 @@ class Zygote:
         pid = None
         while pid is None and self._spares:
             pid, spare = self._spares.pop(0)
-            rights = struct.pack("=i", connection.fileno())
             try:
                 spare.sendmsg(
                     [struct.pack("=i", launcher)],
-                    [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)],
+                    rights([connection.fileno()]),
                     _socket.MSG_NOSIGNAL,
                 )
             except OSError:

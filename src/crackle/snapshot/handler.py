@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from _socket import AF_UNIX, CMSG_SPACE, SCM_RIGHTS, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, socket
-from _struct import unpack
+from _socket import AF_UNIX, CMSG_SPACE, SOCK_CLOEXEC, SOCK_STREAM, socket
 from functools import partial
 
 import msgspec
 
 from crackle.errors import ConfigError, os_reason
 from crackle.memory.pager import WINDOW, Pager
+from crackle.runtime.channel import descriptors
 from crackle.runtime.threads import Thread
 from crackle.snapshot import workingset
 from crackle.snapshot.handover import Mapping
@@ -108,11 +108,7 @@ class Handler:
 def handed_over(peer: socket) -> tuple[list[Mapping], int]:
     """What a microVM sends: where its memory is, and the userfaultfd. ConfigError when it is anything else."""
     text, ancillary, _, _ = peer.recvmsg(_MESSAGE_SIZE, CMSG_SPACE(4))
-    fds = [
-        unpack("@i", data[:4])[0]
-        for level, kind, data in ancillary
-        if (level, kind) == (SOL_SOCKET, SCM_RIGHTS)
-    ]
+    fds = descriptors(ancillary)
     try:
         mappings = msgspec.json.decode(text, type=list[Mapping])
         if not fds or not mappings:

@@ -13,7 +13,6 @@ import os
 from _socket import (
     AF_UNIX,
     MSG_NOSIGNAL,
-    SCM_RIGHTS,
     SO_SNDTIMEO,
     SOCK_CLOEXEC,
     SOCK_STREAM,
@@ -27,6 +26,7 @@ import msgspec
 
 from crackle.errors import ConfigError, os_reason
 from crackle.memory.userfault import Touch, Watch, open_userfault, register_range, unregister_range
+from crackle.runtime.channel import rights
 from crackle.runtime.threads import Thread
 
 TYPE_CHECKING = False
@@ -240,7 +240,7 @@ def _connected(path: str) -> socket:
 
 def _send(connection: socket, path: str, message: bytes, fd: int) -> None:
     try:
-        sent = connection.sendmsg([message], [(SOL_SOCKET, SCM_RIGHTS, pack("@i", fd))], MSG_NOSIGNAL)
+        sent = connection.sendmsg([message], rights([fd]), MSG_NOSIGNAL)
         if sent < len(message):
             connection.sendall(message[sent:])
     except OSError as error:

@@ -17,6 +17,7 @@ from _thread import allocate_lock
 import msgspec
 
 from crackle.errors import ConfigError, os_reason
+from crackle.runtime.channel import rights
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -278,10 +279,7 @@ class VhostUser:
         message = HEADER.pack(REQUESTS[name], VERSION | flags, len(payload)) + payload
         try:
             self._limit()
-            rights = (
-                [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))] if fds else []
-            )
-            sent = self._socket.sendmsg([message], rights, socket.MSG_NOSIGNAL)
+            sent = self._socket.sendmsg([message], rights(fds), socket.MSG_NOSIGNAL)
             if sent < len(message):
                 self._socket.sendall(message[sent:], socket.MSG_NOSIGNAL)
         except OSError as error:
