@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import select
-import socket
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from tests.kvm.conftest import PATIENCE, configuration
+from tests.kvm.conftest import PATIENCE, Client, configuration
 
 from support.launcher import LAUNCHER, ZygoteProcess
 from support.network import Namespace
@@ -77,15 +76,6 @@ def own_kib(child: int) -> int:
     return found
 
 
-def put_state(path: Path, state: str) -> bytes:
-    """The status line that answers a PATCH of /vm."""
-    body = json.dumps({"state": state}).encode()
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(path))
-        client.sendall(b"PATCH /vm HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
-        return client.recv(4096).partition(b"\r\n")[0]
-
-
 def test_a_child_whose_guest_has_started_gives_memory_back_and_the_guest_goes_on(
     guests: Path, tmp_path: Path
 ) -> None:
@@ -112,8 +102,9 @@ def test_a_child_whose_guest_has_started_gives_memory_back_and_the_guest_goes_on
         # It may have been in the middle; it counts on, and its monitor still knows what it is doing.
         numbers = [int(process.stdout.readline().split()[1]) for _ in range(200)]
         assert numbers == list(range(numbers[0], numbers[0] + 200))
+        api = Client(tmp_path / "api")
         for state in ("Paused", "Resumed", "Paused", "Resumed"):
-            assert put_state(tmp_path / "api", state).endswith(b"204 No Content")
+            api.ask("PATCH", "/vm", {"state": state}, expect=204)
         assert process.stdout.readline().startswith(b"count ")
         process.terminate()
         assert process.communicate(timeout=60)[1] == b""
