@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from crackle import MicroVM
+from crackle import ConfigError, MicroVM, Snapshot
 from crackle.snapshot import workingset
 from crackle.snapshot.inspect import rebase
 
@@ -109,3 +109,40 @@ def test_a_working_set_is_that_of_its_memory_file_or_none(tmp_path: Path) -> Non
         file.flush()
         assert workingset.read(path, fd, 65536) == []
     assert sorted(each.name for each in tmp_path.iterdir()) == ["m", "m.working-set"]
+
+
+def test_a_snapshot_is_warmed_by_a_clone_whose_writes_go_nowhere(guests: Path, tmp_path: Path) -> None:
+    disk, memory = tmp_path / "disk", tmp_path / "s" / "memory"
+    disk.write_bytes(bytes(MIB))
+    with MicroVM(guests / "count.elf", boot_args="touch=4", memory=64, drives=[disk]) as vm:
+        vm.console.expect("count 2\n", timeout=PATIENCE)
+        vm.snapshot(tmp_path / "s")
+    command = [sys.executable, "-m", "crackle.cli.main", "snapshot", "warm", str(tmp_path / "s")]
+    done = subprocess.run([*command, "--seconds", "0.5"], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    noted = workingset.path_beside(str(memory))
+    with memory.open("rb") as file:
+        order = workingset.read(str(memory), file.fileno(), 65536)
+    assert done.stdout == f"{len(order) / 16:.1f} MiB are read ahead from now on: {noted}\n"
+    # The four megabytes that the guest touches, and not all that it has.
+    assert 64 <= len(order) < 512
+
+
+def test_what_cannot_be_warmed_is_told(guests: Path, tmp_path: Path) -> None:
+    with MicroVM(guests / "idle.elf", boot_args="tick=100 beats=1 ticks=3", memory=32) as vm:
+        vm.console.expect("beat 1\n", timeout=PATIENCE)
+        vm.snapshot(tmp_path / "s")
+    noted = Path(workingset.path_beside(str(tmp_path / "s" / "memory")))
+    with Snapshot(tmp_path / "s") as snapshot:
+        with pytest.raises(ConfigError, match="the snapshot has no 'eth0', only none"):
+            snapshot.warm(interfaces={"eth0": "tap{index}"})
+        with pytest.raises(ConfigError, match="for some seconds, not 0"):
+            snapshot.warm(0)
+        with pytest.raises(ConfigError, match="in_process: a snapshot is warmed by a handler here"):
+            snapshot.warm(in_process=True)
+        # A guest that ends before its time is up has wanted what it has wanted.
+        assert snapshot.warm(PATIENCE) > 0
+        noted.unlink()
+        noted.mkdir()
+        with pytest.raises(ConfigError, match="Cannot note what a microVM wants: Is a directory"):
+            snapshot.warm(0.2)

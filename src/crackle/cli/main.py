@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from crackle.cli import disk as disk_commands
-from crackle.cli import end_on_interrupt, interrupt_by_exception
+from crackle.cli import end_on_interrupt, interrupt_by_exception, templates
 from crackle.cli import net as network_commands
 from crackle.cli import snapshot as snapshot_commands
 from crackle.errors import ConfigError, CrackleError, reason_of
@@ -185,46 +185,17 @@ def doctor(
     raise typer.Exit(0 if runs_linux(rows) else 1)
 
 
-_Snapshot = Annotated[Path, typer.Argument(metavar="SNAPSHOT", help="Directory of the snapshot.")]
-_Id = Annotated[str | None, typer.Option("--id", metavar="TEMPLATE", help="Name of each clone.")]
-_Tap = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="IFACE=TEMPLATE", help="TAP device of an interface, as eth0=tap{index}; may be repeated."
-    ),
-]
-_Mac = Annotated[
-    list[str] | None,
-    typer.Option(metavar="IFACE=TEMPLATE", help="Another MAC address, for a guest that looks at it again."),
-]
-_Drive = Annotated[
-    list[str] | None,
-    typer.Option(metavar="DRIVE=TEMPLATE", help="Another file for a drive; may be repeated."),
-]
-_Overlay = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="DRIVE=TEMPLATE",
-        help="Overlay that takes the writes to a drive, as rootfs={id}.overlay, or rootfs=memory; may be repeated.",
-    ),
-]
-_Vsock = Annotated[
-    str | None, typer.Option(metavar="TEMPLATE", help="Path of the vsock device's Unix socket.")
-]
-_Metadata = Annotated[Path | None, typer.Option(metavar="FILE", help="JSON file with the metadata.")]
-
-
 @app.command()
 def clone(
-    snapshot: _Snapshot,
+    snapshot: templates.Snapshot,
     n: Annotated[int, typer.Option("-n", "--number", min=1, help="How many.")] = 1,
-    identifier: _Id = None,
-    tap: _Tap = None,
-    mac: _Mac = None,
-    drive: _Drive = None,
-    overlay: _Overlay = None,
-    vsock: _Vsock = None,
-    metadata: _Metadata = None,
+    identifier: templates.Id = None,
+    tap: templates.Tap = None,
+    mac: templates.Mac = None,
+    drive: templates.Drive = None,
+    overlay: templates.Overlay = None,
+    vsock: templates.Vsock = None,
+    metadata: templates.Metadata = None,
 ) -> None:
     """Run microVMs that go on from a snapshot, each in a process of its own, until all have ended.
 
@@ -248,7 +219,7 @@ def clone(
 
 @app.command()
 def pool(
-    snapshot: _Snapshot,
+    snapshot: templates.Snapshot,
     socket: Annotated[Path, typer.Option(metavar="PATH", help="Unix socket at which it gives microVMs.")],
     size: Annotated[int, typer.Option(min=1, help="How many are kept ready.")] = 4,
     limit: Annotated[
@@ -258,13 +229,13 @@ def pool(
     wait: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="How long a client waits when none is ready.")
     ] = 0.0,
-    identifier: _Id = None,
-    tap: _Tap = None,
-    mac: _Mac = None,
-    drive: _Drive = None,
-    overlay: _Overlay = None,
-    vsock: _Vsock = None,
-    metadata: _Metadata = None,
+    identifier: templates.Id = None,
+    tap: templates.Tap = None,
+    mac: templates.Mac = None,
+    drive: templates.Drive = None,
+    overlay: templates.Overlay = None,
+    vsock: templates.Vsock = None,
+    metadata: templates.Metadata = None,
 ) -> None:
     """Keep microVMs of a snapshot ready, and let one go on for whoever connects, for as long as he is connected.
 

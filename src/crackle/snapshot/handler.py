@@ -1,4 +1,4 @@
-"""A page-fault handler for the microVMs that go on from one snapshot: `crackle snapshot serve`.
+"""A page-fault handler for the microVMs that go on from one snapshot: `crackle snapshot serve` and `warm`.
 
 Whoever loads the snapshot with this handler's socket (`crackle.snapshot.handover` has the protocol) gets its memory
 from here, on a thread of its own. What the first of them wants in its first seconds is noted beside the memory file,
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from _socket import AF_UNIX, CMSG_SPACE, SOCK_CLOEXEC, SOCK_STREAM, socket
+from _socket import AF_UNIX, CMSG_SPACE, SHUT_RDWR, SOCK_CLOEXEC, SOCK_STREAM, socket
 from functools import partial
 
 import msgspec
@@ -36,16 +36,23 @@ _MESSAGE_SIZE = 65536
 class Handler:
     """Serves the memory file at `memory_path` to whoever connects to the socket at `path`, until `close`.
 
-    record: note what the next microVM wants, whatever was noted before. report: takes what is to be told.
-    ConfigError when either cannot be had.
+    record: note what the next microVM wants, whatever was noted before. seconds: how long what is wanted is noted,
+    None for as long as the microVM lives. report: takes what is to be told. ConfigError when either cannot be had.
     """
 
     def __init__(
-        self, memory_path: str, path: str, report: Callable[[str], None], *, record: bool = False
+        self,
+        memory_path: str,
+        path: str,
+        report: Callable[[str], None],
+        *,
+        record: bool = False,
+        seconds: float | None = RECORDED_S,
     ) -> None:
         self._memory_path = memory_path
         self._report = report
         self._record = record
+        self._seconds = -1.0 if seconds is None else seconds
         self._path = path
         self._pagers: list[Pager] = []
         with step("Cannot open the memory file", memory_path):
@@ -65,41 +72,70 @@ class Handler:
     def serve(self) -> None:
         """Serve one microVM after the other, all at once, until an exception ends it."""
         while True:
-            fd, _ = self._listener._accept()  # type: ignore[attr-defined]
-            Thread("faults", partial(self._attend, socket(fileno=fd)))
+            Thread("faults", partial(self._attend, self._accept()))
+
+    def serve_one(self) -> int:
+        """Serve the next microVM until it is gone: bytes of the memory file that were noted for the others.
+
+        OSError, or ConfigError, when it cannot be served, or they cannot be noted; and once there is no listener.
+        """
+        return self._serve(self._accept())
+
+    def _accept(self) -> socket:
+        fd, _ = self._listener._accept()  # type: ignore[attr-defined]
+        return socket(fileno=fd)
 
     def _attend(self, peer: socket) -> None:
         """On a thread of its own: give one microVM its memory."""
-        fault = -1
         try:
-            mappings, fault = handed_over(peer)
-            self._page(mappings, fault, peer)
+            self._serve(peer)
         except (ConfigError, OSError, ValueError) as error:
             reason = os_reason(error) if isinstance(error, OSError) else str(error)
             self._report(f"A microVM is not served any more: {reason}")
+
+    def _serve(self, peer: socket) -> int:
+        fault = file = -1
+        try:
+            mappings, fault = handed_over(peer)
+            # Its own, which stays open when nobody else is served any more.
+            file = os.dup(self._fd)
+            return self._page(mappings, fault, peer, file)
         finally:
-            if fault >= 0:
-                os.close(fault)
+            for fd in (fault, file):
+                if fd >= 0:
+                    os.close(fd)
             peer.close()
 
-    def _page(self, mappings: list[Mapping], fault: int, peer: socket) -> None:
+    def _page(self, mappings: list[Mapping], fault: int, peer: socket, file: int) -> int:
         page_size = mappings[0].page_size
         window = max(WINDOW, page_size)
         record, self._record = self._record, False
-        wanted = [] if record else workingset.read(self._memory_path, self._fd, window)
+        wanted = [] if record else workingset.read(self._memory_path, file, window)
         ranges = [(each.base_host_virt_addr, each.size, each.offset) for each in mappings]
-        pager = Pager(fault, peer.fileno(), self._fd, ranges, page_size, wanted)
-        gone = pager.run(RECORDED_S if not wanted else -1.0)
-        if not wanted and pager.asked:
-            with contextlib.suppress(OSError):
-                workingset.write(self._memory_path, self._fd, window, pager.asked)
+        pager = Pager(fault, peer.fileno(), file, ranges, page_size, wanted)
+        gone = pager.run(-1.0 if wanted else self._seconds)
+        noted = [] if wanted else pager.asked
+        if noted:
+            self._note(file, window, noted)
         if not gone:
             pager.run()
+        return len(noted) * window
+
+    def _note(self, file: int, window: int, noted: list[int]) -> None:
+        path = workingset.path_beside(self._memory_path)
+        try:
+            workingset.write(self._memory_path, file, window, noted)
+        except OSError as error:
+            # The others wait longer for their memory, and no more.
+            self._report(f"Cannot note what a microVM wants: {os_reason(error)}: {path}")
 
     def close(self) -> None:
         """Listen no more. Who is served, is so for as long as the process lives. Idempotent."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
+            # Whoever waits for a microVM on another thread does so no more.
+            with contextlib.suppress(OSError):
+                self._listener.shutdown(SHUT_RDWR)
             self._listener.close()
             with contextlib.suppress(OSError):
                 os.unlink(self._path)

@@ -88,6 +88,13 @@ def pair_of(path: object, memory: object, *, to_write: bool = False) -> tuple[st
     return os.path.join(state, "state"), os.path.join(state, "memory")
 
 
+def backend_of(memory_path: str, handler: object) -> dict[str, str]:
+    """Where a snapshot's memory comes from: its memory file, or a page-fault handler's socket."""
+    if handler is None:
+        return {"backend_path": memory_path, "backend_type": "File"}
+    return {"backend_path": path_of(handler, "handler"), "backend_type": "Uffd"}
+
+
 def drives_of(rootfs: object, drives: object, read_only: bool, overlay: object = None) -> list[Drive]:
     """The root device, if there is one, and the other drives."""
     result = []

@@ -12,6 +12,7 @@ from typing import Any, Self, Unpack
 from crackle.errors import ConfigError, CrackleError, StateError
 from crackle.schema.config import VmConfig
 from crackle.snapshot import statefile
+from crackle.snapshot.handler import RECORDED_S
 from crackle.snapshot.load import Template
 from crackle.snapshot.pair import find
 from crackle.vmm import processes
@@ -38,7 +39,7 @@ class Snapshot:
     def __init__(self, path: str | os.PathLike[str], memory: str | os.PathLike[str] | None = None) -> None:
         state_path, memory_path = pair_of(path, memory)
         # For whoever is to name them later, wherever it is then.
-        self._paths = os.path.abspath(state_path), os.path.abspath(memory_path)
+        self.paths = os.path.abspath(state_path), os.path.abspath(memory_path)
         self.template = Template(*find(state_path, memory_path))
         self.key = next(_keys)
         self._state_fd = -1
@@ -64,7 +65,7 @@ class Snapshot:
     def restore(self, **options: Any) -> MicroVM:
         """The microVM of the snapshot, as `MicroVM.restore` has it, with the same arguments."""
         self._check_open()
-        return MicroVM.restore(*self._paths, **options)
+        return MicroVM.restore(*self.paths, **options)
 
     def clone(
         self, n: int = 1, *, resume: bool = True, first: int = 0, **options: Unpack[CloneOptions]
@@ -84,7 +85,8 @@ class Snapshot:
         with an overlay get `{id}.<drive>.overlay` beside it; others have to be named. metadata: a document, or a
         callable that gives one, where the guest has a metadata service. in_process: they run in this process.
         devices: a callable that gives new instances of those written in Python, which takes `in_process`. console: a
-        callable that gives (input, output) descriptors, as for `MicroVM`. The rest as for `MicroVM.restore`.
+        callable that gives (input, output) descriptors, as for `MicroVM`. handler: the socket of a page-fault handler
+        that gives the memory. The rest as for `MicroVM.restore`.
 
         When one cannot be had, none is: ConfigError says why.
         """
@@ -104,10 +106,21 @@ class Snapshot:
             raise
         return vms
 
+    def warm(self, seconds: float = RECORDED_S, **options: Unpack[CloneOptions]) -> int:
+        """Note what the guest wants of its memory first, for `crackle snapshot serve` to read ahead: how many bytes.
+
+        One clone runs for so many seconds, or until it ends by itself, and then is stopped. It is as `options` say, as
+        for `clone`; a drive that they do not name, and it may write to, gets an overlay in memory. What is noted
+        already is replaced. ConfigError when there can be no such clone, or nothing can be noted.
+        """
+        from crackle.vmm.warming import warm
+
+        return warm(self, seconds, options)
+
     def identities(self, options: CloneOptions) -> Identities:
         """Of clones with these options."""
         self._check_open()
-        return Identities(self.template.snapshot.config, *self._paths, options)
+        return Identities(self.template.snapshot.config, *self.paths, options)
 
     def begin(self, identities: Iterable[Identity]) -> list[MicroVM]:
         """MicroVMs that load this snapshot, all at a time; `finish` waits for them."""

@@ -18,6 +18,7 @@ from crackle.schema.config import VmConfig
 from crackle.schema.drive import Drive, Overlay
 from crackle.schema.snapshot import SnapshotHugePages, SnapshotLoad
 from crackle.vmm.arguments import (
+    backend_of,
     check_rest,
     console_of,
     devices_of,
@@ -43,6 +44,7 @@ class CloneOptions(TypedDict, total=False):
     """What `Snapshot.clone` takes, which says what it is; `Pool` takes the same."""
 
     instance_id: Text
+    handler: str | os.PathLike[str]
     drives: Mapping[str, Text]
     overlays: Mapping[str, Text | Overlay]
     interfaces: Mapping[str, Text]
@@ -162,6 +164,7 @@ class Identities:
     def _request(self, index: int, identifier: str) -> SnapshotLoad:
         state, memory = self._paths
         options = self._options
+        handler = options.get("handler")
         networks = [
             {
                 "iface_id": name,
@@ -173,7 +176,7 @@ class Identities:
         return make(
             SnapshotLoad,
             snapshot_path=state,
-            mem_backend={"backend_path": memory, "backend_type": "File"},
+            mem_backend=backend_of(memory, handler),
             drive_overrides=[
                 each for drive in self._config.drives for each in self._disk(drive, index, identifier)
             ],

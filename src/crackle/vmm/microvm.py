@@ -29,6 +29,7 @@ from crackle.schema.vsock import Vsock
 from crackle.telemetry.logger import DEFAULT_INSTANCE_ID, Logger
 from crackle.virtio.custom.base import VirtioDevice
 from crackle.vmm.arguments import (
+    backend_of,
     check_rest,
     checked,
     console_of,
@@ -221,9 +222,7 @@ class MicroVM:
         request = make(
             SnapshotLoad,
             snapshot_path=state_path,
-            mem_backend={"backend_path": memory_path, "backend_type": "File"}
-            if handler is None
-            else {"backend_path": path_of(handler, "handler"), "backend_type": "Uffd"},
+            mem_backend=backend_of(memory_path, handler),
             resume_vm=False,
             drive_overrides=drive_overrides(drives, overlays),
             network_overrides=[{"iface_id": name, "host_dev_name": tap} for name, tap in interfaces.items()],
