@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from crackle.vmm.console import Match as Match
     from crackle.vmm.machine import ExitStatus as ExitStatus
     from crackle.vmm.microvm import MicroVM as MicroVM
+    from crackle.vmm.paging import PageHandler as PageHandler
     from crackle.vmm.pool import Pool as Pool
 
 _MODULE_OF = {
@@ -57,6 +58,7 @@ _MODULE_OF = {
     "MmdsConfig": "crackle.schema.mmds",
     "NetworkInterface": "crackle.schema.net",
     "Overlay": "crackle.schema.drive",
+    "PageHandler": "crackle.vmm.paging",
     "Pool": "crackle.vmm.pool",
     "RateLimiter": "crackle.schema.rate_limiter",
     "Request": "crackle.virtio.custom.device",

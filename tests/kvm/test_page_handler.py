@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from crackle import ConfigError, MicroVM, Snapshot
+from crackle import ConfigError, MicroVM, PageHandler, Snapshot, StateError
 from crackle.snapshot import workingset
 from crackle.snapshot.inspect import rebase
 
 from .conftest import PATIENCE
+from .test_own_process import gone
 from .test_page_faults import contents
 
 MIB = 1 << 20
@@ -146,3 +147,53 @@ def test_what_cannot_be_warmed_is_told(guests: Path, tmp_path: Path) -> None:
         noted.mkdir()
         with pytest.raises(ConfigError, match="Cannot note what a microVM wants: Is a directory"):
             snapshot.warm(0.2)
+
+
+def alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def test_a_program_has_a_handler_of_its_own(guests: Path, tmp_path: Path) -> None:
+    with MicroVM(guests / "count.elf", boot_args="touch=4", memory=64) as vm:
+        vm.console.expect("count 2\n", timeout=PATIENCE)
+        vm.snapshot(tmp_path / "s")
+    with PageHandler(tmp_path / "s") as handler, Snapshot(tmp_path / "s") as snapshot:
+        here = MicroVM.restore(tmp_path / "s", handler=handler)
+        elsewhere = snapshot.clone(2, handler=handler)
+        pid = handler.pid
+    # Who is served goes on to be when nobody else is.
+    with pytest.raises(StateError, match="has been closed"):
+        MicroVM.restore(tmp_path / "s", handler=handler)
+    assert not Path(handler.path).parent.exists()
+    for vm in (here, *elsewhere):
+        vm.console.expect("count 5\n", timeout=PATIENCE)
+        assert alive(pid)
+        vm.stop()
+    assert gone(pid)
+    with pytest.raises(ConfigError, match="Cannot open the memory file: No such file"):
+        PageHandler(tmp_path / "nothing")
+
+
+def test_a_handler_ends_with_its_program(tmp_path: Path) -> None:
+    (tmp_path / "memory").write_bytes(bytes(MIB))
+    program = (
+        "import os, sys, crackle\n"
+        "handler = crackle.PageHandler(sys.argv[1])\n"
+        "print(handler.pid, flush=True)\n"
+        "if not os.fork(): sys.stdin.read(); os._exit(0)\n"
+        "sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        pid = int(process.stdout.readline())
+        assert alive(pid)
+        process.kill()
+        # The forked child that lives on has nothing of the handler.
+        assert gone(pid)
+        process.stdin.close()

@@ -92,19 +92,26 @@ def serve(
 
     What the first of them wants in its first ten seconds is noted beside the memory file, and read ahead for others.
     """
+    import contextlib
+    import os
     import sys
 
-    from crackle.snapshot.handler import Handler
+    from crackle.snapshot.handler import Handler, listen
 
     def report(sentence: str) -> None:
         print(f"crackle snapshot serve: {sentence}", file=sys.stderr)
 
     memory = snapshot / "memory" if snapshot.is_dir() else snapshot
-    handler = Handler(str(memory), socket, report, record=record)
+    listener = listen(socket)
     try:
-        handler.serve()
+        handler = Handler(str(memory), listener, report, record=record)
+        try:
+            handler.serve()
+        finally:
+            handler.close()
     finally:
-        handler.close()
+        with contextlib.suppress(OSError):
+            os.unlink(socket)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""A page-fault handler for the microVMs that go on from one snapshot: `crackle snapshot serve` and `warm`.
+"""A page-fault handler for the microVMs that go on from one snapshot: `crackle snapshot serve | warm`, `PageHandler`.
 
 Whoever loads the snapshot with this handler's socket (`crackle.snapshot.handover` has the protocol) gets its memory
 from here, on a thread of its own. What the first of them wants in its first seconds is noted beside the memory file,
@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import stat
+import sys
 from _socket import AF_UNIX, CMSG_SPACE, SHUT_RDWR, SOCK_CLOEXEC, SOCK_STREAM, socket
 from functools import partial
+from threading import Condition
 
 import msgspec
 
@@ -33,46 +36,65 @@ _BACKLOG = 128
 _MESSAGE_SIZE = 65536
 
 
+def listen(path: str) -> socket:
+    """The socket at which a handler listens; ConfigError when it cannot be had."""
+    listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC)
+    try:
+        with step("Cannot listen", path):
+            listener.bind(path)
+            listener.listen(_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
 class Handler:
-    """Serves the memory file at `memory_path` to whoever connects to the socket at `path`, until `close`.
+    """Serves the memory file at `memory_path` to whoever connects to `listener`, which is its own, until `close`.
 
     record: note what the next microVM wants, whatever was noted before. seconds: how long what is wanted is noted,
-    None for as long as the microVM lives. report: takes what is to be told. ConfigError when either cannot be had.
+    None for as long as the microVM lives. report: takes what is to be told. ConfigError when there is no such file.
     """
 
     def __init__(
         self,
         memory_path: str,
-        path: str,
+        listener: socket,
         report: Callable[[str], None],
         *,
         record: bool = False,
         seconds: float | None = RECORDED_S,
     ) -> None:
         self._memory_path = memory_path
+        self._listener = listener
         self._report = report
         self._record = record
         self._seconds = -1.0 if seconds is None else seconds
-        self._path = path
-        self._pagers: list[Pager] = []
-        with step("Cannot open the memory file", memory_path):
-            self._fd = os.open(memory_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        self._listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC)
+        self._served = 0
+        self._changed = Condition()
+        self._fd = -1
         try:
-            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
-                raise ConfigError(f"the memory file is no regular file: {memory_path}")
-            with step("Cannot listen", path):
-                self._listener.bind(path)
-                self._listener.listen(_BACKLOG)
+            self._fd = opened(memory_path)
         except BaseException:
-            self._listener.close()
-            os.close(self._fd)
+            listener.close()
             raise
 
-    def serve(self) -> None:
-        """Serve one microVM after the other, all at once, until an exception ends it."""
-        while True:
-            Thread("faults", partial(self._attend, self._accept()))
+    def serve(self, until: int = -1) -> None:
+        """Serve whoever connects, all at once, until that descriptor is readable, or an exception ends it."""
+        poll = select.poll()
+        poll.register(self._listener.fileno(), select.POLLIN)
+        if until >= 0:
+            poll.register(until, select.POLLIN)
+        while all(fd != until for fd, _ in poll.poll()):
+            peer = self._accept()
+            with self._changed:
+                self._served += 1
+            Thread("faults", partial(self._attend, peer))
+
+    def settle(self) -> None:
+        """Wait until all who are served are gone."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._served)
 
     def serve_one(self) -> int:
         """Serve the next microVM until it is gone: bytes of the memory file that were noted for the others.
@@ -92,6 +114,10 @@ class Handler:
         except (ConfigError, OSError, ValueError) as error:
             reason = os_reason(error) if isinstance(error, OSError) else str(error)
             self._report(f"A microVM is not served any more: {reason}")
+        finally:
+            with self._changed:
+                self._served -= 1
+                self._changed.notify_all()
 
     def _serve(self, peer: socket) -> int:
         fault = file = -1
@@ -133,12 +159,21 @@ class Handler:
         """Listen no more. Who is served, is so for as long as the process lives. Idempotent."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
+            os.close(fd)
             # Whoever waits for a microVM on another thread does so no more.
             with contextlib.suppress(OSError):
                 self._listener.shutdown(SHUT_RDWR)
             self._listener.close()
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
+
+
+def opened(memory_path: str) -> int:
+    """A memory file's descriptor; ConfigError when it is none."""
+    with step("Cannot open the memory file", memory_path):
+        fd = os.open(memory_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ConfigError(f"the memory file is no regular file: {memory_path}")
+    return fd
 
 
 def handed_over(peer: socket) -> tuple[list[Mapping], int]:
@@ -154,3 +189,20 @@ def handed_over(peer: socket) -> tuple[list[Mapping], int]:
         for fd in fds:
             os.close(fd)
         raise ConfigError(f"what it handed over is no memory: {error}") from None
+
+
+def main() -> None:
+    """For `crackle.PageHandler`: `LISTENER MEMORY RECORD`, until standard input ends, and all who are served."""
+    number, memory_path, record = sys.argv[1:]
+
+    def report(sentence: str) -> None:
+        print(f"crackle: {sentence}", file=sys.stderr, flush=True)
+
+    handler = Handler(memory_path, socket(fileno=int(number)), report, record=record == "record")
+    handler.serve(until=0)
+    handler.close()
+    handler.settle()
+
+
+if __name__ == "__main__":
+    main()

@@ -208,8 +208,8 @@ class MicroVM:
         are needed. drives, interfaces: other files, and other TAP devices, by the identifiers that the snapshot has
         for them. overlays: for a drive, where its writes go from now on: a file, made if it is not there over what
         the drive was when it was saved, or an `Overlay`; so that any number of microVMs may go on from one snapshot.
-        handler: path of the Unix socket where a page-fault handler listens, another process, which gives the memory
-        instead of the memory file; that is not looked at here then.
+        handler: path of the Unix socket where a page-fault handler listens, another process, or a `PageHandler`. It
+        gives the memory instead of the memory file, which is not looked at here then.
         vsock: another path for the Unix socket. metadata: a new document, where the guest has a metadata service:
         snapshots keep none. devices: new instances of those written in Python, in the same order. clock_realtime:
         let the guest's kvmclock go on by the time that has passed, rather than where it stood. The rest as in

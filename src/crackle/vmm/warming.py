@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from crackle.errors import ConfigError, CrackleError, GuestError
 from crackle.schema.drive import Overlay
-from crackle.snapshot.handler import Handler
+from crackle.snapshot.handler import Handler, listen
 
 if TYPE_CHECKING:
     from crackle.vmm.clones import Snapshot
@@ -38,7 +38,7 @@ def warm(snapshot: Snapshot, seconds: float, options: CloneOptions) -> int:
     # A path as short as a Unix socket's has to be.
     with tempfile.TemporaryDirectory(prefix="crackle-") as directory, ThreadPoolExecutor(1) as threads:
         options["handler"] = path = os.path.join(directory, "socket")
-        handler = Handler(snapshot.paths[1], path, failures.append, record=True, seconds=None)
+        handler = Handler(snapshot.paths[1], listen(path), failures.append, record=True, seconds=None)
         try:
             noted = threads.submit(handler.serve_one)
             try:
