@@ -23,6 +23,18 @@ def test_only_code_of_files_that_cannot_be_written_is_taken() -> None:
     assert mappings.code_in(MAPS) == [(0x400000, 0x1000), (0x700000, 0x3000)]
 
 
+def test_the_kernel_says_of_each_mapping_what_its_text_says() -> None:
+    script = (
+        "from crackle.runtime.mappings import as_before_6_11, list_all\n"
+        "asked = list_all(); as_before_6_11(); read = list_all()\n"
+        "assert len(read) > 20 and {access for _, _, access, *_ in read} >= {b'rw-p', b'r-xp', b'r--p'}\n"
+        # But not of the text itself, nor of what the list of results is in.
+        "assert len(set(read) & set(asked)) > len(read) - 8, set(read) ^ set(asked)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_process_is_smaller_afterwards_and_still_works() -> None:
     script = (
         "import json, decimal; from crackle.runtime.mappings import trim_heap, unmap_code\n"

@@ -84,8 +84,15 @@ assert kept[5 * PAGE] == 7 and kept[: 5 * PAGE] == before[: 5 * PAGE] and kept[5
 """)
 
 
-def test_what_takes_long_is_done_in_parts() -> None:
-    in_a_child("""
+# The kernel is asked for a mapping from 6.11 on; before, there is only the text of all of them.
+LISTED = pytest.mark.parametrize(
+    "listed", ["", "from crackle.runtime import mappings; mappings.as_before_6_11()"], ids=["asked", "read"]
+)
+
+
+@LISTED
+def test_what_takes_long_is_done_in_parts(listed: str) -> None:
+    in_a_child(f"""{listed}
 for place in range(0, len(kept), PAGE):
     kept[place] = 0
     kept[place] = before[place]
@@ -151,8 +158,9 @@ assert owns(places) < 200
 """)
 
 
-def test_memory_that_has_come_in_the_place_of_the_image_is_left_alone() -> None:
-    in_a_child("""
+@LISTED
+def test_memory_that_has_come_in_the_place_of_the_image_is_left_alone(listed: str) -> None:
+    in_a_child(f"""{listed}
 grown = kept
 grown += bytes(range(256)) * (1 << 14)      # mapped anew, or elsewhere
 for place in range(len(before), len(grown), PAGE):

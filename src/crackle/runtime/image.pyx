@@ -14,9 +14,9 @@ Owns the file's mappings and, for each word of them, whether it is such a count.
 
 from cpython.mem cimport PyObject_Free, PyObject_Malloc
 from cpython.object cimport PyObject
-from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcmp, strncmp
+from libc.string cimport memcmp
 from posix.fcntl cimport O_CLOEXEC, O_RDONLY, open
 from posix.mman cimport (
     MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap,
@@ -36,6 +36,7 @@ cdef extern from * nogil:
     #include <signal.h>
     #include <sys/mman.h>
     #include <sys/stat.h>
+    #include <sys/sysmacros.h>
     #include <unistd.h>
 
     #ifndef MFD_NOEXEC_SEAL         /* <linux/memfd.h>, as of 6.3 */
@@ -58,9 +59,12 @@ cdef extern from * nogil:
 
     #define seal(fd) fcntl(fd, F_ADD_SEALS, F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE)
 
-    static unsigned long inode_of(int fd) {
-        struct stat found;
-        return fstat(fd, &found) ? 0 : found.st_ino;
+    static void identify(int fd, uint64_t *inode, uint32_t *major, uint32_t *minor) {
+        struct stat found = { 0 };
+        fstat(fd, &found);
+        *inode = found.st_ino;
+        *major = gnu_dev_major(found.st_dev);
+        *minor = gnu_dev_minor(found.st_dev);
     }
 
     /* The thread's descriptor: the kernel writes to it whenever it likes (rseq(2), set_tid_address(2)). */
@@ -163,7 +167,7 @@ cdef extern from * nogil:
     int seal(int fd)
     int ftruncate(int fd, int64_t size)
     int madvise(void *address, size_t size, int advice)
-    unsigned long inode_of(int fd)
+    void identify(int fd, uint64_t *inode, uint32_t *major, uint32_t *minor)
     uintptr_t own_descriptor()
     int block_signals(sigset_t *before)
     int restore_signals(const sigset_t *before)
@@ -203,7 +207,8 @@ cdef struct span:
 
 cdef span[SPANS] spans
 cdef int span_count = 0
-cdef unsigned long image_inode = 0
+cdef uint64_t image_inode = 0
+cdef uint32_t image_major = 0, image_minor = 0
 # Where the next call goes on; 0 is at the beginning.
 cdef uintptr_t next_page = 0
 cdef int looked_at = 0
@@ -272,7 +277,7 @@ cdef void find_spans() noexcept:
     cdef listing maps
     cdef mapping m
     cdef uintptr_t stack = <uintptr_t> &maps, descriptor = own_descriptor() & ~<uintptr_t> (PAGE - 1)
-    list_mappings(&maps)
+    list_mappings(&maps, READABLE | WRITABLE)
     while next_mapping(&maps, &m):
         if not has_access(&m, "rw-p") or m.start <= stack < m.end:
             continue
@@ -351,7 +356,7 @@ cdef int reach(PyObject *each, void *argument) noexcept nogil:
 
 cdef int64_t put_into_file() noexcept nogil:
     """Map the spans from a memfd, which has been made of them. Nothing here writes to any, but by system calls that fail."""
-    global image_inode
+    global image_inode, image_major, image_minor
     cdef listing maps
     cdef mapping m
     cdef sigset_t before
@@ -361,8 +366,8 @@ cdef int64_t put_into_file() noexcept nogil:
     if fd < 0 or ftruncate(fd, FILE_SIZE):
         close(fd)
         return 0
-    image_inode = inode_of(fd)
-    list_mappings(&maps)
+    identify(fd, &image_inode, &image_major, &image_minor)
+    list_mappings(&maps, READABLE | WRITABLE)
     block_signals(&before)
     while next_mapping(&maps, &m):
         for i in range(span_count):
@@ -439,7 +444,9 @@ cdef int64_t drop_unchanged(const uintptr_t *places, int count, uint64_t until) 
     cdef sigset_t before
     cdef int64_t dropped = 0
     cdef uintptr_t begin = next_page
-    cdef int pages, i
+    cdef span *s
+    cdef int pages, i = 0
+    cdef bint more
     next_page = 0
     looked_at = 0
     pages = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)
@@ -447,22 +454,37 @@ cdef int64_t drop_unchanged(const uintptr_t *places, int count, uint64_t until) 
         return 0
     # A handler would write to what the interpreter has.
     block_signals(&before)
-    list_mappings(&maps)
-    while not next_page and next_mapping(&maps, &m):
-        # Still mapped from the image, and where it was: anything may have come in its place.
-        if has_access(&m, "rw-p") and m.inode == image_inode and m.offset == m.start and not strncmp(m.name, "/memfd:", 7):
-            for i in range(span_count):
-                if spans[i].view != NULL and not next_page:
-                    dropped += drop_from(
-                        &spans[i], max(m.start, spans[i].start, begin), min(m.end, spans[i].end), pages, places, count, until
-                    )
+    list_mappings(&maps, READABLE | WRITABLE | OF_A_FILE)
+    skip_to(&maps, begin)
+    more = next_mapping(&maps, &m)
+    while more and i < span_count and not next_page:
+        s = &spans[i]
+        if s.view == NULL or s.end <= max(m.start, begin):
+            i += 1
+        elif m.end <= s.start:
+            skip_to(&maps, s.start)
+            more = next_mapping(&maps, &m)
+        else:
+            if is_of_image(&m):
+                dropped += drop_from(
+                    s, max(m.start, s.start, begin), min(m.end, s.end), pages, places, count, until
+                )
+            if m.end < s.end:
+                more = next_mapping(&maps, &m)
+            else:
+                i += 1
     forget_mappings(&maps)
     restore_signals(&before)
     close(pages)
-    for i in range(span_count):
-        if spans[i].view != NULL:
-            madvise(<void *> spans[i].view, spans[i].end - spans[i].start, MADV_DONTNEED)
     return dropped
+
+
+cdef bint is_of_image(mapping *m) noexcept nogil:
+    """Still mapped from the image, and where it was: anything may have come in its place."""
+    return (
+        has_access(m, "rw-p") and m.offset == m.start and m.inode == image_inode
+        and m.major == image_major and m.minor == image_minor
+    )
 
 
 cdef int64_t drop_from(
@@ -493,6 +515,8 @@ cdef int64_t drop_from(
                 if looked_at >= PAGES_MIN and now_ns() >= until:
                     next_page = at
                     break
+    # What it was compared with.
+    madvise(<void *> (s.view + (start - s.start)), at - start, MADV_DONTNEED)
     return dropped + drop(run, at)
 
 

@@ -1,53 +1,128 @@
-"""What is mapped in this process (proc(5), /proc/PID/maps), and code that need not be.
+"""What is mapped in this process, and code that need not be.
 
-Reading it allocates nothing, so that whoever looks where memory can be given back does not use more.
+From 6.11 on the kernel tells of one mapping at a time (PROCMAP_QUERY, <linux/fs.h>); before, /proc/PID/maps has the text
+of all (proc(5)), a millisecond's work for the four hundred of an interpreter. Neither allocates anything, so that
+whoever looks where memory can be given back does not use more.
 """
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 from posix.fcntl cimport O_CLOEXEC, O_RDONLY, open
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.unistd cimport close, read
 
-cdef extern from "<sys/mman.h>" nogil:
+cdef extern from * nogil:
+    """
+    #include <sys/ioctl.h>
+    #include <sys/mman.h>
+
+    /* <linux/fs.h>, struct procmap_query, which older headers do not have. */
+    struct map_query {
+        uint64_t size, flags, address, start, end, vma_flags, page_size, offset, inode;
+        uint32_t major, minor, name_size, build_id_size;
+        uint64_t name, build_id;
+    };
+    #define QUERY_MAP _IOWR('f', 17, struct map_query)
+    enum { SHARED = 8, COVERING_OR_NEXT = 0x10 };
+    """
     enum:
         MADV_DONTNEED
+        SHARED
+        COVERING_OR_NEXT
+        QUERY_MAP
+    struct map_query:
+        uint64_t size, flags, address, start, end, vma_flags, offset, inode
+        uint32_t major, minor
+    int ioctl(int fd, unsigned long request, map_query *query)
     int madvise(void *address, size_t size, int advice)
 
 cdef extern from "<malloc.h>" nogil:
     int malloc_trim(size_t pad)
 
+cdef extern from "<string.h>" nogil:
+    void *memset(void *place, int value, size_t size)
+
 cdef enum:
     MAPS = 1 << 20          # bytes of text, at most
+    CODE = READABLE | EXECUTABLE | OF_A_FILE
 
 
-cdef void list_mappings(listing *maps) noexcept nogil:
+cdef bint text_only = False
+
+
+cdef void list_mappings(listing *maps, uint32_t wanted) noexcept nogil:
+    cdef map_query query
+    maps.wanted = wanted
+    maps.next = 0
+    maps.text = NULL
+    maps.fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC)
+    if maps.fd >= 0 and (text_only or not ask(maps, &query)):
+        read_all(maps)
+
+
+cdef void read_all(listing *maps) noexcept nogil:
     cdef ssize_t size = 0, part
-    cdef int fd
     maps.at = maps.text = <char *> mmap(NULL, MAPS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
     if maps.text == <char *> MAP_FAILED:
         maps.text = NULL
         return
-    fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC)
-    if fd >= 0:
-        # The last byte stays 0.
-        while size < MAPS - 1:
-            part = read(fd, maps.text + size, MAPS - 1 - size)
-            if part <= 0:
-                break
-            size += part
-        close(fd)
+    # The last byte stays 0.
+    while size < MAPS - 1:
+        part = read(maps.fd, maps.text + size, MAPS - 1 - size)
+        if part <= 0:
+            break
+        size += part
 
 
 cdef void forget_mappings(listing *maps) noexcept nogil:
     if maps.text != NULL:
         munmap(maps.text, MAPS)
+    if maps.fd >= 0:
+        close(maps.fd)
+
+
+cdef void skip_to(listing *maps, uintptr_t address) noexcept nogil:
+    maps.next = max(maps.next, address)
 
 
 cdef bint next_mapping(listing *maps, mapping *m) noexcept nogil:
+    cdef map_query query
+    if maps.text != NULL:
+        while next_line(&maps.at, m):
+            if m.end > maps.next and flags_of(m) & maps.wanted == maps.wanted:
+                return True
+        return False
+    if not ask(maps, &query):
+        return False
+    m.start, m.end, m.offset, m.inode = query.start, query.end, query.offset, query.inode
+    m.major, m.minor = query.major, query.minor
+    m.access[0] = c'r' if query.vma_flags & READABLE else c'-'
+    m.access[1] = c'w' if query.vma_flags & WRITABLE else c'-'
+    m.access[2] = c'x' if query.vma_flags & EXECUTABLE else c'-'
+    m.access[3] = c's' if query.vma_flags & SHARED else c'p'
+    maps.next = m.end
+    return True
+
+
+cdef bint ask(const listing *maps, map_query *query) noexcept nogil:
+    memset(query, 0, sizeof(map_query))
+    query.size = sizeof(map_query)
+    query.flags = COVERING_OR_NEXT | maps.wanted
+    query.address = maps.next
+    return maps.fd >= 0 and not ioctl(maps.fd, QUERY_MAP, query)
+
+
+cdef uint32_t flags_of(const mapping *m) noexcept nogil:
+    return (
+        (READABLE if m.access[0] == c'r' else 0) | (WRITABLE if m.access[1] == c'w' else 0)
+        | (EXECUTABLE if m.access[2] == c'x' else 0) | (OF_A_FILE if m.inode else 0)
+    )
+
+
+cdef bint next_line(char **text, mapping *m) noexcept nogil:
     """A line: "start-end access offset major:minor inode      name"."""
-    cdef char *p = maps.at
-    if maps.text == NULL or p[0] == 0:
+    cdef char *p = text[0]
+    if p[0] == 0:
         return False
     m.start = number(&p, 16)
     p += 1
@@ -57,20 +132,14 @@ cdef bint next_mapping(listing *maps, mapping *m) noexcept nogil:
     p += 5
     m.offset = number(&p, 16)
     p += 1
-    number(&p, 16)
+    m.major = <uint32_t> number(&p, 16)
     p += 1
-    number(&p, 16)
+    m.minor = <uint32_t> number(&p, 16)
     p += 1
     m.inode = number(&p, 10)
-    while p[0] == c' ':
-        p += 1
-    m.name = p
     while p[0] and p[0] != c'\n':
         p += 1
-    if p[0]:
-        p[0] = 0
-        p += 1
-    maps.at = p
+    text[0] = p + 1 if p[0] else p
     return True
 
 
@@ -93,20 +162,20 @@ cdef bint has_access(mapping *m, const char *access) noexcept nogil:
     return not memcmp(m.access, access, 4)
 
 
-cdef bint is_code(mapping *m) noexcept nogil:
-    """Of a file, executable and not to be written, and so never changed: read-only data has been, by the linker."""
-    return has_access(m, "r-xp") and m.name[0] == c'/'
-
-
 def unmap_code():
     """Let go of the code of executables and libraries, which is read anew from their files when it runs again."""
     cdef listing maps
     cdef mapping m
-    list_mappings(&maps)
+    list_mappings(&maps, CODE)
     while next_mapping(&maps, &m):
         if is_code(&m):
             madvise(<void *> m.start, m.end - m.start, MADV_DONTNEED)
     forget_mappings(&maps)
+
+
+cdef bint is_code(mapping *m) noexcept nogil:
+    """Never to be written to, and so never changed: read-only data has been, by the linker."""
+    return has_access(m, "r-xp")
 
 
 def trim_heap():
@@ -119,9 +188,28 @@ def code_in(bytes maps not None):
     cdef bytearray text = bytearray(maps + b"\0")
     cdef listing given
     cdef mapping m
+    given.fd, given.wanted, given.next = -1, CODE, 0
     given.text = given.at = text
     found = []
     while next_mapping(&given, &m):
         if is_code(&m):
             found.append((m.start, m.end - m.start))
+    return found
+
+
+def as_before_6_11():
+    """Do without asking the kernel from now on; for tests."""
+    global text_only
+    text_only = True
+
+
+def list_all():
+    """(start, end, access, offset, device, inode) of all mappings; for tests."""
+    cdef listing maps
+    cdef mapping m
+    list_mappings(&maps, 0)
+    found = []
+    while next_mapping(&maps, &m):
+        found.append((m.start, m.end, m.access[:4], m.offset, (m.major, m.minor), m.inode))
+    forget_mappings(&maps)
     return found
