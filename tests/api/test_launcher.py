@@ -32,7 +32,7 @@ import os, random, sys
 from crackle.runtime.zygote import Zygote, listen
 sys.path.insert(0, {directory!r})
 import value
-def run(arguments):
+def run(arguments, ahead):
 {body}
 if sys.argv[1] == "--listener":
     import _socket
@@ -390,9 +390,9 @@ def test_no_child_imports_anything(tmp_path: Path) -> None:
     script.write_text(
         "import os, sys\nfrom crackle.cli import vmm, zygote\nfrom crackle.runtime.zygote import Zygote, listen\n"
         "zygote.load()\n"
-        "def run(arguments):\n"
+        "def run(arguments, shell):\n"
         "    sys.addaudithook(lambda event, given: event == 'import' and os.write(2, given[0].encode() + b'\\n'))\n"
-        "    return vmm.run(arguments)\n"
+        "    return vmm.run(arguments, shell)\n"
         "Zygote(listen(sys.argv[1]), run).serve()\n"
     )
     zygote = ZygoteProcess(tmp_path / "socket", str(script), str(tmp_path / "socket"))

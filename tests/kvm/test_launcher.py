@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import select
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from tests.kvm.conftest import PATIENCE, Client, configuration
+from tests.kvm.conftest import PATIENCE, Client, Process, configuration
 
 from support.launcher import LAUNCHER, ZygoteProcess
 from support.network import Namespace
@@ -22,9 +24,9 @@ import os, sys
 from crackle.cli import vmm, zygote
 from crackle.runtime.zygote import Zygote, listen
 zygote.load()
-def run(arguments):
+def run(arguments, shell):
     sys.addaudithook(lambda event, given: event == "import" and os.write(2, given[0].encode() + b"\\n"))
-    return vmm.run(arguments)
+    return vmm.run(arguments, shell)
 Zygote(listen(sys.argv[1]), run).serve()
 """
 
@@ -112,4 +114,78 @@ def test_a_child_whose_guest_has_started_gives_memory_back_and_the_guest_goes_on
     finally:
         process.kill()
         process.communicate()
+        assert zygote.end() == ""
+
+
+def kvm_descriptors(pid: int) -> list[str]:
+    """Numbers and names of what is KVM's, whose machines the kernel does not count twice."""
+    found = [(fd, os.readlink(f"/proc/{pid}/fd/{fd}")) for fd in os.listdir(f"/proc/{pid}/fd")]
+    return sorted(f"{fd} {name}" for fd, name in found if "kvm" in name)
+
+
+def spare_with_a_machine(zygote: ZygoteProcess) -> tuple[int, list[str]]:
+    """The one spare of a zygote, once it has all that it makes ahead."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            (pid,) = zygote.children()
+            found = kvm_descriptors(pid)
+            if len(found) == 3:
+                return pid, found
+        time.sleep(0.01)
+    raise TimeoutError("there is no spare with a machine")
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_a_spare_has_a_machine_before_its_launcher_comes_and_uses_it_where_it_fits(
+    guests: Path, tmp_path: Path, vcpus: int
+) -> None:
+    zygote = ZygoteProcess(tmp_path / "zygote", spares=1)
+    try:
+        pid, before = spare_with_a_machine(zygote)
+        process = Process(tmp_path, command=zygote.command)
+        try:
+            assert zygote.monitors() == {pid}
+            assert kvm_descriptors(pid) == before
+            process.boot(guests / "idle.elf", "", vcpu_count=vcpus, mem_size_mib=128)
+            deadline = time.monotonic() + PATIENCE
+            # One that does not fit is closed meanwhile.
+            while "idle\n" not in process.text or len(kvm_descriptors(pid)) != 2 + vcpus:
+                assert time.monotonic() < deadline, process.text
+                process.read(0.01)
+            assert (kvm_descriptors(pid) == before) is (vcpus == 1)
+        finally:
+            process.kill()
+    finally:
+        assert zygote.end() == ""
+
+
+def test_a_spare_gives_its_machine_up_for_a_launcher_that_has_its_numbers(
+    guests: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(configuration(guests / "idle.elf", "", [], 128, 1)))
+    zygote = ZygoteProcess(tmp_path / "zygote", spares=1)
+    try:
+        pid, before = spare_with_a_machine(zygote)
+        taken = max(int(each.split()[0]) for each in before)
+        script = f'exec {taken}<{tmp_path}/config.json; exec "$@"'
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", script, "sh", *zygote.command, "--no-api", "--config-file", "config.json"],
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            assert process.stdout is not None
+            assert any(line == b"idle\n" for line in process.stdout)
+            assert zygote.monitors() == {pid}
+            assert os.readlink(f"/proc/{pid}/fd/{taken}") == str(tmp_path / "config.json")
+            assert len(kvm_descriptors(pid)) == 3
+            process.terminate()
+            assert process.communicate(timeout=60)[1] == b""
+        finally:
+            process.kill()
+            process.communicate()
+    finally:
         assert zygote.end() == ""

@@ -22,6 +22,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket
 
+    from crackle.vmm.shell import Shell
+
 # Exit statuses, as Firecracker's.
 EXIT_OK = 0
 EXIT_ERROR = 1
@@ -42,8 +44,17 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
-def run(arguments: list[str]) -> int:
-    """Run a microVM to its end; the result is the exit status of the process."""
+def prepare_shell() -> Shell | None:
+    """What nearly every microVM will want; None where it cannot be made: then the microVM says why."""
+    from crackle.schema.machine import default_machine_config
+    from crackle.vmm.shell import prepare
+
+    shell = prepare(default_machine_config(), on_thread=False)
+    return shell if shell.is_whole else None
+
+
+def run(arguments: list[str], shell: Shell | None = None) -> int:
+    """Run a microVM to its end; the result is the exit status of the process. shell: what there is for it already."""
     # Nothing made during start-up is garbage: collecting then would only cost time.
     gc.disable()
     open_standard_streams()
@@ -67,7 +78,7 @@ def run(arguments: list[str]) -> int:
         if "snapshot-version" in options or "describe-snapshot" in options:
             _tell(_snapshot_version(options.value("describe-snapshot")))
             return EXIT_OK
-        status = _serve(options, logger)
+        status = _serve(options, logger, shell)
     except Exception as error:
         message = str(error) if isinstance(error, CrackleError) else f"{reason_of(error) or repr(error)}."
         status = error.status if isinstance(error, ExitError) else EXIT_ERROR
@@ -102,7 +113,7 @@ def _tell(text: str) -> None:
         raise ExitError(f"Cannot write to standard output: {os_reason(error)}.") from None
 
 
-def _serve(options: Options, logger: Logger) -> int:
+def _serve(options: Options, logger: Logger, shell: Shell | None) -> int:
     _refuse_unsupported(options)
     _configure_logger(options, logger)
     logger.info(f"Running Crackle v{VERSION}")
@@ -124,7 +135,8 @@ def _serve(options: Options, logger: Logger) -> int:
         from crackle.vmm.shell import prepare
 
         # Most clients configure and start a machine at once: begin with the default one while the rest is imported.
-        shell = prepare(default_machine_config()) if config is None else None
+        if shell is None and config is None:
+            shell = prepare(default_machine_config())
         from crackle.monitor.process import VmmProcess
 
         if sys.modules["typing_extensions"] is None:

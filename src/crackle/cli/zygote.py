@@ -38,7 +38,15 @@ def main(arguments: list[str]) -> None:
         "--listener", str(listener.fileno()), "--spares", spares, *(("--socket", path) if path else ())
     )
     children = given.get("--children", "")
-    zygote = Zygote(listener, vmm.run, path=path, again=again, children=children, spares=int(spares))
+    zygote = Zygote(
+        listener,
+        vmm.run,
+        prepare=vmm.prepare_shell,
+        path=path,
+        again=again,
+        children=children,
+        spares=int(spares),
+    )
     load()
     zygote.serve()
 

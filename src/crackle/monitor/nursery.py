@@ -43,7 +43,7 @@ class Nursery(Zygote):
     """A zygote whose one launcher is the program at the other end of `master`."""
 
     def __init__(self, master: _socket.socket) -> None:
-        super().__init__(master, lambda _arguments: 1)
+        super().__init__(master, lambda _arguments, _ahead: 1)
         self._templates: dict[int, Template] = {}
 
     def _accept(self, _events: int) -> None:

@@ -14,7 +14,29 @@ import struct
 import time
 
 from crackle.runtime.launcher import ELSEWHERE, MOVABLE, OTHER_CGROUPS, Home, Launcher, RefusedError
-from crackle.runtime.system import close_from, copy_scheduling, join_namespace, set_no_new_privs, set_title
+from crackle.runtime.system import (
+    close_between,
+    close_from,
+    copy_scheduling,
+    join_namespace,
+    set_no_new_privs,
+    set_title,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from typing import Protocol
+
+    class Ahead(Protocol):
+        """What a child has made before it has a launcher."""
+
+        @property
+        def fds(self) -> Collection[int]:
+            """Its descriptors, from 4 on."""
+
+        def close(self) -> None: ...
+
 
 # An answer: kind, reason, status of wait(2).
 _ANSWER = struct.Struct("=c119si")
@@ -35,24 +57,33 @@ def status_of(message: bytes) -> int:
     return int(_ANSWER.unpack(message)[2]) if len(message) == _ANSWER.size else 0
 
 
-def alone(connection: int) -> int:
-    """Close everything but the standard streams and `connection`, whose number is another from now on."""
-    number = 3
+def alone(connection: int, kept: Collection[int] = ()) -> int:
+    """Close all but the standard streams, `kept` (from 4 on) and `connection`, which has another number from now on."""
+    number = first = 3
     if connection != number:
         os.dup2(connection, number, inheritable=False)
-    close_from(number + 1)
+    for fd in sorted(kept):
+        close_between(first + 1, fd - 1)
+        first = fd
+    close_from(first + 1)
     return number
 
 
-def adopt(connection: int, process: int, home: Home) -> tuple[int, list[str]]:
+def adopt(
+    connection: int, process: int, home: Home, ahead: Ahead | None
+) -> tuple[int, list[str], Ahead | None]:
     """Become what the launcher `process` asks for on `connection`, and tell it so; the connection, and the arguments.
 
+    ahead: what there is for it already, the last of the result; given back if the launcher has a use for its numbers.
     To be called in a forked child, with signals blocked. Afterwards they are as the launcher had them, and nothing is
     open but what it handed over and, above that, the connection: the lifeline, at whose other end's end the kernel
     kills this process. Raises RefusedError.
     """
     try:
         launcher = Launcher(connection, process, _PATIENCE_MS)
+        if ahead is not None and launcher.asks_for(ahead.fds):
+            ahead.close()
+            ahead = None
         differs = launcher.compare(home)
         if differs & OTHER_CGROUPS:
             _join_cgroups(f"/proc/{process}")
@@ -62,7 +93,7 @@ def adopt(connection: int, process: int, home: Home) -> tuple[int, list[str]]:
             _move(f"/proc/{process}", home)
         else:
             launcher.follow_directory()
-        lifeline = launcher.place()
+        lifeline = launcher.place(() if ahead is None else ahead.fds)
         launcher.follow_limits()
         if launcher.gains_no_privileges:
             set_no_new_privs()
@@ -77,7 +108,7 @@ def adopt(connection: int, process: int, home: Home) -> tuple[int, list[str]]:
         launcher.take_signals()
     except (OSError, ValueError) as error:
         raise RefusedError(f"{type(error).__name__}: {error}") from error
-    return lifeline, arguments
+    return lifeline, arguments, ahead
 
 
 def _read(path: str) -> bytes:

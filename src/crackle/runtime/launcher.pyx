@@ -127,7 +127,7 @@ cdef extern from * nogil:
 
     #define get_processors(pid, set, size) syscall(SYS_sched_getaffinity, pid, size, set)
     #define set_processors(set, size) syscall(SYS_sched_setaffinity, 0, size, set)
-    #define close_from(first) syscall(SYS_close_range, first, ~0u, 0)
+    #define close_range(first, last) syscall(SYS_close_range, first, last, 0)
     #define open_pid(pid) syscall(SYS_pidfd_open, pid, 0)
     extern char **environ;
     """
@@ -168,7 +168,7 @@ cdef extern from * nogil:
     long get_processors(int pid, uint8_t *set, size_t size)
     long set_processors(uint8_t *set, size_t size)
     long open_pid(int pid)
-    long close_from(unsigned int first)
+    long close_range(unsigned int first, unsigned int last)
     char **environ
 
 cdef enum:
@@ -485,16 +485,23 @@ cdef class Launcher:
         close(fd)
         checked(result)
 
-    def place(self):
-        """Give each descriptor its number, and the connection the one above the highest, the result; close all others."""
+    def asks_for(self, numbers):
+        """Whether a descriptor is to have one of these numbers."""
+        cdef uint32_t i
+        return any([self.request.fd_numbers[i] in numbers for i in range(self.request.fds)])
+
+    def place(self, kept=()):
+        """Give each descriptor its number, and the connection one above the highest, the result; close others but `kept`."""
         cdef int[64] moved
         cdef uint8_t[FD_LIMIT] wanted
         cdef uint32_t i
-        cdef int base = 0, line, fd
+        cdef int base = 0, line, fd, first
         memset(wanted, 0, sizeof(wanted))
         for i in range(self.request.fds):
             wanted[self.request.fd_numbers[i]] = 1
             base = max(base, <int> self.request.fd_numbers[i] + 1)
+        while base in kept:
+            base += 1
         # Out of each other's way first.
         for i in range(self.request.fds):
             moved[i] = <int> checked(fcntl(self.fds[i], F_DUPFD_CLOEXEC, base))
@@ -503,9 +510,14 @@ cdef class Launcher:
             checked(dup2(moved[i], <int> self.request.fd_numbers[i]))
         checked(dup3(line, base, O_CLOEXEC))
         for fd in range(base):
-            if not wanted[fd]:
+            if not wanted[fd] and fd not in kept:
                 close(fd)
-        checked(close_from(<unsigned int> base + 1))
+        first = base + 1
+        for fd in sorted(kept):
+            if fd > first:
+                checked(close_range(<unsigned int> first, <unsigned int> fd - 1))
+            first = max(first, fd + 1)
+        checked(close_range(<unsigned int> first, ~<unsigned int> 0))
         self.fd = base
         return base
 

@@ -32,8 +32,9 @@ from crackle.runtime.system import own_pages, watch_directories
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
+    from crackle.runtime.inherit import Ahead
     from crackle.runtime.loop import Timer
 
 # Launchers that wait to be accepted.
@@ -110,7 +111,8 @@ def _is_taken(path: str) -> bool:
 class Zygote:
     """Serves launchers on `listener`, whose file is `path`; without one it is somebody else's, who keeps it.
 
-    run: what a child does with its arguments; its result is the exit status. again: the command with which it executes
+    run: what a child does with its arguments, and with what `prepare` has made for it if it was a spare; its result is
+    the exit status. again: the command with which it executes
     itself anew, with the listener under its number and ``--children FD:PID,...`` added, which says who its children are
     and where their launchers are told; that is `children`. spares: how many children are forked ahead of need.
     """
@@ -118,8 +120,9 @@ class Zygote:
     def __init__(
         self,
         listener: _socket.socket,
-        run: Callable[[list[str]], int],
+        run: Callable[[list[str], Any], int],
         *,
+        prepare: Callable[[], Ahead | None] = lambda: None,
         path: str | None = None,
         again: Sequence[str] = (),
         children: str = "",
@@ -127,6 +130,7 @@ class Zygote:
     ) -> None:
         self._listener = listener
         self._run = run
+        self._prepare = prepare
         self._path = path
         self._again = again
         self._loop = Loop(_complain)
@@ -250,17 +254,18 @@ class Zygote:
             self._loop.close()
             zygote = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, alone(zygote.detach()))
             own_pages(self._written)
+            ahead = self._prepare()
             message, control, _, _ = zygote.recvmsg(4, _socket.CMSG_SPACE(4), _socket.MSG_CMSG_CLOEXEC)
             if len(message) != 4:
                 os._exit(0)
             (launcher,) = struct.unpack("=i", message)
             (fd,) = struct.unpack("=i", control[0][2])
             zygote.detach()
-            connection = alone(fd)
+            connection = alone(fd, () if ahead is None else ahead.fds)
         except BaseException as error:
             sys.excepthook(type(error), error, error.__traceback__)
             os._exit(1)
-        self._serve_launcher(connection, launcher)
+        self._serve_launcher(connection, launcher, ahead)
 
     def _learn(self, pid: int) -> None:
         """What one child writes to, the next will, too."""
@@ -289,13 +294,13 @@ class Zygote:
     def _be_child(self, connection: _socket.socket, launcher: int) -> NoReturn:
         # The loop's descriptors are copies, its handlers of signals the zygote's.
         self._loop.close()
-        self._serve_launcher(alone(connection.detach()), launcher)
+        self._serve_launcher(alone(connection.detach()), launcher, None)
 
-    def _serve_launcher(self, connection: int, launcher: int) -> NoReturn:
+    def _serve_launcher(self, connection: int, launcher: int, ahead: Ahead | None) -> NoReturn:
         status = 1
         try:
-            connection, arguments = adopt(connection, launcher, self._home)
-            status = self._run(arguments)
+            connection, arguments, ahead = adopt(connection, launcher, self._home, ahead)
+            status = self._run(arguments, ahead)
             _tell(connection, WILL, status=(status & 0xFF) << 8)
         except RefusedError as reason:
             _tell(connection, REFUSES, str(reason))

@@ -44,7 +44,7 @@ class Parts(msgspec.Struct):
 
 
 class Shell:
-    """A virtual machine without devices or kernel, being made on a thread of its own.
+    """A virtual machine without devices or kernel, being made on a thread of its own, or made at once.
 
     shared: another process will have guest memory too, so it is a memfd. memory: what it has instead of new memory, and
     owns from now on.
@@ -54,7 +54,11 @@ class Shell:
     """
 
     def __init__(
-        self, config: MachineConfig, shared: bool = False, memory: GuestMemory | None = None
+        self,
+        config: MachineConfig,
+        shared: bool = False,
+        memory: GuestMemory | None = None,
+        on_thread: bool = True,
     ) -> None:
         self.config = config
         self.shared = shared
@@ -62,7 +66,10 @@ class Shell:
         self._error: BaseException | None = None
         self._made = allocate_lock()
         self._made.acquire()
-        Thread("shell", self._run)
+        if on_thread:
+            Thread("shell", self._run)
+        else:
+            self._run()
 
     def _run(self) -> None:
         try:
@@ -71,6 +78,17 @@ class Shell:
             self._error = error
         finally:
             self._made.release()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it was made, at once, and without an error."""
+        return self._error is None
+
+    @property
+    def fds(self) -> list[int]:
+        """The descriptors that it has, if its memory is nobody else's."""
+        parts = [part for part in (self._parts.kvm, self._parts.vm, *self._parts.vcpus) if part is not None]
+        return [part.fd for part in parts]
 
     def take(self) -> Parts:
         """The finished parts, which the caller now owns. Raises what making them raised."""
@@ -99,9 +117,9 @@ class Shell:
         return parts
 
 
-def prepare(config: MachineConfig, shared: bool = False) -> Shell:
+def prepare(config: MachineConfig, shared: bool = False, on_thread: bool = True) -> Shell:
     """Start making the shell of a machine with `config`; shared: another process will have its memory too."""
-    return Shell(config, shared)
+    return Shell(config, shared, on_thread=on_thread)
 
 
 def _make(config: MachineConfig, shared: bool, parts: Parts) -> None:
