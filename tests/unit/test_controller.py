@@ -82,9 +82,6 @@ class FakeShell:
     def close(self) -> None:
         self.closed = True
 
-    def abandon(self) -> None:
-        self.closed = True
-
 
 class Bench:
     """A controller whose machines are fake, and what is needed to configure it."""
@@ -107,7 +104,9 @@ class Bench:
         self.machines.append(machine)
         return machine
 
-    def _prepare(self, machine: schema.MachineConfig, shared: bool) -> FakeShell:
+    def _prepare(self, machine: schema.MachineConfig, shared: bool, base: FakeShell | None) -> FakeShell:
+        if base is not None:
+            base.close()
         self.shells.append(FakeShell(machine, shared))
         return self.shells[-1]
 
@@ -309,7 +308,7 @@ def test_a_shell_is_made_with_the_first_configuration_and_goes_to_the_machine(be
     assert not bench.shells[0].closed
 
 
-def test_a_shell_that_no_longer_fits_is_closed_and_made_again(bench: Bench) -> None:
+def test_a_shell_that_no_longer_fits_is_what_another_is_made_of(bench: Bench) -> None:
     bench.do("put_drive", bench.drive("data"))
     bench.do("patch_machine", schema.MachineConfigUpdate(mem_size_mib=64))
     assert [shell.closed for shell in bench.shells] == [True, False]

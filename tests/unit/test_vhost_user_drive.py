@@ -64,7 +64,7 @@ class Bench:
         self.machine = Machine(config, held)
         return self.machine
 
-    def _prepare(self, machine: schema.MachineConfig, shared: bool) -> None:
+    def _prepare(self, machine: schema.MachineConfig, shared: bool, _base: None) -> None:
         self.shells.append((machine.mem_size_mib, shared))
 
     def do(self, name: str, resource: object = None) -> Any:

@@ -78,10 +78,8 @@ def _bare(config: VmConfig, shell: Shell | None, options: BuildOptions) -> Machi
     """The machine for `config`, without any device."""
     assert config.machine_config is not None, "the controller fills it in"
     wanted = (config.machine_config, config.shares_memory)
-    if shell is not None and (shell.config, shell.shared) != wanted:
-        shell.abandon()
-        shell = None
-    shell = shell or Shell(*wanted)
+    if shell is None or (shell.config, shell.shared) != wanted:
+        shell = Shell(*wanted, base=shell)
     try:
         # While KVM makes the rest ready, on the shell's thread.
         terminal = options.console_in >= 0 and os.isatty(options.console_in)

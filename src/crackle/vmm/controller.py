@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 
         def close(self) -> None: ...
         def disown(self) -> None: ...
-        def abandon(self) -> None: ...
 
     class ExitStatus(Protocol):
         """Why a machine ended, and the process's exit status that follows."""
@@ -109,7 +108,7 @@ if TYPE_CHECKING:
         def become(self, heritage: Heritage, index: int, clone: Clone, line: Line) -> NoReturn: ...
 
     Restore = Callable[[Loaded | Heritage, "Shell | None", Mapping[tuple[str, str], Held]], "Machine"]
-    Prepare = Callable[[MachineConfig, bool], "Shell | None"]
+    Prepare = Callable[[MachineConfig, bool, Any], "Shell | None"]
 
 APP_NAME = "Crackle"
 
@@ -122,9 +121,9 @@ class Controller:
 
     ``build`` makes the machine when it starts, out of the configuration and of what is held for its devices.
     ``prepare``, if given, makes ahead of time what needs only the machine configuration; it is called with the first
-    configuration command and again when the machine configuration changes, or whether guest memory is shared. What it
-    returns goes to ``build``, or is abandoned when it no longer fits. ``shell`` is what was made for the default
-    machine already. ``metadata_limit`` is in bytes. ``lock_drives``: lock the files of drives that do not say.
+    configuration command and again when the machine configuration changes, or whether guest memory is shared, with what
+    it has made before. What it returns goes to ``build``, whether it fits or not. ``shell`` is what was made already,
+    for the default machine. ``metadata_limit`` is in bytes. ``lock_drives``: lock the files of drives that do not say.
     ``restore`` makes a machine, paused, out of a snapshot. ``template``: what a load finds, if that is known already.
     ``cloner`` makes what a clone is to do, when there is to be one.
     """
@@ -491,13 +490,12 @@ class Controller:
         wanted = self.config.machine_config, self.config.shares_memory
         if self._prepare is None or self._shell_for == wanted:
             return
-        if self._shell is not None:
-            self._shell.abandon()
-            self._shell = None
-        self._shell_for = wanted
+        base, self._shell, self._shell_for = self._shell, None, wanted
         try:
-            self._shell = self._prepare(*wanted)
+            self._shell = self._prepare(*wanted, base)
         except Exception as error:
+            if base is not None:
+                base.close()
             # What cannot be made ahead of time fails again, with its reason, when the microVM starts.
             self.logger.debug(f"Nothing was made ahead of time: {error}")
 

@@ -34,6 +34,15 @@ class Parts(msgspec.Struct):
     slots: MemorySlots | None = None
     vcpus: list[Vcpu] = msgspec.field(default_factory=list)
 
+    def drop_memory(self) -> None:
+        """For the guest to have other memory."""
+        if self.slots is not None:
+            self.slots.release()
+            self.slots = None
+        if self.memory is not None:
+            self.memory.close()
+            self.memory = None
+
     def close(self) -> None:
         """Idempotent."""
         for vcpu in self.vcpus:
@@ -47,7 +56,7 @@ class Shell:
     """A virtual machine without devices or kernel, being made on a thread of its own, or made at once.
 
     shared: another process will have guest memory too, so it is a memfd. memory: what it has instead of new memory, and
-    owns from now on.
+    owns from now on. base: one for another configuration, which is this one's from now on: what fits is used again.
 
     `take` waits for that thread and hands the parts over; `close` waits too and gives them back; `abandon` gives
     them back in the background. After any of them the shell owns nothing.
@@ -58,10 +67,12 @@ class Shell:
         config: MachineConfig,
         shared: bool = False,
         memory: GuestMemory | None = None,
+        base: Shell | None = None,
         on_thread: bool = True,
     ) -> None:
         self.config = config
         self.shared = shared
+        self._base = base
         self._parts = Parts(memory=memory)
         self._error: BaseException | None = None
         self._made = allocate_lock()
@@ -73,15 +84,28 @@ class Shell:
 
     def _run(self) -> None:
         try:
+            self._take_over()
             _make(self.config, self.shared, self._parts)
         except BaseException as error:
             self._error = error
         finally:
             self._made.release()
 
+    def _take_over(self) -> None:
+        base, self._base = self._base, None
+        if base is None:
+            return
+        parts = base._release()
+        # A vCPU cannot be taken away.
+        if base.is_whole and len(parts.vcpus) <= self.config.vcpu_count:
+            parts.drop_memory()
+            self._parts = parts
+        else:
+            parts.close()
+
     @property
     def is_whole(self) -> bool:
-        """Whether it was made, at once, and without an error."""
+        """Whether it has been made, without an error; not while it is being made."""
         return self._error is None
 
     @property
@@ -104,6 +128,8 @@ class Shell:
 
     def disown(self) -> None:
         """In a forked child, where there is no thread to wait for: close the copies."""
+        if self._base is not None:
+            self._base.disown()
         parts, self._parts = self._parts, Parts()
         parts.close()
 
@@ -117,9 +143,11 @@ class Shell:
         return parts
 
 
-def prepare(config: MachineConfig, shared: bool = False, on_thread: bool = True) -> Shell:
-    """Start making the shell of a machine with `config`; shared: another process will have its memory too."""
-    return Shell(config, shared, on_thread=on_thread)
+def prepare(
+    config: MachineConfig, shared: bool = False, base: Shell | None = None, on_thread: bool = True
+) -> Shell:
+    """Start making the shell of a machine with `config`; the rest is as in `Shell`."""
+    return Shell(config, shared, base=base, on_thread=on_thread)
 
 
 def _make(config: MachineConfig, shared: bool, parts: Parts) -> None:
@@ -128,6 +156,17 @@ def _make(config: MachineConfig, shared: bool, parts: Parts) -> None:
         backing = (_SHARED_BACKINGS if shared else _BACKINGS)[config.huge_pages]
         memory = GuestMemory(platform.memory_layout(config.mem_size_mib << 20), backing=backing)
         parts.memory = memory
+    kvm, vm = parts.kvm, parts.vm
+    if kvm is None or vm is None:
+        kvm, vm = _make_vm(parts)
+    for index in range(len(parts.vcpus), config.vcpu_count):
+        parts.vcpus.append(vm.create_vcpu(index))
+    platform.prepare_vcpus(kvm, parts.vcpus, smt=config.smt)
+    memory.track_dirty(config.track_dirty_pages)
+    parts.slots = MemorySlots(vm, memory, log_dirty_pages=config.track_dirty_pages)
+
+
+def _make_vm(parts: Parts) -> tuple[Kvm, Vm]:
     try:
         parts.kvm = kvm = Kvm()
     except KvmError as error:
@@ -138,8 +177,4 @@ def _make(config: MachineConfig, shared: bool, parts: Parts) -> None:
         raise ConfigError(f"this host's KVM lacks {', '.join(missing)}; `crackle doctor` tells more")
     parts.vm = vm = kvm.create_vm()
     platform.create_chips(vm)
-    for index in range(config.vcpu_count):
-        parts.vcpus.append(vm.create_vcpu(index))
-    platform.prepare_vcpus(kvm, parts.vcpus, smt=config.smt)
-    memory.track_dirty(config.track_dirty_pages)
-    parts.slots = MemorySlots(vm, memory, log_dirty_pages=config.track_dirty_pages)
+    return kvm, vm

@@ -14,7 +14,7 @@ class MemorySlots:
     """
 
     def __init__(self, vm: Vm, memory: GuestMemory, *, log_dirty_pages: bool = False) -> None:
-        self._vm = vm
+        self._vm, self._memory = vm, memory
         self._flags = MEM_LOG_DIRTY_PAGES if log_dirty_pages else 0
         self._slots: dict[int, int] = {}
         for region in memory.regions:
@@ -35,3 +35,9 @@ class MemorySlots:
         """An access of the guest finds nothing there when this returns."""
         self._vm.set_user_memory_region(self._slots[region.gpa], region.gpa, 0, 0)
         del self._slots[region.gpa]
+
+    def release(self) -> None:
+        """Give all slots back, of a machine that has not run yet."""
+        self._memory.remove_listener(self)
+        for region in self._memory.regions:
+            self.region_removed(region)
