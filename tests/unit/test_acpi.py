@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from crackle.arch.x86_64 import DeviceInfo, acpi, memory_layout
+from crackle.arch import platform
+from crackle.arch.x86_64 import DeviceInfo, acpi, layout, memory_layout, mptable
 from crackle.memory import GuestMemory
 
 MIB = 1 << 20
@@ -233,3 +234,21 @@ def test_the_data_tables_are_understood_by_intels_disassembler(tmp_path: Path, s
     }
     for line in expected[signature]:
         assert line in text
+
+
+def test_what_a_zygote_has_made_is_not_made_again() -> None:
+    made = (acpi._board, acpi._virtio_device, acpi._power_off, acpi.fadt, acpi.madt, mptable.build)
+    platform.make_ready()
+    before = [each.cache_info().misses for each in made]
+    with GuestMemory(platform.memory_layout(64 << 20)) as memory:
+        table = mptable.build(layout.SYSTEM_MEM_START, 2)
+        places = zip(platform.DEVICE_WINDOWS, platform.DEVICE_LINES, strict=False)
+        acpi.write_tables(
+            memory,
+            layout.SYSTEM_MEM_START + len(table),
+            vcpu_count=2,
+            devices=[DeviceInfo(address, 4096, line) for address, line in list(places)[:3]],
+            sleep_port=layout.SLEEP_PORT,
+            vmgenid=layout.VMGENID_ADDR,
+        )
+    assert [each.cache_info().misses for each in made] == before

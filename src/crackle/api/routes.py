@@ -11,7 +11,7 @@ import msgspec
 
 from crackle import schema
 from crackle.errors import ConfigError, CrackleError
-from crackle.schema.codec import check_id, decode, explain
+from crackle.schema.codec import check_id, decode, decoder_of, explain
 from crackle.vmm.commands import Command
 from crackle.vmm.devices import RESOURCES
 
@@ -114,6 +114,13 @@ _BODIES = {body.__name__: body for _r in RESOURCES for body in (_r.body, _r.upda
 def schema_of(route: Route) -> Any:
     """The Struct of a route's body; None where the body is JSON as it is, or there is none."""
     return (_BODIES.get(route.body) or getattr(schema, route.body)) if route.body else None
+
+
+def make_ready() -> None:
+    """Make what the first request of each kind would, for a process that forks those that get them."""
+    for route in ROUTES.values():
+        if (kind := schema_of(route)) is not None:
+            decoder_of(kind)
 
 
 # Where a value in the body, not the path, names the command.

@@ -83,6 +83,9 @@ if TYPE_CHECKING:
         def memory_layout(self, size: int) -> list[tuple[int, int]]:
             """Where so much RAM goes: (guest physical address, bytes). ConfigError when it does not fit."""
 
+        def make_ready(self) -> None:
+            """Make what is the same for many machines, in a process that forks theirs."""
+
         def create_chips(self, vm: Vm) -> None:
             """Interrupt controllers and timers in the kernel, before the first vCPU."""
 

@@ -65,9 +65,11 @@ def load() -> None:
     # As crackle-vmm does: msgspec would import it where it is installed.
     sys.modules.setdefault("typing_extensions", None)  # type: ignore[arg-type]
     import crackle.monitor.process  # noqa: F401
+    from crackle.api import routes
     from crackle.vmm.preload import preload_all
 
     preload_all()
+    routes.make_ready()
     if sys.modules["typing_extensions"] is None:
         del sys.modules["typing_extensions"]
 

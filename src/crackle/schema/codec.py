@@ -30,16 +30,21 @@ _LEVEL = "Invalid LevelFilter"
 
 def decode(data: bytes, resource: type[T]) -> T:
     """``data`` as a ``resource``; raises msgspec.DecodeError, which :func:`explain` puts into words."""
-    decoder = _decoders.get(resource)
-    if decoder is None:
-        decoder = _decoders[resource] = msgspec.json.Decoder(resource)
     try:
-        value: T = decoder.decode(data)
+        value: T = decoder_of(resource).decode(data)
     except UnicodeDecodeError as error:
         raise msgspec.DecodeError(f"JSON is malformed: it is not UTF-8 ({error.reason})") from None
     except RecursionError:
         raise msgspec.DecodeError("JSON is malformed: it is nested too deeply") from None
     return value
+
+
+def decoder_of(resource: type[T]) -> msgspec.json.Decoder[T]:
+    """The one of this type, which is made when it is first wanted."""
+    decoder = _decoders.get(resource)
+    if decoder is None:
+        decoder = _decoders[resource] = msgspec.json.Decoder(resource)
+    return decoder
 
 
 def unknown_fields(data: bytes, resource: type[msgspec.Struct]) -> list[str]:

@@ -69,7 +69,10 @@ def preload_idle() -> None:
 
 
 def preload_all() -> None:
-    """Import what any machine of crackle-vmm will want, before and while it runs: for a process that forks them."""
+    """Import what any machine of crackle-vmm will want, before and while it runs, for a process that forks them.
+
+    And make what is the same for many.
+    """
     _import(
         (
             *ALWAYS,
@@ -77,6 +80,9 @@ def preload_all() -> None:
             *(_VHOST_USER, *_BLOCK, _ASYNC, _LIMITER, _NET, "crackle.virtio.net.tap", _VSOCK, *_METADATA),
         )
     )
+    from crackle.arch import platform
+
+    platform.make_ready()
 
 
 def _import(names: Iterable[str]) -> None:

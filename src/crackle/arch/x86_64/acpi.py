@@ -9,6 +9,7 @@ guest to shut down. GSI_VMGENID tells it in the same way that its generation ID 
 
 from __future__ import annotations
 
+from functools import cache
 from struct import Struct, pack, pack_into
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,15 @@ from crackle.arch.x86_64 import aml, layout
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Protocol
 
     from crackle.arch.x86_64 import DeviceInfo
-    from crackle.memory import GuestMemory
+
+    class Memory(Protocol):
+        """Guest memory."""
+
+        def write(self, gpa: int, data: bytes | bytearray, /) -> None: ...
+
 
 OEM_ID = b"CRACKL"
 _OEM_TABLE_ID = b"CRACKLVM"
@@ -65,7 +72,7 @@ _GENERATION_CHANGED = 0x80
 
 
 def write_tables(
-    memory: GuestMemory,
+    memory: Memory,
     address: int,
     *,
     vcpu_count: int,
@@ -112,6 +119,7 @@ def xsdt(*addresses: int) -> bytes:
     return _table(b"XSDT", 1, pack(f"<{len(addresses)}Q", *addresses))
 
 
+@cache
 def fadt(dsdt_address: int, *, sleep_port: int | None) -> bytes:
     """Fixed ACPI description table (5.2.9). Writing 0xfe to the keyboard controller's command port resets."""
     table = bytearray(_FADT_SIZE)
@@ -135,6 +143,7 @@ def fadt(dsdt_address: int, *, sleep_port: int | None) -> bytes:
     return _table(b"FACP", 6, table[_HEADER.size :])
 
 
+@cache
 def madt(vcpu_count: int) -> bytes:
     """Multiple APIC description table (5.2.12). GSI n is pin n of the one IOAPIC; no ISA interrupt is
     rerouted.
@@ -152,6 +161,22 @@ def dsdt(
     vmgenid: int | None = None,
 ) -> bytes:
     """Differentiated system description table (5.2.11.1): devices, in the order the guest is to find them."""
+    gsis = [info.gsi for info in devices]
+    terms = [
+        _virtio_device(index, info.address, info.size, info.gsi, gsis.count(info.gsi) > 1)
+        for index, info in enumerate(devices)
+    ]
+    body = aml.scope("\\_SB", _board(power_gsi, vmgenid), *terms)
+    if sleep_port is not None:
+        body += _power_off()
+    return _table(b"DSDT", 2, body)
+
+
+# What is the same for many machines is made once in a process that forks them.
+
+
+@cache
+def _board(power_gsi: int | None, vmgenid: int | None) -> bytes:
     terms = [
         aml.device(
             "COM1",
@@ -169,14 +194,12 @@ def dsdt(
                 aml.interrupt(layout.GSI_KEYBOARD),
             ),
         ),
-    ]
-    terms.append(
         aml.device(
             "PEVT",
             aml.name("_HID", aml.string("QEMU0001")),
             _resources(aml.io(layout.PVPANIC_PORT, layout.PVPANIC_PORT_COUNT)),
-        )
-    )
+        ),
+    ]
     events = []
     if power_gsi is not None:
         terms.append(aml.device("PWRB", aml.name("_HID", aml.eisa_id("PNP0C0C"))))
@@ -186,25 +209,24 @@ def dsdt(
         events.append((layout.GSI_VMGENID, "\\_SB.VGEN", _GENERATION_CHANGED))
     if events:
         terms.append(_event_device(events))
-    gsis = [info.gsi for info in devices]
-    for index, info in enumerate(devices):
-        shared = gsis.count(info.gsi) > 1
-        terms.append(
-            aml.device(
-                f"V{index:03d}",
-                aml.name("_HID", aml.string("LNRO0005")),
-                aml.name("_UID", aml.integer(index)),
-                aml.name("_CCA", aml.integer(1)),
-                _resources(
-                    aml.memory32_fixed(info.address, info.size), aml.interrupt(info.gsi, shared=shared)
-                ),
-            )
-        )
-    body = aml.scope("\\_SB", *terms)
-    if sleep_port is not None:
-        sleep_type = aml.integer(layout.S5_SLEEP_TYPE)
-        body += aml.name("\\_S5", aml.package(sleep_type, sleep_type, aml.integer(0), aml.integer(0)))
-    return _table(b"DSDT", 2, body)
+    return b"".join(terms)
+
+
+@cache
+def _virtio_device(index: int, address: int, size: int, gsi: int, shared: bool) -> bytes:
+    return aml.device(
+        f"V{index:03d}",
+        aml.name("_HID", aml.string("LNRO0005")),
+        aml.name("_UID", aml.integer(index)),
+        aml.name("_CCA", aml.integer(1)),
+        _resources(aml.memory32_fixed(address, size), aml.interrupt(gsi, shared=shared)),
+    )
+
+
+@cache
+def _power_off() -> bytes:
+    sleep_type = aml.integer(layout.S5_SLEEP_TYPE)
+    return aml.name("\\_S5", aml.package(sleep_type, sleep_type, aml.integer(0), aml.integer(0)))
 
 
 def _generation_id(address: int) -> bytes:

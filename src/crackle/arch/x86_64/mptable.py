@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from struct import Struct, pack
 
 from crackle.arch.x86_64.layout import APIC_ADDR, GSI_LAST, IOAPIC_ADDR
@@ -24,6 +25,7 @@ _ISA_BUS = 0
 _ALL_APICS = 0xFF
 
 
+@cache
 def build(address: int, vcpu_count: int) -> bytes:
     """The floating pointer, to be written at guest physical `address` (a multiple of 16), and the table
     behind it.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from crackle.arch.x86_64 import configure_system, enter_kernel, layout, prepare_vcpu
+from crackle.arch.interface import DeviceInfo
+from crackle.arch.x86_64 import acpi, configure_system, enter_kernel, layout, mptable, prepare_vcpu
 from crackle.arch.x86_64.board import Board, BoardState
 from crackle.arch.x86_64.cmdline import build as build_cmdline
 from crackle.arch.x86_64.kernel import load_initrd, load_kernel
@@ -22,7 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from crackle.arch.interface import DeviceInfo, Finding
+    from crackle.arch.interface import Finding
     from crackle.arch.x86_64.kernel import LoadedKernel
     from crackle.kvm import Kvm, Vcpu, Vm
     from crackle.memory import GuestMemory
@@ -43,6 +44,7 @@ __all__ = [
     "load_initrd",
     "load_kernel",
     "make_board",
+    "make_ready",
     "memory_layout",
     "prepare_vcpus",
     "probe",
@@ -58,6 +60,9 @@ DEVICE_WINDOWS = range(layout.VIRTIO_MMIO_START, layout.VIRTIO_MMIO_LAST + 1, la
 make_board = Board
 DEVICE_LINES = range(layout.GSI_FIRST, layout.GSI_VMGENID)
 DEVICE_ROUTES = range(layout.GSI_MSI_FIRST, layout.GSI_MSI_LAST + 1)
+
+# For which tables are made before they are wanted.
+_FEW_DEVICES, _FEW_VCPUS = 4, (1, 2)
 
 
 def create_chips(vm: Vm) -> None:
@@ -80,6 +85,31 @@ def prepare_vcpus(kvm: Kvm, vcpus: Sequence[Vcpu], *, smt: bool) -> None:
     cpuid, msrs = kvm.supported_cpuid(), frozenset(kvm.msr_index_list())
     for index, vcpu in enumerate(vcpus):
         prepare_vcpu(vcpu, index=index, count=len(vcpus), smt=smt, supported_cpuid=cpuid, supported_msrs=msrs)
+
+
+def make_ready() -> None:
+    """Make the tables of small machines with few devices, which are kept."""
+    devices = [
+        DeviceInfo(address, layout.MMIO_WINDOW_SIZE, line)
+        for address, line in zip(DEVICE_WINDOWS[:_FEW_DEVICES], DEVICE_LINES, strict=False)
+    ]
+    for vcpu_count in _FEW_VCPUS:
+        table = mptable.build(layout.SYSTEM_MEM_START, vcpu_count)
+        acpi.write_tables(
+            _Nowhere(),
+            layout.SYSTEM_MEM_START + len(table),
+            vcpu_count=vcpu_count,
+            devices=devices,
+            sleep_port=layout.SLEEP_PORT,
+            vmgenid=layout.VMGENID_ADDR,
+        )
+
+
+class _Nowhere:
+    """In place of guest memory."""
+
+    def write(self, gpa: int, data: bytes | bytearray, /) -> None:
+        """It is not wanted."""
 
 
 def describe(
