@@ -201,7 +201,8 @@ def fork(
         finally:
             if running:
                 machine.resume()
-        pause_us = (time.monotonic_ns() - begin) // 1000
+            pause_us = (time.monotonic_ns() - begin) // 1000
+            family.begin()
         try:
             family.await_all()
         finally:
@@ -251,8 +252,10 @@ class _Family:
         self.pids = [0] * len(clones)
         self._ours: list[_socket.socket] = []
         self._theirs: list[_socket.socket] = []
-        self._gate, self._gate_opener = os.pipe2(os.O_CLOEXEC)
+        self._gate = self._gate_opener = self._start = self._starter = -1
         try:
+            self._gate, self._gate_opener = os.pipe2(os.O_CLOEXEC)
+            self._start, self._starter = os.pipe2(os.O_CLOEXEC)
             for _ in clones:
                 ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
                 self._ours.append(ours)
@@ -267,8 +270,11 @@ class _Family:
 
     def be_template(self, heritage: Heritage, become: Become) -> NoReturn:
         """Fork each clone, and end."""
+        # The processors are the parent's until its guest runs again.
+        self._close("_starter")
+        os.read(self._start, 1)
+        self._close("_start", "_gate_opener")
         self._close_all(self._ours)
-        self._close_gate(opener_only=True)
         for index, (clone, line) in enumerate(zip(self._clones, list(self._theirs), strict=True)):
             try:
                 pid = fork_process()
@@ -282,6 +288,10 @@ class _Family:
         os._exit(0)
 
     # -- the parent ------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Let the template begin. Idempotent."""
+        self._close("_starter")
 
     def await_all(self) -> None:
         """Until every clone is ready. When one fails none goes on, and ConfigError says why."""
@@ -313,7 +323,7 @@ class _Family:
 
     def _call_off(self) -> None:
         """Wait until no clone is left."""
-        self._close_gate()
+        self._close("_gate_opener", "_gate")
         deadline = time.monotonic() + _GRACE_S
         left = dict(enumerate(self._ours))
         with contextlib.suppress(CrackleError):
@@ -336,18 +346,16 @@ class _Family:
 
     def close(self) -> None:
         """Idempotent."""
-        self._close_gate()
+        self._close("_gate_opener", "_gate", "_starter", "_start")
         self._close_all(self._ours)
         self._close_all(self._theirs)
 
-    def _close_gate(self, *, opener_only: bool = False) -> None:
-        opener, self._gate_opener = self._gate_opener, -1
-        if opener >= 0:
-            os.close(opener)
-        if not opener_only:
-            gate, self._gate = self._gate, -1
-            if gate >= 0:
-                os.close(gate)
+    def _close(self, *names: str) -> None:
+        for name in names:
+            fd = getattr(self, name)
+            if fd >= 0:
+                setattr(self, name, -1)
+                os.close(fd)
 
     @staticmethod
     def _close_all(connections: list[_socket.socket]) -> None:
