@@ -26,6 +26,7 @@ from crackle.runtime.channel import rights
 from crackle.runtime.inherit import ENDED, REFUSES, WILL, adopt, alone, answer
 from crackle.runtime.launcher import Home, RefusedError
 from crackle.runtime.loop import Loop
+from crackle.runtime.mappings import map_ahead
 from crackle.runtime.pages import written_pages
 from crackle.runtime.system import own_pages, watch_directories
 
@@ -254,6 +255,7 @@ class Zygote:
             self._loop.close()
             zygote = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, alone(zygote.detach()))
             own_pages(self._written)
+            map_ahead()
             ahead = self._prepare()
             message, control, _, _ = zygote.recvmsg(4, _socket.CMSG_SPACE(4), _socket.MSG_CMSG_CLOEXEC)
             if len(message) != 4:
