@@ -51,7 +51,7 @@ def test_a_monitor_killed_at_any_moment_of_a_save_or_a_load_loses_nothing(
         process.counted(process.numbers()[0] + 1)
         # One line may have been cut in two, the first half said before and the second after.
         assert least < process.numbers()[0] <= most + 2
-        # What kills have left is taken away by the next save; one kill leaves two files, and a second name for memory.
+        # What a kill has left is taken away by the next save: two files, and a second name for memory.
         assert len(list(tmp_path.glob("[sm]*"))) <= 6
     print(f"\nkilled amid {amid_save} times of saving ({saves} saves done) and {amid_load} loads")
 

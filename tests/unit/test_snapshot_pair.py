@@ -215,6 +215,22 @@ def test_a_crash_between_the_two_names_loses_neither_pair(
     assert number_in(tmp_path) == 1
 
 
+def test_one_that_begins_takes_away_what_crashes_have_left_but_the_memory_of_the_pair_that_counts(
+    tmp_path: Path, memory: GuestMemory
+) -> None:
+    fill(memory, 1)
+    save_as(memory, tmp_path)
+    identifier = pair.read(str(tmp_path / "state")).id
+    # As after a crash between the two names, and after two more before those.
+    (tmp_path / "memory").rename(tmp_path / f"memory.{identifier}")
+    for number in (3, 4):
+        for name in ("memory", "state"):
+            (tmp_path / f"{name}.{number:032x}").write_bytes(bytes(SIZE))
+    with Pair(str(tmp_path / "state"), str(tmp_path / "memory"), SIZE) as begun:
+        assert names(tmp_path) == sorted([f"memory.{begun.id}", f"memory.{identifier}", "state"])
+    assert number_in(tmp_path) == 1
+
+
 def test_what_another_process_is_writing_is_no_leftover(tmp_path: Path, memory: GuestMemory) -> None:
     fill(memory, 1)
     with Pair(str(tmp_path / "state"), str(tmp_path / "memory"), SIZE) as other:

@@ -4,7 +4,8 @@ Each pair has an id, which its state file holds. Memory is written to ``<memory 
 ``<state path>.<id>``; both are on the disk before the state file gets its name, which is the moment the new pair
 counts. Then the memory file gets its own. Whoever loads a state prefers the memory file with its id, so that the state
 file finds its memory before and after that moment and in between; the memory that an older state file needs keeps a
-second name until then. A crash leaves files with an id at most, which the next snapshot to the same place takes away.
+second name until then. A crash leaves files with an id at most, which the next snapshot to the same place takes away
+before it makes its own.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class step:  # noqa: N801 - reads as a statement
 class Pair:
     """A pair being written, its memory file of `size` bytes, all of them holes yet, open as `memory_fd`.
 
-    `commit` gives both their names. Leaving the block without it takes everything away again.
+    before: the id of the pair that is there now, None for none. `commit` gives both their names. Leaving the block
+    without it takes everything away again.
     """
 
     def __init__(self, state_path: str, memory_path: str, size: int) -> None:
@@ -62,6 +64,8 @@ class Pair:
             raise ConfigError(f"snapshot_path and mem_file_path are the same file: {state_path}")
         self._temporary: dict[str, int] = {}
         self._undo: Callable[[], None] | None = None
+        self.before = _id_in(self._state_path)
+        self._sweep(self.before)
         try:
             self.memory_fd = self._create(self._memory_path, "memory")
             with step("Cannot perform set_length on the memory backing file", memory_path):
@@ -106,9 +110,13 @@ class Pair:
             os.rename(f"{self._memory_path}.{self.id}", self._memory_path)
         os.close(self._temporary.pop(f"{self._memory_path}.{self.id}"))
         self.memory_fd = -1
+        self._sweep(self.id)
+
+    def _sweep(self, current: str | None) -> None:
+        """Take away what others have left, but the memory of the state file that counts."""
         with contextlib.suppress(OSError):
-            sweep(self._memory_path, self.id)
-            sweep(self._state_path, self.id)
+            sweep(self._memory_path, current)
+            sweep(self._state_path, current)
 
     def _keep(self, before: str) -> None:
         """Let the state file that is there now find its memory when the memory file is another's."""
@@ -186,12 +194,12 @@ def _sync_directory(path: str) -> None:
         os.close(fd)
 
 
-def sweep(path: str, mine: str) -> None:
-    """Remove what snapshots to this place have left that did not come to their end."""
+def sweep(path: str, current: str | None) -> None:
+    """Remove what snapshots to this place have left that did not come to their end; not the file with this id."""
     directory, name = os.path.split(path)
     for leftover in os.listdir(directory):
         stem, dot, suffix = leftover.rpartition(".")
-        if not dot or stem != name or suffix == mine or len(suffix) != _ID_DIGITS or set(suffix) - _HEX:
+        if not dot or stem != name or suffix == current or len(suffix) != _ID_DIGITS or set(suffix) - _HEX:
             continue
         other = os.path.join(directory, leftover)
         with contextlib.suppress(OSError):

@@ -65,7 +65,7 @@ def save(machine: Machine, config: VmConfig, instance_id: str, request: Snapshot
             raise ConfigError(
                 f"Cannot write memory file: {os_reason(error)}: {request.mem_file_path}"
             ) from None
-        kept, config = _keep_overlays(machine, config, request, pair.id, undo)
+        kept, config = _keep_overlays(machine, config, request, pair, undo)
         snapshot = Snapshot(
             id=pair.id,
             crackle=VERSION,
@@ -87,7 +87,7 @@ def save(machine: Machine, config: VmConfig, instance_id: str, request: Snapshot
 
 
 def _keep_overlays(
-    machine: Machine, config: VmConfig, request: SnapshotCreate, identifier: str, undo: contextlib.ExitStack
+    machine: Machine, config: VmConfig, request: SnapshotCreate, pair: Pair, undo: contextlib.ExitStack
 ) -> tuple[list[str], VmConfig]:
     """Copies of the overlays that the snapshot is to have itself, until `undo`, and the configuration that names
     them.
@@ -97,7 +97,9 @@ def _keep_overlays(
     for drive in config.drives:
         overlay = drive.overlay
         if overlay is not msgspec.UNSET and (request.keep_overlays or overlay.path is None):
-            path = f"{state}.{drive.drive_id}.{identifier}"
+            path = f"{state}.{drive.drive_id}.{pair.id}"
+            with contextlib.suppress(OSError):
+                sweep(f"{state}.{drive.drive_id}", pair.before)
             machine.copy_overlay(drive.drive_id, path)
             undo.callback(os.unlink, path)
             paths.append(path)
