@@ -30,7 +30,7 @@ UNITS = (
     "vhost_user_block",
 )
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.beside]
 
 PLANTED = """
 import sys

@@ -15,7 +15,7 @@ sys.path.insert(0, str(HERE))
 
 import tsan  # noqa: E402
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.beside]
 SECONDS = 2.0
 
 

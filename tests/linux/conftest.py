@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from crackle import MicroVM
+from support.elsewhere import Elsewhere, runs_elsewhere
 
 ROOT = Path(__file__).resolve().parents[2]
-REPORTS = "CRACKLE_TEST_REPORTS"
 FILES = "CRACKLE_TEST_FILES"
 HOSTS = 2
 HOST_TIMEOUT = 1800
@@ -40,18 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.timeout(400))
 
 
-class Delegate:
-    """Runs tests in emulated hosts and hands out their reports."""
+class Delegate(Elsewhere):
+    """Runs tests in emulated hosts."""
 
-    def __init__(self, config: pytest.Config) -> None:
-        self.config = config
-        self.reports: dict[str, list[pytest.TestReport]] = {}
-        self.output: list[str] = []
-        self.wanted: set[str] = set()
-        self.timeout = HOST_TIMEOUT
+    timeout = HOST_TIMEOUT
 
     def run(self, items: list[pytest.Item]) -> None:
-        self.wanted = {item.nodeid for item in items}
         if any(item.get_closest_marker("soak") for item in items):
             self.timeout = SOAK_TIMEOUT
         self._round([item.nodeid for item in items], f"{len(items)} tests of Linux guests run")
@@ -63,18 +56,15 @@ class Delegate:
             self._round(again, f"{len(again)} that failed there run once more: {' '.join(again)}")
 
     def _failed(self, name: str) -> bool:
-        reports = self.reports.get(name, [])
-        return any(report.failed for report in reports) or not any(
-            report.when == "teardown" for report in reports
-        )
+        return any(report.failed for report in self.reports.get(name, ())) or not self.ended(name)
 
     def _say_why(self, name: str) -> None:
         failed = [report.longreprtext for report in self.reports.get(name, []) if report.failed]
         text = "\n".join(failed) or "the emulated host ended before it did"
-        self.config.get_terminal_writer().line(f"\n{name}:\n{text[-3000:]}")
+        self.say(f"{name}:\n{text[-3000:]}")
 
     def _round(self, names: list[str], what: str) -> None:
-        self.config.get_terminal_writer().line(f"\n{what}, in {HOSTS} emulated hosts ...", flush=True)
+        self.say(f"{what}, in {HOSTS} emulated hosts ...")
         threads = []
         for number in range(HOSTS):
             share = ROOT / "build" / "linux-tests" / str(number)
@@ -88,7 +78,6 @@ class Delegate:
     def _run_host(self, names: list[str], share: Path) -> None:
         if not names:
             return
-        reports = share / "reports"
         command = [
             ROOT / "tools" / "emuhost",
             "--timeout",
@@ -98,84 +87,28 @@ class Delegate:
             "--share",
             share,
         ]
-        inner = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-o",
-            "faulthandler_timeout=150",
-            # Whatever was selected outside: these.
-            "-m",
-            "",
-            *names,
-        ]
         with open(share / "output", "wb") as output:
             subprocess.run(
-                [*command, "--", *inner],
+                [*command, "--", *self.command(names)],
                 cwd=self.config.rootpath,
-                env=os.environ | {REPORTS: str(reports), FILES: json.dumps(guest_files())},
+                env=self.environment(share) | {FILES: json.dumps(guest_files())},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
             )
-        self.output.append((share / "output").read_text(errors="replace")[-4000:])
-        for name in names:
-            self.reports.pop(name, None)
-        for line in reports.read_text().splitlines() if reports.exists() else ():
-            report = self.config.hook.pytest_report_from_serializable(
-                config=self.config, data=json.loads(line)
-            )
-            self.reports.setdefault(report.nodeid, []).append(report)
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-        """Report what happened to the test in the emulated host."""
-        if item.nodeid not in self.wanted:
-            return None
-        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        for report in self.reports.get(item.nodeid) or [self._missing(item)]:
-            item.ihook.pytest_runtest_logreport(report=report)
-        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-        # What an earlier test, one that ran here, has left set up for its neighbours.
-        item.session._setupstate.teardown_exact(nextitem)
-        return True
-
-    def _missing(self, item: pytest.Item) -> pytest.TestReport:
-        text = "the emulated host ended before this test did:\n" + "\n".join(self.output)
-        return pytest.TestReport(item.nodeid, item.location, {}, "failed", text, "call")
+        self.take(names, share)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
     """Before the tests: run those that need it elsewhere."""
-    if REPORTS not in os.environ and not session.config.option.collectonly:
+    if not runs_elsewhere(session.config):
         items = [item for item in session.items if item.get_closest_marker("linux")]
         if items and not _runs_linux():
-            delegate = Delegate(session.config)
+            delegate = Delegate(session.config, items)
             delegate.run(items)
             session.config.pluginmanager.register(delegate)
     return (yield)
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """In an emulated host: pass the report on as soon as there is one."""
-    path = os.environ.get(REPORTS)
-    if path is not None and _config is not None:
-        data = _config.hook.pytest_report_to_serializable(config=_config, report=report)
-        with open(path, "a") as file:
-            file.write(json.dumps(data) + "\n")
-
-
-_config: pytest.Config | None = None
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Remember the configuration for the hook that is not given it."""
-    global _config
-    _config = config
 
 
 def _runs_linux() -> bool:

@@ -1,0 +1,150 @@
+"""Tests that run in a pytest session of their own, and are reported here one by one as if they had run here."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+REPORTS = "CRACKLE_TEST_REPORTS"
+"""Tells such a session which file its reports go to."""
+
+
+class Reporting:
+    """A plugin of such a session: passes each report on as soon as there is one."""
+
+    def __init__(self, config: pytest.Config, path: str) -> None:
+        self.config = config
+        self.path = path
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(data) + "\n")
+
+
+def report_where_told(config: pytest.Config) -> None:
+    """Pass on the reports of this session, and not those of sessions that its tests start, if it was told to."""
+    path = os.environ.pop(REPORTS, None)
+    if path is not None:
+        config.pluginmanager.register(Reporting(config, path), "reporting")
+
+
+def runs_elsewhere(config: pytest.Config) -> bool:
+    """Whether this session runs for another one, or runs nothing."""
+    return config.pluginmanager.has_plugin("reporting") or bool(config.option.collectonly)
+
+
+class Elsewhere:
+    """A plugin that hands out the reports of other sessions in the place of their tests."""
+
+    def __init__(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        self.config = config
+        self.wanted = {item.nodeid for item in items}
+        self.reports: dict[str, list[pytest.TestReport]] = {}
+        self.output: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.config.get_terminal_writer().line(f"\n{line}", flush=True)
+
+    @staticmethod
+    def command(names: list[str]) -> list[str]:
+        """The session that runs these tests."""
+        options = ["-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=150"]
+        # Whatever was selected here: these.
+        return [sys.executable, "-m", "pytest", *options, "-m", "", *names]
+
+    @staticmethod
+    def environment(directory: Path) -> dict[str, str]:
+        """Of a session that reports to this directory."""
+        return os.environ | {REPORTS: str(directory / "reports")}
+
+    def take(self, names: list[str], directory: Path) -> None:
+        """What is reported there, instead of what was known of these tests; `output` is what the session printed."""
+        self.output.append((directory / "output").read_text(errors="replace")[-4000:])
+        for name in names:
+            self.reports.pop(name, None)
+        reports = directory / "reports"
+        for line in reports.read_text().splitlines() if reports.exists() else ():
+            report = self.config.hook.pytest_report_from_serializable(
+                config=self.config, data=json.loads(line)
+            )
+            if isinstance(
+                report.longrepr, list
+            ):  # why it was skipped, which pytest wants as it was before JSON
+                report.longrepr = tuple(report.longrepr)
+            self.reports.setdefault(report.nodeid, []).append(report)
+
+    def ended(self, name: str) -> bool:
+        """Whether the test came to its end there."""
+        return any(report.when == "teardown" for report in self.reports.get(name, ()))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+        """Report what happened to the test there."""
+        if item.nodeid not in self.wanted:
+            return None
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        for report in self.reports.get(item.nodeid, []):
+            item.ihook.pytest_runtest_logreport(report=report)
+        if not self.ended(item.nodeid):
+            item.ihook.pytest_runtest_logreport(report=self._missing(item))
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        # What an earlier test, one that ran here, has left set up for its neighbours.
+        item.session._setupstate.teardown_exact(nextitem)
+        return True
+
+    def _missing(self, item: pytest.Item) -> pytest.TestReport:
+        text = "the session ended before this test did:\n" + "\n".join(self.output)
+        return pytest.TestReport(item.nodeid, item.location, {}, "failed", text, "call")
+
+
+class Beside(Elsewhere):
+    """Runs tests while the others run, on what those leave of the processors. A context manager."""
+
+    def __init__(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        super().__init__(config, items)
+        self.directory = config.rootpath / "build" / "beside"
+        self.names = [item.nodeid for item in items]
+        self._session: subprocess.Popen[bytes] | None = None
+        self._printed: IO[bytes] | None = None
+
+    def __enter__(self) -> Beside:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "reports").unlink(missing_ok=True)
+        self._printed = (self.directory / "output").open("wb")
+        self._session = subprocess.Popen(
+            self.command(self.names),
+            cwd=self.config.rootpath,
+            env=self.environment(self.directory),
+            stdin=subprocess.DEVNULL,
+            stdout=self._printed,
+            stderr=self._printed,
+            # In this session all the same: the scheduler may weigh sessions rather than their processes.
+            process_group=0,
+        )
+        os.sched_setscheduler(self._session.pid, os.SCHED_IDLE, os.sched_param(0))
+        self.say(f"{len(self.names)} tests run beside the others, which come first ...")
+        return self
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+        """Wait for the session at the first of its tests."""
+        if item.nodeid in self.wanted and self._session is not None and self._session.returncode is None:
+            self._session.wait()
+            self.take(self.names, self.directory)
+        return super().pytest_runtest_protocol(item, nextitem)
+
+    def __exit__(self, *exc: object) -> None:
+        assert self._session is not None
+        assert self._printed is not None
+        if self._session.poll() is None:
+            os.killpg(self._session.pid, signal.SIGKILL)
+            self._session.wait()
+        self._printed.close()

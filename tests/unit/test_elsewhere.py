@@ -1,0 +1,84 @@
+"""Tests that run beside the others in a session of their own: their results count as if they had run here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+
+HERE_AND_BESIDE = """
+import os
+import pathlib
+import time
+
+import pytest
+
+HERE = os.getppid() == int(os.environ["STARTER"])
+DONE = pathlib.Path("done")
+
+@pytest.mark.beside
+def test_fails():
+    assert os.sched_getscheduler(0) == os.SCHED_IDLE
+    DONE.touch()
+    assert HERE, "it ran beside"
+
+@pytest.mark.beside
+def test_passes():
+    assert not HERE
+
+@pytest.mark.beside
+@pytest.mark.skipif(True, reason="for a reason")
+def test_is_skipped():
+    pass
+
+@pytest.mark.beside
+def test_ends_the_session():
+    if "END" in os.environ:
+        os._exit(3)
+
+def test_runs_here():
+    assert HERE
+    while not DONE.exists():
+        time.sleep(0.01)
+"""
+
+
+def session(directory: Path, *arguments: str, **variables: str) -> str:
+    """What pytest says about HERE_AND_BESIDE."""
+    (directory / "test_it.py").write_text(HERE_AND_BESIDE)
+    (directory / "pytest.ini").write_text("[pytest]\nmarkers = beside: as here\ntimeout = 60\n")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", *arguments]
+    variables |= {"PYTHONPATH": str(TESTS), "PYTEST_PLUGINS": "conftest", "STARTER": str(os.getpid())}
+    done = subprocess.run(command, cwd=directory, env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_what_runs_beside_fails_passes_and_is_skipped_as_it_does_there(tmp_path: Path) -> None:
+    said = session(tmp_path)
+    assert "4 tests run beside the others" in said
+    assert "AssertionError: it ran beside" in said
+    assert "1 failed, 3 passed, 1 skipped" in said
+    assert said.index("PASSED test_it.py::test_runs_here") < said.index("PASSED test_it.py::test_passes")
+
+
+def test_what_a_session_that_ended_did_not_get_to_has_failed(tmp_path: Path) -> None:
+    said = session(tmp_path, END="1")
+    assert "FAILED test_it.py::test_ends_the_session" in said
+    assert "the session ended before this test did" in said
+    assert "2 failed, 2 passed, 1 skipped" in said
+
+
+@pytest.mark.parametrize("arguments", [("-s",), ("-m", "beside")])
+def test_where_they_are_alone_or_their_output_is_wanted_they_run_here(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    (tmp_path / "done").touch()
+    said = session(tmp_path, *arguments)
+    assert "beside the others" not in said
+    assert "FAILED test_it.py::test_passes" in said
