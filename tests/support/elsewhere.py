@@ -7,13 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO
 
 import pytest
 
 REPORTS = "CRACKLE_TEST_REPORTS"
 """Tells such a session which file its reports go to."""
+_LIFELINE = "CRACKLE_TEST_LIFELINE"
+"""Tells it of a descriptor at which it can be read that the session that has started it is no more."""
 
 
 class Reporting:
@@ -31,9 +34,16 @@ class Reporting:
 
 def report_where_told(config: pytest.Config) -> None:
     """Pass on the reports of this session, and not those of sessions that its tests start, if it was told to."""
-    path = os.environ.pop(REPORTS, None)
+    path, lifeline = os.environ.pop(REPORTS, None), os.environ.pop(_LIFELINE, None)
+    if lifeline is not None:
+        threading.Thread(target=_end_with, args=(int(lifeline),), daemon=True).start()
     if path is not None:
         config.pluginmanager.register(Reporting(config, path), "reporting")
+
+
+def _end_with(lifeline: int) -> None:
+    os.read(lifeline, 1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def runs_elsewhere(config: pytest.Config) -> bool:
@@ -112,23 +122,28 @@ class Beside(Elsewhere):
         super().__init__(config, items)
         self.directory = config.rootpath / "build" / "beside"
         self.names = [item.nodeid for item in items]
-        self._session: subprocess.Popen[bytes] | None = None
-        self._printed: IO[bytes] | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> Beside:
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "reports").unlink(missing_ok=True)
-        self._printed = (self.directory / "output").open("wb")
-        self._session = subprocess.Popen(
-            self.command(self.names),
-            cwd=self.config.rootpath,
-            env=self.environment(self.directory),
-            stdin=subprocess.DEVNULL,
-            stdout=self._printed,
-            stderr=self._printed,
-            # In this session all the same: the scheduler may weigh sessions rather than their processes.
-            process_group=0,
-        )
+        theirs, ours = os.pipe2(os.O_CLOEXEC)
+        with (self.directory / "output").open("wb") as output:
+            self._session = subprocess.Popen(
+                self.command(self.names),
+                cwd=self.config.rootpath,
+                env=self.environment(self.directory) | {_LIFELINE: str(theirs)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[theirs],
+                # Not a session: the scheduler may weigh those instead of their processes.
+                process_group=0,
+            )
+        # The session, and what it has started, ends with this one, whatever ends it.
+        self._stack.callback(self._session.wait)
+        self._stack.callback(os.close, ours)
+        os.close(theirs)
         os.sched_setscheduler(self._session.pid, os.SCHED_IDLE, os.sched_param(0))
         self.say(f"{len(self.names)} tests run beside the others, which come first ...")
         return self
@@ -136,15 +151,18 @@ class Beside(Elsewhere):
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
         """Wait for the session at the first of its tests."""
-        if item.nodeid in self.wanted and self._session is not None and self._session.returncode is None:
+        if item.nodeid in self.wanted and self._session.returncode is None:
+            self._promote()
             self._session.wait()
             self.take(self.names, self.directory)
         return super().pytest_runtest_protocol(item, nextitem)
 
+    def _promote(self) -> None:
+        """The others have ended: whatever else this machine does need not come first."""
+        for thread in Path("/proc").glob("[0-9]*/task/[0-9]*"):
+            with suppress(OSError):
+                if os.getpgid(int(thread.name)) == self._session.pid:
+                    os.sched_setscheduler(int(thread.name), os.SCHED_OTHER, os.sched_param(0))
+
     def __exit__(self, *exc: object) -> None:
-        assert self._session is not None
-        assert self._printed is not None
-        if self._session.poll() is None:
-            os.killpg(self._session.pid, signal.SIGKILL)
-            self._session.wait()
-        self._printed.close()
+        self._stack.close()

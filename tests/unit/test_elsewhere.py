@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -24,7 +27,8 @@ DONE = pathlib.Path("done")
 @pytest.mark.beside
 def test_fails():
     assert os.sched_getscheduler(0) == os.SCHED_IDLE
-    DONE.touch()
+    pathlib.Path("doing").write_text(str(os.getpid()))
+    os.rename("doing", DONE)
     assert HERE, "it ran beside"
 
 @pytest.mark.beside
@@ -37,6 +41,11 @@ def test_is_skipped():
     pass
 
 @pytest.mark.beside
+def test_is_no_more_idle_when_the_others_have_ended():
+    while os.sched_getscheduler(0) == os.SCHED_IDLE:
+        time.sleep(0.01)
+
+@pytest.mark.beside
 def test_ends_the_session():
     if "END" in os.environ:
         os._exit(3)
@@ -45,6 +54,8 @@ def test_runs_here():
     assert HERE
     while not DONE.exists():
         time.sleep(0.01)
+    if "KILL" in os.environ:
+        os.kill(os.getpid(), 9)
 """
 
 
@@ -55,15 +66,15 @@ def session(directory: Path, *arguments: str, **variables: str) -> str:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", *arguments]
     variables |= {"PYTHONPATH": str(TESTS), "PYTEST_PLUGINS": "conftest", "STARTER": str(os.getpid())}
     done = subprocess.run(command, cwd=directory, env=os.environ | variables, capture_output=True, text=True)
-    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.returncode == (-signal.SIGKILL if "KILL" in variables else 1), done.stdout + done.stderr
     return done.stdout
 
 
 def test_what_runs_beside_fails_passes_and_is_skipped_as_it_does_there(tmp_path: Path) -> None:
     said = session(tmp_path)
-    assert "4 tests run beside the others" in said
+    assert "5 tests run beside the others" in said
     assert "AssertionError: it ran beside" in said
-    assert "1 failed, 3 passed, 1 skipped" in said
+    assert "1 failed, 4 passed, 1 skipped" in said
     assert said.index("PASSED test_it.py::test_runs_here") < said.index("PASSED test_it.py::test_passes")
 
 
@@ -71,7 +82,7 @@ def test_what_a_session_that_ended_did_not_get_to_has_failed(tmp_path: Path) -> 
     said = session(tmp_path, END="1")
     assert "FAILED test_it.py::test_ends_the_session" in said
     assert "the session ended before this test did" in said
-    assert "2 failed, 2 passed, 1 skipped" in said
+    assert "2 failed, 3 passed, 1 skipped" in said
 
 
 @pytest.mark.parametrize("arguments", [("-s",), ("-m", "beside")])
@@ -82,3 +93,11 @@ def test_where_they_are_alone_or_their_output_is_wanted_they_run_here(
     said = session(tmp_path, *arguments)
     assert "beside the others" not in said
     assert "FAILED test_it.py::test_passes" in said
+
+
+def test_its_session_ends_when_the_one_that_has_started_it_is_killed(tmp_path: Path) -> None:
+    session(tmp_path, KILL="1")
+    with suppress(ProcessLookupError):
+        end = os.pidfd_open(int((tmp_path / "done").read_text()))
+        assert select.select([end], [], [], 30)[0]
+        os.close(end)
