@@ -1,7 +1,17 @@
-"""What descriptors can wait for: epoll(7), eventfd(2), timerfd_create(2)."""
+"""What descriptors can wait for: poll(2), epoll(7), eventfd(2), timerfd_create(2)."""
 
 from libc.stdint cimport uint32_t, uint64_t
 from posix.time cimport itimerspec
+
+cdef extern from "<poll.h>" nogil:
+    enum:
+        POLLHUP
+        POLLIN
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *fds, unsigned long count, int timeout)
 
 cdef extern from "<sys/epoll.h>" nogil:
     enum:

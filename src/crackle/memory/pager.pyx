@@ -12,6 +12,8 @@ from libc.stdlib cimport calloc, free
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, mmap, munmap
 from posix.unistd cimport lseek, read
 
+from crackle.includes.events cimport POLLIN, poll, pollfd
+from crackle.includes.socket cimport MSG_DONTWAIT, recv
 from crackle.includes.userfault cimport (
     UFFD_EVENT_PAGEFAULT,
     UFFD_EVENT_REMOVE,
@@ -28,20 +30,6 @@ from crackle.runtime.threads cimport now_ns
 
 import os
 
-
-cdef extern from "<poll.h>" nogil:
-    enum:
-        POLLIN
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    int poll(pollfd *fds, unsigned long count, int timeout)
-
-cdef extern from "<sys/socket.h>" nogil:
-    enum:
-        MSG_DONTWAIT
-    ssize_t recv(int fd, void *buffer, size_t size, int flags)
 
 cdef extern from "<unistd.h>" nogil:
     enum:

@@ -10,6 +10,8 @@ from libc.stdint cimport uint8_t, uint64_t
 from posix.fcntl cimport O_NONBLOCK, O_RDWR, open
 from posix.unistd cimport close, read
 
+from crackle.includes.events cimport POLLIN, poll, pollfd
+from crackle.includes.socket cimport MSG_DONTWAIT, recv
 from crackle.includes.userfault cimport (
     UFFD_API,
     UFFD_FEATURE_EVENT_REMOVE,
@@ -33,20 +35,6 @@ import os
 
 cdef extern from "<fcntl.h>" nogil:
     int O_CLOEXEC
-
-cdef extern from "<poll.h>" nogil:
-    enum:
-        POLLIN
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    int poll(pollfd *fds, unsigned long count, int timeout)
-
-cdef extern from "<sys/socket.h>" nogil:
-    enum:
-        MSG_DONTWAIT
-    ssize_t recv(int fd, void *buffer, size_t size, int flags)
 
 cdef extern from * nogil:
     """

@@ -125,7 +125,7 @@ cdef int prepare(stack *s, uint64_t offset, uint64_t length, bint takes_room, bi
         # A write in flight may be for the rest of the block.
         return MUST_WAIT
     if s.renewal != NULL:
-        error = put(s.files[0].fd, s.renewal, s.renewal_size, s.renewal_at)
+        error = move(True, s.files[0].fd, s.renewal, s.renewal_size, s.renewal_at)
         if error:
             return error
         free(s.renewal)
@@ -164,34 +164,23 @@ cdef int complete(stack *s, uint64_t block) noexcept nogil:
     cdef int index, error
     find_run(s, offset, size, &index)
     memset(s.block, 0, BLOCK)
-    error = get(s.files[index].fd, s.block, size, s.files[index].start + offset)
+    error = move(False, s.files[index].fd, s.block, size, s.files[index].start + offset)
     if not error:
-        error = put(s.files[0].fd, s.block, BLOCK, s.files[0].start + offset)
+        error = move(True, s.files[0].fd, s.block, BLOCK, s.files[0].start + offset)
     if not error:
         take_over(s, offset, size)
     return error
 
 
-cdef int get(int fd, uint8_t *data, uint64_t size, uint64_t at) noexcept nogil:
+cdef int move(bint writes, int fd, uint8_t *data, uint64_t size, uint64_t at) noexcept nogil:
+    """Write all of it to a file, or read it from there; 0 or an errno."""
     cdef ssize_t n
     while size:
-        n = pread(fd, data, size, <long> at)
+        n = pwrite(fd, data, size, <long> at) if writes else pread(fd, data, size, <long> at)
         if n < 0 and errno == EINTR:
             continue
         if n <= 0:
             # 0 is the end of a file that was cut.
-            return errno if n else EIO
-        data, size, at = data + n, size - n, at + n
-    return 0
-
-
-cdef int put(int fd, const uint8_t *data, uint64_t size, uint64_t at) noexcept nogil:
-    cdef ssize_t n
-    while size:
-        n = pwrite(fd, data, size, <long> at)
-        if n < 0 and errno == EINTR:
-            continue
-        if n <= 0:
             return errno if n else EIO
         data, size, at = data + n, size - n, at + n
     return 0
@@ -232,8 +221,8 @@ cdef int write_staged(stack *s) noexcept nogil:
         count = 1
         while first + count < s.staged_count and s.staged_pages[first + count] == s.staged_pages[first] + count:
             count += 1
-        error = put(
-            s.files[0].fd, &s.staged[<size_t> first << PAGE_SHIFT], <uint64_t> count << PAGE_SHIFT,
+        error = move(
+            True, s.files[0].fd, &s.staged[<size_t> first << PAGE_SHIFT], <uint64_t> count << PAGE_SHIFT,
             s.map_at + (<uint64_t> s.staged_pages[first] << PAGE_SHIFT),
         )
         if error:

@@ -13,6 +13,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset, strerror
 from posix.unistd cimport close, getpid, read
 
+from crackle.includes.events cimport POLLIN, poll, pollfd
 from crackle.includes.io cimport iovec
 from crackle.includes.uring cimport *
 from crackle.memory.guest cimport GuestMemory
@@ -25,14 +26,6 @@ from crackle.virtio.queue cimport CHAIN_IOV, MAX_QUEUE_SIZE
 
 from crackle.errors import ConfigError
 
-
-cdef extern from "<poll.h>" nogil:
-    enum:
-        POLLIN
-    struct pollfd:
-        int fd
-        short events, revents
-    int poll(pollfd *fds, unsigned long count, int timeout)
 
 cdef extern from * nogil:
     void full_barrier "__sync_synchronize" ()

@@ -14,7 +14,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from crackle.includes.io cimport iovec
-from crackle.includes.vsock cimport SIOCOUTQ, SO_SNDBUF, SOL_SOCKET, ioctl, setsockopt
+from crackle.includes.socket cimport SIOCOUTQ, SO_SNDBUF, SOL_SOCKET, ioctl, setsockopt
 from crackle.virtio.queue cimport copy_buffers
 
 cdef enum:

@@ -19,6 +19,7 @@ from posix.unistd cimport close, read
 
 from crackle.includes.events cimport *
 from crackle.includes.io cimport iovec
+from crackle.includes.socket cimport *
 from crackle.includes.vsock cimport *
 from crackle.runtime.clock cimport MachineClock
 from crackle.runtime.descriptors cimport give_descriptor, has_descriptor, take_descriptor

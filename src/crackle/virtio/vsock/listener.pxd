@@ -1,6 +1,6 @@
 from libc.stdint cimport uint32_t, uint64_t
 
-from crackle.includes.vsock cimport sockaddr_un
+from crackle.includes.socket cimport sockaddr_un
 
 cdef bint parse_greeting(const char *line, size_t size, uint32_t *port) noexcept nogil
 

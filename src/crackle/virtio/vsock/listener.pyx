@@ -10,6 +10,7 @@ from libc.string cimport memcpy, memset, strerror
 from posix.unistd cimport close, getpid
 
 from crackle.includes.events cimport *
+from crackle.includes.socket cimport *
 from crackle.includes.vsock cimport *
 from crackle.runtime.descriptors cimport give_descriptor, take_descriptor
 

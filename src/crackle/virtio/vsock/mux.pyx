@@ -10,6 +10,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memset
 
 from crackle.includes.io cimport iovec
+from crackle.includes.socket cimport *
 from crackle.includes.vsock cimport *
 from crackle.virtio.vsock.host cimport SHORT_NS, HostSockets
 from crackle.virtio.vsock.streams cimport Streams
