@@ -11,6 +11,8 @@ of them, starts in milliseconds.
 
 from __future__ import annotations
 
+from crackle.lazy import finder
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from crackle.errors import CapacityError as CapacityError
@@ -70,7 +72,7 @@ _MODULE_OF = {
     "VirtioDevice": "crackle.virtio.custom.base",
     "VmConfig": "crackle.schema.config",
     "Vsock": "crackle.schema.vsock",
-    "__version__": "crackle.version",
+    "__version__": "crackle.version:VERSION",
 }
 
 __all__ = [  # noqa: PLE0604  (the names are resolved by __getattr__)
@@ -78,14 +80,7 @@ __all__ = [  # noqa: PLE0604  (the names are resolved by __getattr__)
 ]
 
 
-def __getattr__(name: str) -> object:
-    module = _MODULE_OF.get(name)
-    if module is None:
-        raise AttributeError(f"module 'crackle' has no attribute {name!r}")
-    found = "VERSION" if name == "__version__" else name
-    value = getattr(__import__(module, fromlist=(found,)), found)
-    globals()[name] = value
-    return value
+__getattr__ = finder("crackle", _MODULE_OF)
 
 
 def __dir__() -> list[str]:

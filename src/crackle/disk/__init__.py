@@ -8,6 +8,8 @@ For programs: `make` a new overlay over a file or over another overlay, `clone` 
 
 from __future__ import annotations
 
+from crackle.lazy import finder
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from crackle.disk.overlay import make as make
@@ -28,9 +30,4 @@ __all__ = [  # noqa: PLE0604  (the names are resolved by __getattr__)
     *_MODULE_OF
 ]
 
-
-def __getattr__(name: str) -> object:
-    module = _MODULE_OF.get(name)
-    if module is None:
-        raise AttributeError(f"module 'crackle.disk' has no attribute {name!r}")
-    return getattr(__import__(module, fromlist=(name,)), name)
+__getattr__ = finder("crackle.disk", _MODULE_OF)
