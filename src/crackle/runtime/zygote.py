@@ -23,6 +23,7 @@ import sys
 from crackle.errors import ConfigError, os_reason
 from crackle.runtime import image
 from crackle.runtime.channel import rights
+from crackle.runtime.child import fork_child
 from crackle.runtime.inherit import ENDED, REFUSES, WILL, adopt, alone, answer
 from crackle.runtime.launcher import Home, RefusedError
 from crackle.runtime.loop import Loop
@@ -50,7 +51,6 @@ _LEARN_S = 0.7
 # Seconds after a launcher has come until there is another spare.
 _REFILL_S = 0.05
 
-_ALL = _signal.valid_signals()
 _STOPPING = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP)
 
 # <sys/socket.h>, struct ucred.
@@ -193,21 +193,12 @@ class Zygote:
             self._loop.call_later(_LEARN_S, lambda: self._learn(pid))
 
     def _fork(self, call: Callable[..., NoReturn], *given: object) -> int | None:
-        """A child that does that, with all signals blocked; None where there can be none."""
-        before = _signal.pthread_sigmask(_signal.SIG_BLOCK, _ALL)
+        """A child that does that; None where there can be none."""
         try:
-            pid = os.fork()
-            if not pid:
-                try:
-                    call(*given)
-                finally:
-                    os._exit(1)
+            return fork_child(call, *given)
         except OSError as error:
             _complain(f"cannot fork: {os_reason(error)}")
             return None
-        finally:
-            _signal.pthread_sigmask(_signal.SIG_SETMASK, before)
-        return pid
 
     # -- spares: children forked before there is a launcher ----------------------------------------------------------
 

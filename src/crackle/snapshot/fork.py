@@ -23,6 +23,7 @@ import msgspec
 
 from crackle.errors import ConfigError, CrackleError, os_reason
 from crackle.memory.huge import gather_pages
+from crackle.runtime.child import fork_child
 from crackle.runtime.system import fork as fork_process
 from crackle.schema.fork import Forked, ForkedClone
 from crackle.snapshot.state import MemoryFile, Snapshot
@@ -62,8 +63,6 @@ _PATIENCE_EACH_S = 0.2
 _GATHERING_S = 2.0
 # Seconds that clones which are not wanted have to give everything back, before they are killed.
 _GRACE_S = 5.0
-
-_ALL_SIGNALS = _signal.valid_signals()
 
 # What a clone says, and how long a message is at most.
 _BORN, _READY, _FAILED = b"B", b"R", b"F"
@@ -225,23 +224,15 @@ def _fork_quietly(fork: Callable[[], int], child: Callable[[], NoReturn]) -> int
 
     ConfigError when there can be none.
     """
-    before = _signal.pthread_sigmask(_signal.SIG_BLOCK, _ALL_SIGNALS)
     collecting = gc.isenabled()
     gc.disable()
     try:
-        pid = fork()
-        if not pid:
-            try:
-                child()
-            finally:
-                os._exit(1)
+        return fork_child(child, fork=fork)
     except OSError as error:
         raise ConfigError(f"cannot fork the process: {os_reason(error)}") from None
     finally:
         if collecting:
             gc.enable()
-        _signal.pthread_sigmask(_signal.SIG_SETMASK, before)
-    return pid
 
 
 class _Family:
