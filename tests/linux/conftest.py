@@ -65,19 +65,22 @@ class Delegate(Elsewhere):
 
     def _round(self, names: list[str], what: str) -> None:
         self.say(f"{what}, in {HOSTS} emulated hosts ...")
+        for name in names:
+            self.reports.pop(name, None)
+        top = ROOT / "build" / "linux-tests"
+        shutil.rmtree(top, ignore_errors=True)
+        shared = top / "begun"
+        shared.mkdir(parents=True)
         threads = []
-        for number in range(HOSTS):
-            share = ROOT / "build" / "linux-tests" / str(number)
-            shutil.rmtree(share, ignore_errors=True)
-            share.mkdir(parents=True)
-            threads.append(threading.Thread(target=self._run_host, args=(names[number::HOSTS], share)))
+        for number in range(min(HOSTS, len(names))):
+            share = top / str(number)
+            share.mkdir()
+            threads.append(threading.Thread(target=self._run_host, args=(names, share, shared)))
             threads[-1].start()
         for thread in threads:
             thread.join()
 
-    def _run_host(self, names: list[str], share: Path) -> None:
-        if not names:
-            return
+    def _run_host(self, names: list[str], share: Path, shared: Path) -> None:
         command = [
             ROOT / "tools" / "emuhost",
             "--timeout",
@@ -86,17 +89,19 @@ class Delegate(Elsewhere):
             "6144",
             "--share",
             share,
+            "--share",
+            shared,
         ]
         with open(share / "output", "wb") as output:
             subprocess.run(
                 [*command, "--", *self.command(names)],
                 cwd=self.config.rootpath,
-                env=self.environment(share) | {FILES: json.dumps(guest_files())},
+                env=self.environment(share, shared) | {FILES: json.dumps(guest_files())},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
             )
-        self.take(names, share)
+        self.take(share)
 
 
 @pytest.hookimpl(wrapper=True)

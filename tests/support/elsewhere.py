@@ -15,6 +15,8 @@ import pytest
 
 REPORTS = "CRACKLE_TEST_REPORTS"
 """Tells such a session which file its reports go to."""
+_SHARED = "CRACKLE_TEST_SHARED"
+"""Tells one of several sessions with the same tests of the directory in which each takes those that it runs."""
 _LIFELINE = "CRACKLE_TEST_LIFELINE"
 """Tells it of a descriptor at which it can be read that the session that has started it is no more."""
 
@@ -32,9 +34,28 @@ class Reporting:
             file.write(json.dumps(data) + "\n")
 
 
+class Sharing:
+    """A plugin of one of several sessions: it runs the tests that no other one has begun."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+        try:
+            # Where it is among the tests, which is the same in all of them.
+            os.mkdir(f"{self.directory}/{item.session.items.index(item)}")
+        except FileExistsError:
+            item.session._setupstate.teardown_exact(nextitem)
+            return True
+        return None
+
+
 def report_where_told(config: pytest.Config) -> None:
-    """Pass on the reports of this session, and not those of sessions that its tests start, if it was told to."""
-    path, lifeline = os.environ.pop(REPORTS, None), os.environ.pop(_LIFELINE, None)
+    """Be such a session, if this was told to, and not those that its tests start."""
+    path, shared, lifeline = (os.environ.pop(name, None) for name in (REPORTS, _SHARED, _LIFELINE))
+    if shared is not None:
+        config.pluginmanager.register(Sharing(shared))
     if lifeline is not None:
         threading.Thread(target=_end_with, args=(int(lifeline),), daemon=True).start()
     if path is not None:
@@ -71,15 +92,14 @@ class Elsewhere:
         return [sys.executable, "-m", "pytest", *options, "-m", "", *names]
 
     @staticmethod
-    def environment(directory: Path) -> dict[str, str]:
-        """Of a session that reports to this directory."""
-        return os.environ | {REPORTS: str(directory / "reports")}
+    def environment(directory: Path, shared: Path | None = None) -> dict[str, str]:
+        """Of a session that reports to this directory, and shares its tests with others."""
+        more = {} if shared is None else {_SHARED: str(shared)}
+        return os.environ | {REPORTS: str(directory / "reports")} | more
 
-    def take(self, names: list[str], directory: Path) -> None:
-        """What is reported there, instead of what was known of these tests; `output` is what the session printed."""
+    def take(self, directory: Path) -> None:
+        """What is reported there; `output` is what the session printed."""
         self.output.append((directory / "output").read_text(errors="replace")[-4000:])
-        for name in names:
-            self.reports.pop(name, None)
         reports = directory / "reports"
         for line in reports.read_text().splitlines() if reports.exists() else ():
             report = self.config.hook.pytest_report_from_serializable(
@@ -154,7 +174,7 @@ class Beside(Elsewhere):
         if item.nodeid in self.wanted and self._session.returncode is None:
             self._promote()
             self._session.wait()
-            self.take(self.names, self.directory)
+            self.take(self.directory)
         return super().pytest_runtest_protocol(item, nextitem)
 
     def _promote(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
@@ -11,6 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+from support.elsewhere import Elsewhere
+
+pytestmark = pytest.mark.timeout(300)
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -62,7 +67,7 @@ def test_runs_here():
 def session(directory: Path, *arguments: str, **variables: str) -> str:
     """What pytest says about HERE_AND_BESIDE."""
     (directory / "test_it.py").write_text(HERE_AND_BESIDE)
-    (directory / "pytest.ini").write_text("[pytest]\nmarkers = beside: as here\ntimeout = 60\n")
+    (directory / "pytest.ini").write_text("[pytest]\nmarkers = beside: as here\ntimeout = 300\n")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", *arguments]
     variables |= {"PYTHONPATH": str(TESTS), "PYTEST_PLUGINS": "conftest", "STARTER": str(os.getpid())}
     done = subprocess.run(command, cwd=directory, env=os.environ | variables, capture_output=True, text=True)
@@ -101,3 +106,22 @@ def test_its_session_ends_when_the_one_that_has_started_it_is_killed(tmp_path: P
         end = os.pidfd_open(int((tmp_path / "done").read_text()))
         assert select.select([end], [], [], 30)[0]
         os.close(end)
+
+
+def test_sessions_that_share_their_tests_run_each_once(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('n', range(20))\ndef test_one(n, capfd):\n    print(n)\n"
+    )
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "pytest.ini").touch()
+    sessions = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        variables = Elsewhere.environment(tmp_path / str(number), tmp_path / "begun")
+        variables |= {"PYTHONPATH": str(TESTS), "PYTEST_PLUGINS": "conftest"}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        sessions.append(subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=subprocess.DEVNULL))
+    assert all(each.wait(60) in (0, 5) for each in sessions)
+    lines = [line for path in tmp_path.glob("[01]/reports") for line in path.read_text().splitlines()]
+    ended = [report["nodeid"] for report in map(json.loads, lines) if report["when"] == "teardown"]
+    assert sorted(ended) == sorted(f"test_it.py::test_one[{n}]" for n in range(20))
