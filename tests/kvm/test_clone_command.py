@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from crackle import ConfigError, MicroVM
-from crackle.cli.clone import options_of
+from crackle.cli.templates import options_of
 
 from .conftest import PATIENCE
 from .test_own_process import gone
@@ -88,14 +88,13 @@ def test_what_cannot_be_is_one_sentence(
     assert errors.startswith("crackle: ")
     assert "Failed to open snapshot file: No such file or directory" in errors
     assert len(errors.splitlines()) == 1
-    nothing: dict[str, Any] = {"identifier": None, "taps": (), "macs": (), "drives": (), "vsock": None}
     with pytest.raises(ConfigError, match="--tap wants NAME=TEMPLATE, not 'eth0'"):
-        options_of(**{**nothing, "taps": ["eth0"], "metadata": None})
+        options_of(tap=["eth0"])
     with pytest.raises(ConfigError, match="cannot read the metadata: No such file"):
-        options_of(**nothing, metadata=tmp_path / "none")
+        options_of(metadata=tmp_path / "none")
     (tmp_path / "bad").write_text("{")
     with pytest.raises(ConfigError, match="the metadata is no JSON"):
-        options_of(**nothing, metadata=tmp_path / "bad")
+        options_of(metadata=tmp_path / "bad")
 
 
 class PoolClient:

@@ -10,13 +10,11 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from crackle.errors import ConfigError, CrackleError, os_reason
 from crackle.runtime.loop import Loop
-from crackle.schema.drive import Overlay
 from crackle.vmm.clones import Snapshot, resume_all, stop_all
 from crackle.vmm.identity import CloneOptions
 from crackle.vmm.microvm import MicroVM
@@ -25,50 +23,6 @@ from crackle.vmm.pool import Pool
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CHUNK = 65536
 _ANYTHING = rb"(?s).+"
-
-
-def options_of(
-    *,
-    identifier: str | None,
-    taps: Sequence[str],
-    macs: Sequence[str],
-    drives: Sequence[str],
-    overlays: Sequence[str] = (),
-    vsock: str | None,
-    metadata: Path | None,
-) -> CloneOptions:
-    """What `Snapshot.clone` wants, of what was typed. ConfigError for what cannot be meant."""
-    options: CloneOptions = {
-        "interfaces": _pairs("--tap", taps),
-        "macs": _pairs("--mac", macs),
-        "drives": _pairs("--drive", drives),
-        "overlays": {
-            name: Overlay(memory=True) if where == "memory" else where
-            for name, where in _pairs("--overlay", overlays).items()
-        },
-    }
-    if identifier is not None:
-        options["instance_id"] = identifier
-    if vsock is not None:
-        options["vsock"] = vsock
-    if metadata is not None:
-        try:
-            options["metadata"] = json.loads(metadata.read_bytes())
-        except OSError as error:
-            raise ConfigError(f"cannot read the metadata: {os_reason(error)}: {metadata}") from None
-        except ValueError as error:
-            raise ConfigError(f"the metadata is no JSON: {error}: {metadata}") from None
-    return options
-
-
-def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not (name and equals and value):
-            raise ConfigError(f"{option} wants NAME=TEMPLATE, not {text!r}")
-        found[name] = value
-    return found
 
 
 def allow_many_descriptors() -> None:

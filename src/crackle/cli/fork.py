@@ -6,7 +6,7 @@ import http.client
 import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +52,16 @@ def fork(
     *,
     names: str | None = None,
     api_sock: str | None = None,
-    drives: Sequence[str] = (),
-    overlays: Sequence[str] = (),
-    taps: Sequence[str] = (),
+    drives: Mapping[str, str],
+    overlays: Mapping[str, str],
+    taps: Mapping[str, str],
     vsock: str | None = None,
     console: str | None = None,
 ) -> Any:
     """Have `count` clones of the microVM at `path`; what the API answers.
 
     names, api_sock, vsock, console: templates, with {index} for the clone's number and {id} for its name. drives,
-    overlays, taps: likewise, `ID=TEMPLATE` for a drive or an interface.
+    overlays, taps: likewise, by the name of the drive or interface.
     """
     clones = []
     for index in range(count):
@@ -72,29 +72,20 @@ def fork(
             "serial_out_path": None if console is None else _path(console, index, name),
             "drive_overrides": [
                 {"drive_id": drive, "path_on_host": _path(file, index, name)}
-                for drive, file in map(_split, drives)
+                for drive, file in drives.items()
             ]
             + [
                 {"drive_id": drive, "overlay": _overlay(file, index, name)}
-                for drive, file in map(_split, overlays)
+                for drive, file in overlays.items()
             ],
             "network_overrides": [
                 {"iface_id": interface, "host_dev_name": _filled(tap, index, name)}
-                for interface, tap in map(_split, taps)
+                for interface, tap in taps.items()
             ],
             "vsock_override": None if vsock is None else {"uds_path": _path(vsock, index, name)},
         }
         clones.append({field: value for field, value in clone.items() if value})
     return ask(path, "/vm/fork", {"clones": clones}, _PATIENCE_S + _PATIENCE_EACH_S * count)
-
-
-def _split(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise ConfigError(
-            f"{text!r} does not say what is whose: write ID=TEMPLATE, as in disk=copy{{index}}.img"
-        )
-    return name, value
 
 
 def _filled(template: str, index: int, name: str) -> str:

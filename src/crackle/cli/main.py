@@ -21,6 +21,7 @@ from crackle.schema.machine import MAX_VCPUS
 
 if TYPE_CHECKING:
     from crackle.schema.net import NetworkInterface
+    from crackle.vmm.identity import CloneOptions
 
 app = typer.Typer(
     name="crackle",
@@ -186,16 +187,12 @@ def doctor(
 
 
 @app.command()
+@templates.for_clones()
 def clone(
     snapshot: templates.Snapshot,
     n: Annotated[int, typer.Option("-n", "--number", min=1, help="How many.")] = 1,
-    identifier: templates.Id = None,
-    tap: templates.Tap = None,
-    mac: templates.Mac = None,
-    drive: templates.Drive = None,
-    overlay: templates.Overlay = None,
-    vsock: templates.Vsock = None,
-    metadata: templates.Metadata = None,
+    *,
+    options: CloneOptions,
 ) -> None:
     """Run microVMs that go on from a snapshot, each in a process of its own, until all have ended.
 
@@ -205,19 +202,11 @@ def clone(
     """
     from crackle.cli import clone as clones
 
-    options = clones.options_of(
-        identifier=identifier,
-        taps=tap or (),
-        macs=mac or (),
-        drives=drive or (),
-        overlays=overlay or (),
-        vsock=vsock,
-        metadata=metadata,
-    )
     raise typer.Exit(clones.clone(snapshot, n, options))
 
 
 @app.command()
+@templates.for_clones()
 def pool(
     snapshot: templates.Snapshot,
     socket: Annotated[Path, typer.Option(metavar="PATH", help="Unix socket at which it gives microVMs.")],
@@ -229,13 +218,8 @@ def pool(
     wait: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="How long a client waits when none is ready.")
     ] = 0.0,
-    identifier: templates.Id = None,
-    tap: templates.Tap = None,
-    mac: templates.Mac = None,
-    drive: templates.Drive = None,
-    overlay: templates.Overlay = None,
-    vsock: templates.Vsock = None,
-    metadata: templates.Metadata = None,
+    *,
+    options: CloneOptions,
 ) -> None:
     """Keep microVMs of a snapshot ready, and let one go on for whoever connects, for as long as he is connected.
 
@@ -244,15 +228,6 @@ def pool(
     """
     from crackle.cli import clone as clones
 
-    options = clones.options_of(
-        identifier=identifier,
-        taps=tap or (),
-        macs=mac or (),
-        drives=drive or (),
-        overlays=overlay or (),
-        vsock=vsock,
-        metadata=metadata,
-    )
     clones.serve_pool(snapshot, socket, size, limit, wait, options)
 
 
@@ -302,24 +277,10 @@ def fork(
             metavar="TEMPLATE", help=f"Sockets of their APIs, else <name>.sock beside it. {_PER_CLONE}"
         ),
     ] = None,
-    drive: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ID=TEMPLATE", help="Files for a drive that is written to; may be repeated."),
-    ] = None,
-    overlay: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ID=TEMPLATE",
-            help="Overlays for a drive, over what it is now, or memory; may be repeated.",
-        ),
-    ] = None,
-    tap: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ID=TEMPLATE", help="TAP devices for an interface; may be repeated."),
-    ] = None,
-    vsock: Annotated[
-        str | None, typer.Option(metavar="TEMPLATE", help="Unix sockets that lead to their vsock ports.")
-    ] = None,
+    drive: templates.Drive = None,
+    overlay: templates.Overlay = None,
+    tap: templates.Tap = None,
+    vsock: templates.Vsock = None,
     console: Annotated[
         str | None, typer.Option(metavar="TEMPLATE", help="Files that take what their consoles say.")
     ] = None,
@@ -339,9 +300,9 @@ def fork(
         count,
         names=name,
         api_sock=api_sock,
-        drives=drive or (),
-        overlays=overlay or (),
-        taps=tap or (),
+        drives=templates.pairs("--drive", drive),
+        overlays=templates.pairs("--overlay", overlay),
+        taps=templates.pairs("--tap", tap),
         vsock=vsock,
         console=console,
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from crackle.cli import templates
+
+if TYPE_CHECKING:
+    from crackle.vmm.identity import CloneOptions
 
 app = typer.Typer(no_args_is_help=True, help="Snapshots: look at them, change, merge, serve and warm them.")
 
@@ -60,22 +63,11 @@ def edit(
 
     edit(
         str(state / "state" if state.is_dir() else state),
-        drives=_pairs("--drive", drive),
-        interfaces=_pairs("--interface", interface),
+        drives=templates.pairs("--drive", drive, "ID=PATH"),
+        interfaces=templates.pairs("--interface", interface, "ID=TAP"),
         vsock=vsock,
         instance_id=instance_id,
     )
-
-
-def _pairs(option: str, given: list[str] | None) -> dict[str, str]:
-    """From words of the form ID=VALUE."""
-    result = {}
-    for word in given or ():
-        name, sign, value = word.partition("=")
-        if not (name and sign and value):
-            raise typer.BadParameter(f"{word!r} is not of the form ID=VALUE", param_hint=option)
-        result[name] = value
-    return result
 
 
 @app.command()
@@ -115,33 +107,21 @@ def serve(
 
 
 @app.command()
+@templates.for_clones(without=("identifier", "mac"))
 def warm(
     snapshot: templates.Snapshot,
     seconds: Annotated[float, typer.Option(min=0.001, help="How long the guest runs.")] = 10.0,
-    tap: templates.Tap = None,
-    drive: templates.Drive = None,
-    overlay: templates.Overlay = None,
-    vsock: templates.Vsock = None,
-    metadata: templates.Metadata = None,
+    *,
+    options: CloneOptions,
 ) -> None:
     """Note which pages of a snapshot's memory a microVM wants first, for `crackle snapshot serve` to read ahead.
 
     One clone runs for a while, and is stopped. What it writes to drives that are not named is kept in memory. Templates
     are as for `crackle clone`.
     """
-    from crackle.cli.clone import options_of
     from crackle.snapshot.workingset import path_beside
     from crackle.vmm.clones import Snapshot
 
-    options = options_of(
-        identifier=None,
-        taps=tap or (),
-        macs=(),
-        drives=drive or (),
-        overlays=overlay or (),
-        vsock=vsock,
-        metadata=metadata,
-    )
     options["console"] = lambda _index: (-1, -1)
     with Snapshot(snapshot) as saved:
         size = saved.warm(seconds, **options)
