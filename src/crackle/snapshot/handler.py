@@ -8,17 +8,19 @@ and read ahead for the others, in that order.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import stat
 import sys
-from _socket import AF_UNIX, CMSG_SPACE, SHUT_RDWR, SOCK_CLOEXEC, SOCK_STREAM, socket
+import time
+from _socket import AF_UNIX, CMSG_SPACE, MSG_CMSG_CLOEXEC, SHUT_RDWR, SOCK_CLOEXEC, SOCK_STREAM, socket
 from functools import partial
 from threading import Condition
 
 import msgspec
 
-from crackle.errors import ConfigError, os_reason
+from crackle.errors import ConfigError, KvmError, os_reason
 from crackle.memory.pager import WINDOW, Pager
 from crackle.runtime.channel import descriptors
 from crackle.runtime.threads import Thread
@@ -32,8 +34,14 @@ if TYPE_CHECKING:
 
 # Seconds from a microVM's beginning in which what it wants is noted.
 RECORDED_S = 10.0
+# Seconds that whoever connects may take to hand its memory over.
+HANDOVER_S = 10.0
 _BACKLOG = 128
 _MESSAGE_SIZE = 65536
+_PAGE_SIZES = frozenset((4096, 2 << 20, 1 << 30))
+# Why nobody can be accepted now, and somebody else later; how many seconds later.
+_PASSING = frozenset((errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+_PAUSE_S = 0.1
 
 
 def listen(path: str) -> socket:
@@ -80,16 +88,43 @@ class Handler:
             raise
 
     def serve(self, until: int = -1) -> None:
-        """Serve whoever connects, all at once, until that descriptor is readable, or an exception ends it."""
+        """Serve whoever connects, all at once, until that descriptor is readable, or an exception ends it.
+
+        Where one more cannot be served that is told, and those that are go on.
+        """
+        refused = ""
         poll = select.poll()
         poll.register(self._listener.fileno(), select.POLLIN)
         if until >= 0:
             poll.register(until, select.POLLIN)
         while all(fd != until for fd, _ in poll.poll()):
-            peer = self._accept()
-            with self._changed:
-                self._served += 1
+            try:
+                self._begin(self._accept())
+            except (OSError, KvmError) as error:
+                if isinstance(error, OSError) and error.errno not in _PASSING:
+                    raise
+                reason = os_reason(error) if isinstance(error, OSError) else str(error)
+                if reason != refused:
+                    self._report(f"No other microVM is served for now: {reason}")
+                refused = reason
+                time.sleep(_PAUSE_S)
+            else:
+                refused = ""
+
+    def _begin(self, peer: socket) -> None:
+        with self._changed:
+            self._served += 1
+        try:
             Thread("faults", partial(self._attend, peer))
+        except BaseException:
+            self._is_gone()
+            peer.close()
+            raise
+
+    def _is_gone(self) -> None:
+        with self._changed:
+            self._served -= 1
+            self._changed.notify_all()
 
     def settle(self) -> None:
         """Wait until all who are served are gone."""
@@ -115,9 +150,7 @@ class Handler:
             reason = os_reason(error) if isinstance(error, OSError) else str(error)
             self._report(f"A microVM is not served any more: {reason}")
         finally:
-            with self._changed:
-                self._served -= 1
-                self._changed.notify_all()
+            self._is_gone()
 
     def _serve(self, peer: socket) -> int:
         fault = file = -1
@@ -178,17 +211,51 @@ def opened(memory_path: str) -> int:
 
 def handed_over(peer: socket) -> tuple[list[Mapping], int]:
     """What a microVM sends: where its memory is, and the userfaultfd. ConfigError when it is anything else."""
-    text, ancillary, _, _ = peer.recvmsg(_MESSAGE_SIZE, CMSG_SPACE(4))
+    peer.settimeout(HANDOVER_S)
+    try:
+        text, ancillary, _, _ = peer.recvmsg(_MESSAGE_SIZE, CMSG_SPACE(4), MSG_CMSG_CLOEXEC)
+    except TimeoutError:
+        raise ConfigError(f"it has handed nothing over within {HANDOVER_S:g} s") from None
     fds = descriptors(ancillary)
     try:
+        if not text:
+            raise ConfigError("it has closed its connection and handed nothing over")
         mappings = msgspec.json.decode(text, type=list[Mapping])
-        if not fds or not mappings:
-            raise ValueError("there is no descriptor, or no region")
-        return mappings, fds[0]
-    except (msgspec.DecodeError, ValueError) as error:
+        _check(mappings)
+        return mappings, _userfault(fds)
+    except BaseException as error:
         for fd in fds:
             os.close(fd)
-        raise ConfigError(f"what it handed over is no memory: {error}") from None
+        if isinstance(error, msgspec.DecodeError | ValueError | RecursionError):
+            raise ConfigError(f"what it handed over is no memory: {error}") from None
+        raise
+
+
+def _check(mappings: list[Mapping]) -> None:
+    """ValueError when these are no regions that can be served."""
+    if not mappings:
+        raise ValueError("there is no region")
+    page_size = mappings[0].page_size
+    if page_size not in _PAGE_SIZES:
+        raise ValueError(f"there are no pages of {page_size} bytes")
+    for each in mappings:
+        if each.page_size != page_size:
+            raise ValueError(f"pages of {page_size} and of {each.page_size} bytes cannot be served together")
+        for name in ("base_host_virt_addr", "size", "offset"):
+            value = getattr(each, name)
+            if not 0 <= value < 1 << 56 or value % page_size:
+                raise ValueError(f"{name} is {value}, which is no address or size of whole pages")
+
+
+def _userfault(fds: list[int]) -> int:
+    """The one descriptor that came, if it is what it should be: then nobody waits in reading it."""
+    if len(fds) != 1:
+        raise ValueError(f"there came {len(fds)} descriptors with it, not one")
+    name = os.readlink(f"/proc/self/fd/{fds[0]}")
+    if name != "anon_inode:[userfaultfd]":
+        raise ValueError(f"the descriptor is no userfaultfd but {name}")
+    os.set_blocking(fds[0], False)
+    return fds[0]
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from _struct import Struct
 from binascii import crc32
 
@@ -40,15 +41,15 @@ def path_beside(memory_path: str) -> str:
 
 def read(memory_path: str, memory_fd: int, window: int) -> list[int]:
     """The windows that are wanted first; none where nobody has noted them, or for another memory file."""
+    size = os.fstat(memory_fd).st_size
     try:
-        with open(path_beside(memory_path), "rb") as file:
-            data = file.read()
+        data = _content(path_beside(memory_path), _HEADER.size + 4 * -(-size // window) + _CHECKSUM.size)
     except OSError:
         return []
     if len(data) < _HEADER.size + _CHECKSUM.size:
         return []
-    magic, version, of_window, size, count, samples = _HEADER.unpack_from(data)
-    if (magic, version, of_window, size) != (_MAGIC, _VERSION, window, os.fstat(memory_fd).st_size):
+    magic, version, of_window, of_size, count, samples = _HEADER.unpack_from(data)
+    if (magic, version, of_window, of_size) != (_MAGIC, _VERSION, window, size):
         return []
     body = data[: -_CHECKSUM.size]
     if len(body) != _HEADER.size + 4 * count or _CHECKSUM.pack(crc32(body)) != data[-_CHECKSUM.size :]:
@@ -80,6 +81,19 @@ def write(memory_path: str, memory_fd: int, window: int, windows: Sequence[int])
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def _content(path: str, most: int) -> bytes:
+    """A regular file's, of no more than `most` bytes, or nothing. OSError when it cannot be read."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+            return b""
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(most)
+    finally:
+        os.close(fd)
 
 
 def _samples(windows: Sequence[int], memory_fd: int, window: int) -> int:
