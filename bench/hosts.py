@@ -10,21 +10,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
 PERIOD_US = 100_000
 
 
 @contextmanager
-def third_thread() -> Iterator[None]:
-    """A program beside that never sleeps."""
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+def beside(command: Sequence[str]) -> Iterator[None]:
+    """A program that runs meanwhile."""
+    process = subprocess.Popen(command)
     try:
         yield
     finally:
         process.kill()
         process.wait()
+
+
+def third_thread() -> AbstractContextManager[None]:
+    """A program beside that never sleeps."""
+    return beside([sys.executable, "-c", "while True: pass"])
 
 
 @contextmanager

@@ -9,10 +9,11 @@ import re
 import subprocess
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bench.hosts import beside
 from bench.monitor import Monitor, alternate, device_seconds, idle_switches
 from bench.rows import BUILD, ROOT, Bench, Row, absolute, paired
 
@@ -85,19 +86,11 @@ class Network:
         self.process.communicate()
 
 
-@contextmanager
-def sender(network: Network, tool: Path, test: Test) -> Iterator[None]:
+def sender(network: Network, tool: Path, test: Test) -> AbstractContextManager[None]:
     """Frames for whoever reads the TAP, where the test is about that."""
     if not test.group:
-        yield
-        return
-    command = network.command(str(tool), test.sender, TAP, str(test.size), str(test.group))
-    process = subprocess.Popen(command)
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
+        return nullcontext()
+    return beside(network.command(str(tool), test.sender, TAP, str(test.size), str(test.group)))
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -95,15 +95,12 @@ class Snapshot:
             raise ConfigError(f"a snapshot is cloned at least once, not {n!r} times")
         identities = self.identities(options).of_all(range(first, first + n))
         vms: list[MicroVM] = []
-        try:
+        with _all_or_none(vms):
             # More at a time would only wait for each other.
             for place in range(0, n, _AT_ONCE):
                 vms += finish(self.begin(identities[place : place + _AT_ONCE]), resume=False)
             if resume:
                 resume_all(vms)
-        except BaseException:
-            stop_all(vms)
-            raise
         return vms
 
     def warm(self, seconds: float = RECORDED_S, **options: Unpack[CloneOptions]) -> int:
@@ -125,14 +122,11 @@ class Snapshot:
     def begin(self, identities: Iterable[Identity]) -> list[MicroVM]:
         """MicroVMs that load this snapshot, all at a time; `finish` waits for them."""
         vms: list[MicroVM] = []
-        try:
+        with _all_or_none(vms):
             for each in identities:
                 vms.append(
                     MicroVM.begin_load(each.instance_id, each.hosting, each.request, each.metadata, self)
                 )
-        except BaseException:
-            stop_all(vms)
-            raise
         return vms
 
     def _check_open(self) -> None:
@@ -168,15 +162,22 @@ class Snapshot:
 
 def finish(vms: list[MicroVM], *, resume: bool) -> list[MicroVM]:
     """What `Snapshot.begin` began, done: the same microVMs. None is left when one fails."""
-    try:
+    with _all_or_none(vms):
         for vm in vms:
             vm.finish_load(resume=False)
         if resume:
             resume_all(vms)
+    return vms
+
+
+@contextlib.contextmanager
+def _all_or_none(vms: list[MicroVM]) -> Iterator[None]:
+    """Whatever goes wrong meanwhile, none of them is left."""
+    try:
+        yield
     except BaseException:
         stop_all(vms)
         raise
-    return vms
 
 
 def resume_all(vms: Sequence[MicroVM], *, wait: bool = True) -> None:
