@@ -92,7 +92,7 @@ def test_a_guest_goes_on_in_another_vm_where_it_was_saved() -> None:
         assert cpu.regs["rbx"] == 77
         second = Guest(memory)
         try:
-            platform.restore_vcpu(second.kvm, second.vcpu, cpu)
+            platform.restore_vcpus(second.kvm, [second.vcpu], [cpu])
             platform.restore_vm(second.vm, chips)
             again = platform.save_vcpu(second.kvm, second.vcpu)
             assert (again.regs, again.sregs, again.cpuid) == (cpu.regs, cpu.sregs, cpu.cpuid)
@@ -103,6 +103,28 @@ def test_a_guest_goes_on_in_another_vm_where_it_was_saved() -> None:
             assert second.counter.values[:3] == [(last + i) & 0xFFFF for i in (1, 2, 3)]
         finally:
             second.close()
+
+
+def test_page_directory_pointers_are_those_that_the_cpu_has_and_not_those_in_memory() -> None:
+    """Of a guest that pages by PAE, and has changed the table since it wrote cr3 (Intel SDM volume 3, 4.4.1)."""
+    pdptrs = (0x9001, 0, 0, 0xA001)
+    with GuestMemory([(0, SIZE)]) as memory:
+        guest = Guest(memory)
+        try:
+            guest.enter()
+            assert platform.save_vcpu(guest.kvm, guest.vcpu).pdptrs == ()
+            sregs = guest.vcpu.get_sregs()
+            pae = {**sregs, "cr0": 0x8000_0011, "cr3": 0x8000, "cr4": 1 << 5, "efer": 0}
+            guest.vcpu.set_sregs_with_pdptrs(pae, pdptrs)
+            saved = platform.save_vcpu(guest.kvm, guest.vcpu)
+            if not saved.pdptrs:
+                pytest.skip("this KVM does not tell PDPTRs")
+            assert saved.pdptrs == pdptrs
+            guest.enter()
+            platform.restore_vcpus(guest.kvm, [guest.vcpu], [saved])
+            assert platform.save_vcpu(guest.kvm, guest.vcpu).pdptrs == pdptrs
+        finally:
+            guest.close()
 
 
 def test_the_boards_devices_are_saved_and_restored(machine: Callable[..., Any]) -> None:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from crackle.arch.x86_64.compatibility import check_vcpus
-from crackle.arch.x86_64.state import VcpuState, restore_vcpu, save_vcpu
+from crackle.arch.x86_64.state import VcpuState, restore_vcpus, rewind_vcpus, save_vcpu
 from crackle.errors import ConfigError
 from crackle.kvm import CpuidEntry
 from support.snapshots import VCPU
@@ -110,21 +110,22 @@ class Registers:
 
     tsc_khz = 2_000_000
     index = 0
+    tsc_offset: int | None = None
 
     def __init__(self, **fields: Any) -> None:
         self.given: list[tuple[str, Any]] = []
-        self._fields = {"get_xsave": bytes(4096), "get_nested_state": b"", **fields}
+        self._fields = {"get_xsave": bytes(4096), "get_nested_state": b"", "get_pdptrs": (), **fields}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("set_"):
-            return lambda value: self.given.append((name[4:], value))
+            return lambda *values: self.given.append((name[4:], values if len(values) > 1 else values[0]))
         return lambda *_: self._fields[name]
 
 
 def given_to(vcpu: Registers, state: VcpuState) -> dict[str, Any]:
     kvm: Any = Kvm()
     target: Any = vcpu
-    restore_vcpu(kvm, target, state)
+    restore_vcpus(kvm, [target], [state])
     return dict(vcpu.given)
 
 
@@ -135,7 +136,60 @@ def test_registers_are_restored_in_the_order_in_which_they_depend_on_each_other(
     assert order.index("cpuid2") == 0
     assert order.index("sregs") < order.index("lapic") < order.index("msrs") < order.index("nested_state")
     assert order[-1] == "vcpu_events"
-    assert [value for name, value in vcpu.given if name == "msrs"] == [{0x10: 5}, {0x6E0: 9}]
+    assert [value for name, value in vcpu.given if name == "msrs"] == [{}, {0x10: 5}, {0x6E0: 9}]
+
+
+def test_page_directory_pointers_are_restored_where_there_are_some() -> None:
+    assert given_to(Registers(), saved(sregs={"cr3": 1}))["sregs"] == {"cr3": 1}
+    given = given_to(Registers(), saved(sregs={"cr3": 1}, pdptrs=(1, 2, 3, 4)))
+    assert given["sregs_with_pdptrs"] == ({"cr3": 1}, (1, 2, 3, 4))
+    assert "sregs" not in given
+
+
+class Ticking(Registers):
+    """A vCPU whose TSC is that of a host, and an offset."""
+
+    host = 1000
+
+    def __init__(self) -> None:
+        super().__init__(get_lapic=bytes(1024))
+        self.tsc_offset = 7
+
+    def get_msrs(self, _indices: object) -> dict[int, int]:
+        Ticking.host += 10
+        assert self.tsc_offset is not None
+        return {0x10: self.host + self.tsc_offset & (1 << 64) - 1}
+
+
+SECOND = 2_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("states", "apart"),
+    [
+        # As of other moments, and apart as their offsets were.
+        ([saved(msrs={0x10: 500}, tsc_offset=5), saved(msrs={0x10: 9500}, tsc_offset=5)], 0),
+        ([saved(msrs={0x10: 500}, tsc_offset=5), saved(msrs={0x10: 9500}, tsc_offset=3)], -2),
+        ([saved(msrs={0x10: 500}, tsc_offset=(1 << 64) - 5), saved(msrs={0x10: 9}, tsc_offset=5)], 10),
+        # Of an older snapshot.
+        ([saved(msrs={0x10: 500}), saved(msrs={0x10: 500 + SECOND - 1})], 0),
+        ([saved(msrs={0x10: 500}), saved(msrs={0x10: 500 + SECOND})], SECOND),
+    ],
+)
+@pytest.mark.parametrize("again", [False, True])
+def test_time_stamp_counters_stay_as_far_apart_as_they_were(
+    states: list[VcpuState], apart: int, again: bool
+) -> None:
+    vcpus: list[Any] = [Ticking(), Ticking()]
+    kvm: Any = Kvm()
+    restore_vcpus(kvm, vcpus, states)
+    if again:
+        Ticking.host += 3 * SECOND
+        rewind_vcpus(vcpus, states)
+    # The first goes on from where it stood.
+    assert vcpus[0].tsc_offset + Ticking.host & (1 << 64) - 1 == 500
+    assert (vcpus[1].tsc_offset - vcpus[0].tsc_offset - apart) % (1 << 64) == 0
+    assert not any(name == "msrs" and 0x10 in value for vcpu in vcpus for name, value in vcpu.given)
 
 
 def test_a_nested_state_that_a_new_vcpu_has_anyway_is_left_alone() -> None:

@@ -77,6 +77,9 @@ if TYPE_CHECKING:
         DEVICE_LINES: range
         """Interrupt lines for devices."""
 
+        SAVED_DEVICE_LINES: range
+        """Those that a device in a snapshot may have: the same, and more where an older version gave more."""
+
         DEVICE_ROUTES: range
         """Numbers for message-signalled interrupts."""
 
@@ -142,8 +145,8 @@ if TYPE_CHECKING:
         def restore_vm(self, vm: Vm, state: Any, *, realtime: bool = False) -> None:
             """The reverse, when the vCPUs have their own state. realtime: the guest's clock has gone on meanwhile."""
 
-        def rewind_vcpu(self, vcpu: Vcpu, state: Any) -> None:
-            """Take back what time has done to a vCPU that was restored and has not run."""
+        def rewind_vcpus(self, vcpus: Sequence[Vcpu], states: Sequence[Any]) -> None:
+            """Take back what time has done to vCPUs that were restored and have not run."""
 
         def rewind_vm(self, vm: Vm, state: Any, *, realtime: bool = False) -> None:
             """The same for chips and clock."""
@@ -157,8 +160,8 @@ if TYPE_CHECKING:
             ConfigError when it lacks what these need.
             """
 
-        def restore_vcpu(self, kvm: Kvm, vcpu: Vcpu, state: Any) -> None:
-            """The reverse of `save_vcpu`, before the vCPU runs."""
+        def restore_vcpus(self, kvm: Kvm, vcpus: Sequence[Vcpu], states: Sequence[Any]) -> None:
+            """The reverse of `save_vcpu`, for all vCPUs of a machine, before they run."""
 
         def probe(self, kvm: Kvm) -> list[Finding]:
             """Find out, with guests that take milliseconds, whether this KVM does what Linux needs; in seconds at most.

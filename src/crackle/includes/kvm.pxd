@@ -48,6 +48,10 @@ cdef extern from "linux/kvm.h" nogil:
     unsigned long KVM_SET_REGS
     unsigned long KVM_GET_SREGS
     unsigned long KVM_SET_SREGS
+    unsigned long KVM_GET_SREGS2
+    unsigned long KVM_SET_SREGS2
+    unsigned long KVM_GET_DEVICE_ATTR
+    unsigned long KVM_SET_DEVICE_ATTR
     unsigned long KVM_GET_MSRS
     unsigned long KVM_SET_MSRS
     unsigned long KVM_GET_CPUID2
@@ -242,6 +246,33 @@ cdef extern from "linux/kvm.h" nogil:
         uint64_t efer
         uint64_t apic_base
         unsigned long long interrupt_bitmap[4]
+
+    struct kvm_sregs2:
+        kvm_segment cs
+        kvm_segment ds
+        kvm_segment es
+        kvm_segment fs
+        kvm_segment gs
+        kvm_segment ss
+        kvm_segment tr
+        kvm_segment ldt
+        kvm_dtable gdt
+        kvm_dtable idt
+        uint64_t cr0
+        uint64_t cr2
+        uint64_t cr3
+        uint64_t cr4
+        uint64_t cr8
+        uint64_t efer
+        uint64_t apic_base
+        uint64_t flags
+        unsigned long long pdptrs[4]
+
+    struct kvm_device_attr:
+        uint32_t flags
+        uint32_t group
+        uint64_t attr
+        uint64_t addr
 
     struct kvm_fpu:
         uint8_t fpr[8][16]

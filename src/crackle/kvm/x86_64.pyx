@@ -26,7 +26,11 @@ cdef extern from "<linux/kvm.h>" nogil:
     enum:
         KVM_CAP_XSAVE2
         KVM_CAP_NESTED_STATE
+        KVM_CAP_SREGS2
         KVM_CLOCK_REALTIME
+        KVM_SREGS2_FLAGS_PDPTRS_VALID
+        KVM_VCPU_TSC_CTRL
+        KVM_VCPU_TSC_OFFSET
 
 cdef extern from *:
     """
@@ -100,6 +104,7 @@ cdef class Kvm(KvmBase):
         vm.xsave_size = self.check_extension(KVM_CAP_XSAVE2)
         # The most that KVM_GET_NESTED_STATE gives, or 0 where guests cannot have guests.
         vm.nested_size = self.check_extension(KVM_CAP_NESTED_STATE)
+        vm.has_sregs2 = self.check_extension(KVM_CAP_SREGS2) != 0
         self.new_vm(vm)
         return vm
 
@@ -109,6 +114,7 @@ cdef class Vm(VmBase):
 
     cdef size_t xsave_size
     cdef size_t nested_size
+    cdef bint has_sregs2
 
     def create_irqchip(self):
         """The PICs, the IOAPIC and a LAPIC for each vCPU, in the kernel; before the first vCPU (api.rst 4.24)."""
@@ -131,7 +137,9 @@ cdef class Vm(VmBase):
 
     def create_vcpu(self, unsigned long index):
         """A Vcpu with APIC id `index` (api.rst 4.7)."""
-        return Vcpu(self.new_vcpu(index), index, self.run_size, self.xsave_size, self.nested_size)
+        return Vcpu(
+            self.new_vcpu(index), index, self.run_size, self.xsave_size, self.nested_size, self.has_sregs2
+        )
 
     # -- saved and restored as they are --------------------------------------------------------------------------
 
@@ -178,9 +186,12 @@ cdef class Vcpu(VcpuBase):
 
     cdef size_t xsave_size
     cdef size_t nested_size
+    cdef bint has_sregs2
 
-    def __cinit__(self, int fd, int index, size_t run_size, size_t xsave_size=4096, size_t nested_size=0):
-        self.xsave_size, self.nested_size = xsave_size, nested_size
+    def __cinit__(
+        self, int fd, int index, size_t run_size, size_t xsave_size=4096, size_t nested_size=0, bint has_sregs2=False
+    ):
+        self.xsave_size, self.nested_size, self.has_sregs2 = xsave_size, nested_size, has_sregs2
 
     # -- exits ---------------------------------------------------------------------------------------------------
 
@@ -233,6 +244,27 @@ cdef class Vcpu(VcpuBase):
         """All fields of struct kvm_sregs, as `get_sregs` gives them."""
         cdef kvm_sregs native = sregs
         self.ioctl(KVM_SET_SREGS, &native, "set the special registers")
+
+    def get_pdptrs(self):
+        """The four PDPTRs of a guest that pages by PAE; () of another, and where KVM does not tell (api.rst 4.132)."""
+        cdef kvm_sregs2 native
+        if not self.has_sregs2:
+            return ()
+        memset(&native, 0, sizeof(native))
+        self.ioctl(KVM_GET_SREGS2, &native, "get the special registers")
+        return tuple(native.pdptrs) if native.flags & KVM_SREGS2_FLAGS_PDPTRS_VALID else ()
+
+    def set_sregs_with_pdptrs(self, sregs, pdptrs):
+        """`set_sregs` without interrupt_bitmap, which is among the pending events, and these four PDPTRs.
+
+        Where KVM does not take them (api.rst 4.133), it reads them from guest memory, at cr3.
+        """
+        cdef kvm_sregs2 native
+        if not self.has_sregs2:
+            self.set_sregs(sregs)
+            return
+        native = {**sregs, "flags": KVM_SREGS2_FLAGS_PDPTRS_VALID, "pdptrs": list(pdptrs)}
+        self.ioctl(KVM_SET_SREGS2, &native, "set the special registers")
 
     def get_fpu(self):
         """struct kvm_fpu: scalars by name, fpr (128 bytes) and xmm (256 bytes)."""
@@ -431,6 +463,29 @@ cdef class Vcpu(VcpuBase):
     @tsc_khz.setter
     def tsc_khz(self, unsigned long khz):
         self.ioctl(KVM_SET_TSC_KHZ, <void *> khz, "set the TSC frequency")
+
+    @property
+    def tsc_offset(self):
+        """What KVM adds to the host's time stamp counter, scaled, modulo 2**64 (devices/vcpu.rst, 4.1).
+
+        None where KVM does not tell, before Linux 5.16.
+        """
+        cdef uint64_t offset = 0
+        try:
+            self._tsc_attribute(KVM_GET_DEVICE_ATTR, &offset)
+        except KvmError:
+            return None
+        return offset
+
+    @tsc_offset.setter
+    def tsc_offset(self, uint64_t offset):
+        self._tsc_attribute(KVM_SET_DEVICE_ATTR, &offset)
+
+    cdef int _tsc_attribute(self, unsigned long request, uint64_t *offset) except -1:
+        cdef kvm_device_attr attribute
+        memset(&attribute, 0, sizeof(attribute))
+        attribute.group, attribute.attr, attribute.addr = KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, <uint64_t> offset
+        return self.ioctl(request, &attribute, "get or set the TSC's offset")
 
     def set_guest_debug(self, uint32_t control):
         """KVM_GUESTDBG_* bits, for instance enable and single step; hardware breakpoints stay clear."""

@@ -419,8 +419,7 @@ class Machine:
         self.clock.pause()
         self._paused = True
         self._restored = time.monotonic(), state, realtime
-        for vcpu, saved in zip(self.vcpus, state.vcpus, strict=True):
-            platform.restore_vcpu(self.parts.kvm, vcpu, saved)
+        platform.restore_vcpus(self.parts.kvm, self.vcpus, state.vcpus)
         platform.restore_vm(self.vm, state.vm, realtime=realtime)
         self.board.restore(state.board)
         # Last: what they signal as they are restored is for the chips.
@@ -433,8 +432,7 @@ class Machine:
         (since, state, realtime), self._restored = self._restored, None
         if time.monotonic() - since < _FRESH_S:
             return
-        for vcpu, saved in zip(self.vcpus, state.vcpus, strict=True):
-            platform.rewind_vcpu(vcpu, saved)
+        platform.rewind_vcpus(self.vcpus, state.vcpus)
         platform.rewind_vm(self.vm, state.vm, realtime=realtime)
 
     def note_dirty(self, bitmaps: list[bytes] | None) -> None:

@@ -11,9 +11,9 @@ from crackle.arch.x86_64.layout import CMDLINE_MAX_SIZE, memory_layout
 from crackle.arch.x86_64.state import (
     VcpuState,
     VmState,
-    restore_vcpu,
+    restore_vcpus,
     restore_vm,
-    rewind_vcpu,
+    rewind_vcpus,
     rewind_vm,
     save_vcpu,
     save_vm,
@@ -33,6 +33,7 @@ __all__ = [
     "DEVICE_LINES",
     "DEVICE_ROUTES",
     "DEVICE_WINDOWS",
+    "SAVED_DEVICE_LINES",
     "BoardState",
     "VcpuState",
     "VmState",
@@ -48,9 +49,9 @@ __all__ = [
     "memory_layout",
     "prepare_vcpus",
     "probe",
-    "restore_vcpu",
+    "restore_vcpus",
     "restore_vm",
-    "rewind_vcpu",
+    "rewind_vcpus",
     "rewind_vm",
     "save_vcpu",
     "save_vm",
@@ -59,6 +60,8 @@ __all__ = [
 DEVICE_WINDOWS = range(layout.VIRTIO_MMIO_START, layout.VIRTIO_MMIO_LAST + 1, layout.MMIO_WINDOW_SIZE)
 make_board = Board
 DEVICE_LINES = range(layout.GSI_FIRST, layout.GSI_VMGENID)
+# A guest that began before there was a generation ID may have a device on its line. It has no other use for that.
+SAVED_DEVICE_LINES = range(layout.GSI_FIRST, layout.GSI_LAST + 1)
 DEVICE_ROUTES = range(layout.GSI_MSI_FIRST, layout.GSI_MSI_LAST + 1)
 
 # For which tables are made before they are wanted.

@@ -3,6 +3,14 @@
 What KVM gives as one block stays one. The order of restoring matters: CPUID before what it allows, the MP state before
 the events, the local APIC and the time stamp counter before the deadline of its timer, the vCPUs before the chips,
 whose interrupts their local APICs take.
+
+The time stamp counters go on from where they stood, as the guest's clock does, and exactly as far apart as they were:
+by KVM_VCPU_TSC_OFFSET (Documentation/virt/kvm/devices/vcpu.rst, 4.1), of which all vCPUs' are worked out from the
+first's. That document has the first's from the host's TSC at the time of kvmclock, so that both go on by the time that
+has passed; here neither does, and a guest takes its time from one of them. By their MSRs alone each would be as it was
+some microseconds sooner or later than the others, unless KVM guesses that a value within a second of what it expects is
+meant to be the others': right mostly, wrong for vCPUs that were apart, or between which a restore took longer, as it
+may when a page-fault handler is slow.
 """
 
 from __future__ import annotations
@@ -17,11 +25,14 @@ from crackle.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from crackle.kvm import Kvm, Vcpu, Vm
 
 _IRQCHIPS = (0, 1, 2)  # PIC 1, PIC 2, IOAPIC
 _TSC = 0x10
 _TSC_DEADLINE = 0x6E0
+_MASK = (1 << 64) - 1
 
 # The local APIC's timer (Intel SDM volume 3, 10.5.4): its place in the register page, masked, and deadline mode.
 _LVT_TIMER, _LVT_MASKED, _LVT_MODE, _LVT_DEADLINE = 0x320, 1 << 16, 3 << 17, 2 << 17
@@ -42,7 +53,11 @@ class VmState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VcpuState(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything of a vCPU that KVM can tell. cpuid: (function, index, flags, eax, ebx, ecx, edx) of each leaf."""
+    """Everything of a vCPU that KVM can tell. cpuid: (function, index, flags, eax, ebx, ecx, edx) of each leaf.
+
+    pdptrs: of a guest that pages by PAE, which may have changed the table in memory since the CPU read it. tsc_offset:
+    only as far as it is other than that of another vCPU. Older snapshots have neither.
+    """
 
     cpuid: tuple[tuple[int, ...], ...]
     tsc_khz: int
@@ -56,6 +71,8 @@ class VcpuState(msgspec.Struct, frozen=True, kw_only=True):
     msrs: dict[int, int]
     events: bytes
     nested: bytes = b""
+    pdptrs: tuple[int, ...] = ()
+    tsc_offset: int | None = None
 
 
 def save_vm(vm: Vm) -> VmState:
@@ -110,17 +127,36 @@ def save_vcpu(kvm: Kvm, vcpu: Vcpu) -> VcpuState:
         msrs=msrs,
         nested=vcpu.get_nested_state(),
         events=vcpu.get_vcpu_events(),
+        pdptrs=vcpu.get_pdptrs(),
+        tsc_offset=vcpu.tsc_offset,
     )
 
 
-def restore_vcpu(kvm: Kvm, vcpu: Vcpu, state: VcpuState) -> None:
-    """The reverse of `save_vcpu`, before the vCPU runs. KvmError where this host's KVM does not take it."""
+def restore_vcpus(kvm: Kvm, vcpus: Sequence[Vcpu], states: Sequence[VcpuState]) -> None:
+    """The reverse of `save_vcpu`, before the vCPUs run. KvmError where this host's KVM does not take it."""
+    for vcpu, state in zip(vcpus, states, strict=True):
+        _restore_registers(kvm, vcpu, state)
+    _set_tscs(vcpus, states)
+    for vcpu, state in zip(vcpus, states, strict=True):
+        # An absolute time of the TSC, which must be there first.
+        if (deadline := state.msrs.get(_TSC_DEADLINE)) is not None:
+            vcpu.set_msrs({_TSC_DEADLINE: deadline})
+        # After IA32_FEATURE_CONTROL and EFER, which allow it. Mostly nothing but what a new vCPU has.
+        if state.nested and state.nested != vcpu.get_nested_state():
+            vcpu.set_nested_state(state.nested)
+        vcpu.set_vcpu_events(state.events)
+
+
+def _restore_registers(kvm: Kvm, vcpu: Vcpu, state: VcpuState) -> None:
     vcpu.set_cpuid2(state.cpuid)
     if vcpu.tsc_khz != state.tsc_khz:
         vcpu.tsc_khz = state.tsc_khz
     vcpu.set_mp_state(state.mp_state)
     vcpu.set_regs(state.regs)
-    vcpu.set_sregs(state.sregs)
+    if state.pdptrs:
+        vcpu.set_sregs_with_pdptrs(state.sregs, state.pdptrs)
+    else:
+        vcpu.set_sregs(state.sregs)
     vcpu.set_xsave(_of_length(state.xsave, len(vcpu.get_xsave())))
     vcpu.set_xcrs(state.xcrs)
     vcpu.set_debugregs(state.debugregs)
@@ -128,23 +164,45 @@ def restore_vcpu(kvm: Kvm, vcpu: Vcpu, state: VcpuState) -> None:
     known = frozenset(saved_msrs(kvm.msr_index_list()))
     # What this KVM does not know is zero: `check_vcpus` has seen to that.
     msrs = {index: value for index, value in state.msrs.items() if value or index in known}
-    # Its value is an absolute time of the TSC, which must be there first.
-    deadline = msrs.pop(_TSC_DEADLINE, None)
+    for index in (_TSC, _TSC_DEADLINE):
+        msrs.pop(index, None)
     vcpu.set_msrs(msrs)
-    if deadline is not None:
-        vcpu.set_msrs({_TSC_DEADLINE: deadline})
-    # After IA32_FEATURE_CONTROL and EFER, which allow it. Mostly nothing but what a new vCPU has.
-    if state.nested and state.nested != vcpu.get_nested_state():
-        vcpu.set_nested_state(state.nested)
-    vcpu.set_vcpu_events(state.events)
 
 
-def rewind_vcpu(vcpu: Vcpu, state: VcpuState) -> None:
-    """Take back what time has done to a vCPU that was restored and has not run: its TSC, and a timer that went on.
+def _set_tscs(vcpus: Sequence[Vcpu], states: Sequence[VcpuState]) -> None:
+    """Have the time stamp counters go on from where they stood, as far apart as they were."""
+    first, begin = vcpus[0], states[0]
+    now = first.tsc_offset
+    if now is None:
+        # KVM guesses which are meant to be alike.
+        for vcpu, state in zip(vcpus, states, strict=True):
+            vcpu.set_msrs({_TSC: state.msrs[_TSC]})
+        return
+    now += begin.msrs[_TSC] - first.get_msrs([_TSC])[_TSC]
+    for vcpu, state in zip(vcpus, states, strict=True):
+        vcpu.tsc_offset = now + _apart(begin, state) & _MASK
 
-    What is on its way to it stays so, but for the timer's own interrupt.
+
+def _apart(one: VcpuState, other: VcpuState) -> int:
+    """How far ahead of `one` `other`'s TSC was."""
+    if one.tsc_offset is not None and other.tsc_offset is not None:
+        return other.tsc_offset - one.tsc_offset
+    # An older snapshot has them as of different moments. KVM takes what is within a second as meant to be alike.
+    found = other.msrs[_TSC] - one.msrs[_TSC]
+    return 0 if abs(found) < one.tsc_khz * 1000 else found
+
+
+def rewind_vcpus(vcpus: Sequence[Vcpu], states: Sequence[VcpuState]) -> None:
+    """Take back what time has done to vCPUs that were restored and have not run: TSCs, and timers that went on.
+
+    What is on its way to them stays so, but for the timers' own interrupts.
     """
-    vcpu.set_msrs({_TSC: state.msrs[_TSC]})
+    _set_tscs(vcpus, states)
+    for vcpu, state in zip(vcpus, states, strict=True):
+        _rewind_timer(vcpu, state)
+
+
+def _rewind_timer(vcpu: Vcpu, state: VcpuState) -> None:
     timer = int.from_bytes(state.lapic[_LVT_TIMER : _LVT_TIMER + 4], "little")
     if not timer & _LVT_MASKED:
         now, lapic = vcpu.get_lapic(), bytearray(state.lapic)
