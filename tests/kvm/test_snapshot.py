@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from crackle import ConfigError, Drive, MicroVM, NetworkInterface, RateLimiter, TokenBucket, VirtioDevice
-from crackle.arch.x86_64 import layout
+from crackle.arch.x86_64 import layout, platform
 from crackle.arch.x86_64.board import Board
 from crackle.memory.dump import Scan
 from crackle.snapshot.inspect import rebase
@@ -133,6 +133,10 @@ def test_a_load_that_fails_changes_nothing(
             "Unknown Block Device. The snapshot has no drive 'd'.",
         ),
         ({"vsock_override": {"uds_path": "v"}}, "Unknown Vsock Device."),
+        (
+            {"pmem_overrides": [{"id": "p", "path_on_host": "/"}]},
+            "Unknown Pmem Device. The snapshot has no pmem device 'p'.",
+        ),
         ({"huge_pages": "2M"}, "Cannot restore hugetlbfs backed snapshot by mapping the memory file."),
     ]
     for fields, sentence in bodies:
@@ -522,6 +526,31 @@ def test_whoever_goes_on_from_a_snapshot_has_another_generation_id(guests: Path,
             found.append(generation_id(vm))
             vm.console.expect("count 4\n", timeout=PATIENCE)
     assert len(set(found)) == 3
+
+
+def test_a_device_on_the_line_that_now_is_the_generation_ids_is_where_it_was(
+    guests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a guest with nineteen devices that began before there was a generation ID."""
+    disks = [tmp_path / f"disk{index}" for index in range(19)]
+    for disk in disks:
+        disk.write_bytes(bytes(4096))
+    with monkeypatch.context() as then:
+        then.setattr(platform, "DEVICE_LINES", platform.SAVED_DEVICE_LINES)
+        vm = MicroVM(guests / "count.elf", boot_args="", memory=64, drives=disks)
+        vm.start()
+    with vm:
+        vm.console.expect("count 2\n", timeout=PATIENCE)
+        board = vm._machine().board
+        assert isinstance(board, Board)
+        board._vmgenid = None
+        assert max(info.gsi for info in vm._machine().plugs.infos) == layout.GSI_VMGENID
+        vm.snapshot(tmp_path / "0")
+    for number in range(2):
+        with MicroVM.restore(tmp_path / f"{number}") as vm:
+            assert [info.gsi for info in vm._machine().plugs.infos] == [*range(5, 24)]
+            vm.console.expect(r"count \d+\n", timeout=PATIENCE)
+            vm.snapshot(tmp_path / f"{number + 1}")
 
 
 def test_a_snapshot_of_a_guest_without_a_generation_id_is_loaded_as_it_is(

@@ -60,6 +60,15 @@ def test_every_device_has_a_line_of_its_own_as_long_as_there_are_any() -> None:
     lines.close()
 
 
+def test_a_saved_device_may_have_a_line_that_no_new_one_gets() -> None:
+    lines = Lines(5, 6, 7)
+    assert lines.claim(7).gsi == 7
+    assert [lines.take().gsi for _ in range(4)] == [5, 6, 5, 6]
+    with pytest.raises(ConfigError, match="interrupt 8 is none for devices: these are 5 to 7"):
+        lines.claim(8)
+    lines.close()
+
+
 def test_the_descriptors_of_lines_come_back() -> None:
     before = sorted(os.listdir("/proc/self/fd"))
     lines = Lines(5, 7)

@@ -57,6 +57,13 @@ class DriveOverride(msgspec.Struct):
     overlay: Overlay | None = None
 
 
+class PmemOverride(msgspec.Struct):
+    """Another host file for a pmem device of the snapshot."""
+
+    id: str
+    path_on_host: str
+
+
 class SnapshotLoad(Resource):
     """What to restore and how; exactly one of ``mem_backend`` and (deprecated) ``mem_file_path`` is given."""
 
@@ -69,5 +76,6 @@ class SnapshotLoad(Resource):
     network_overrides: list[NetworkOverride] = msgspec.field(default_factory=list)
     vsock_override: VsockOverride | None = None
     drive_overrides: list[DriveOverride] = msgspec.field(default_factory=list)
+    pmem_overrides: list[PmemOverride] = msgspec.field(default_factory=list)
     clock_realtime: bool = False
     huge_pages: SnapshotHugePages = "Snapshot"

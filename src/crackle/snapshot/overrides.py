@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from crackle.schema.fork import Clone
     from crackle.snapshot.state import SavedDevice, Snapshot
 
-_UNKNOWN = "Failed to get snapshot state from file: Unknown {} Device. The snapshot has no {} {!r}."
+UNKNOWN = "Failed to get snapshot state from file: Unknown {} Device. The snapshot has no {} {!r}."
 
 
 def override(found: Snapshot, request: SnapshotLoad | Clone) -> Snapshot:
@@ -87,4 +87,4 @@ def _find(section: list[Any], field: str, name: str, kind: str, what: str) -> An
     for resource in section:
         if getattr(resource, field) == name:
             return resource
-    raise ConfigError(_UNKNOWN.format(kind, what, name))
+    raise ConfigError(UNKNOWN.format(kind, what, name))

@@ -43,10 +43,14 @@ class Pool:
 
 
 class Lines:
-    """The interrupt lines from `first` to `last`, of which several devices may have the same."""
+    """The interrupt lines from `first` to `last`, of which several devices may have the same.
 
-    def __init__(self, first: int, last: int) -> None:
+    last_saved: the last that a saved device may have had, when it is not the same.
+    """
+
+    def __init__(self, first: int, last: int, last_saved: int | None = None) -> None:
         self._gsis = range(first, last + 1)
+        self._saved = range(first, (last if last_saved is None else last_saved) + 1)
         self._lines: dict[int, Line] = {}
 
     def take(self) -> Line:
@@ -55,9 +59,9 @@ class Lines:
 
     def claim(self, gsi: int) -> Line:
         """The line that a saved device had; ConfigError when no device can have it."""
-        if gsi not in self._gsis:
+        if gsi not in self._saved:
             raise ConfigError(
-                f"interrupt {gsi} is none for devices: these are {self._gsis[0]} to {self._gsis[-1]}"
+                f"interrupt {gsi} is none for devices: these are {self._saved[0]} to {self._saved[-1]}"
             )
         return self._give(gsi)
 
@@ -90,5 +94,5 @@ class Places:
     def __init__(self) -> None:
         windows, lines, routes = platform.DEVICE_WINDOWS, platform.DEVICE_LINES, platform.DEVICE_ROUTES
         self.windows = Pool("devices", windows[0], windows[-1], windows.step)
-        self.lines = Lines(lines[0], lines[-1])
+        self.lines = Lines(lines[0], lines[-1], platform.SAVED_DEVICE_LINES[-1])
         self.routes = Pool("message-signalled interrupts", routes[0], routes[-1])
