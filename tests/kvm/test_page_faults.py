@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import struct
 import subprocess
 import sys
 import time
@@ -14,9 +15,11 @@ from typing import Any
 
 import pytest
 
-from crackle import ConfigError, KvmError, MicroVM
+from crackle import ConfigError, Drive, KvmError, MicroVM
 from crackle.snapshot import handover
 from crackle.snapshot.inspect import rebase
+from crackle.vmm import machine as machine_module
+from support.driver import F_VERSION_1, Buffer, Registers, Ring
 
 from .conftest import PATIENCE, Process
 from .test_snapshot import saved
@@ -207,6 +210,67 @@ def test_a_snapshot_whose_pages_do_not_come_fails_and_leaves_the_files(
         assert (tmp_path / "m").read_bytes() == before
         assert not [name for name in os.listdir(tmp_path) if name.startswith(("m.", "s."))]
         assert vm.state == "Paused"
+
+
+HEADER, DATA, STATUS, RING = (at << 20 for at in (32, 36, 40, 44))
+
+
+def asking(guests: Path, directory: Path, disk: Drive, kind: int) -> None:
+    """A snapshot of a guest whose driver has just made a request of the drive: `kind` 0 reads a page, 1 writes one."""
+    with MicroVM(guests / "count.elf", boot_args="touch=4", memory=64, drives=[disk]) as vm:
+        vm.console.expect("count 2\n", timeout=PATIENCE)
+        vm.pause()
+        machine = vm._machine()
+        ring = Ring(machine.memory, RING, 16)
+        registers = Registers(machine.mmio, machine.plugs.infos[0].address)
+        assert registers.negotiate(F_VERSION_1)
+        assert registers.set_up_queue(0, ring)
+        registers.drive()
+        machine.memory.write(HEADER, struct.pack("<IIQ", kind, 0, 0))
+        machine.memory.write(DATA, b"w" * 4096)
+        machine.memory.write(STATUS, b"?")
+        buffers = [Buffer(HEADER, 16), Buffer(DATA, 4096, kind == 0), Buffer(STATUS, 1, True)]
+        ring.offer(ring.add(buffers))
+        vm.snapshot(directory / "s", directory / "m")
+
+
+@pytest.mark.parametrize(("kind", "engine"), [(0, "Sync"), (1, "Sync"), (1, "Async")])
+def test_a_device_that_waits_for_a_dead_handler_is_stopped_and_writes_nothing(
+    handler: Callable[..., Handler],
+    guests: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: int,
+    engine: Any,
+) -> None:
+    monkeypatch.setattr(machine_module, "PAUSE_TIMEOUT", 0.3)
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"d" * 4096)
+    drive = Drive("d", False, path_on_host=str(disk), io_engine=engine)
+    asking(guests, tmp_path, drive, kind)
+    dying = handler(f"until-{DATA}")
+    with MicroVM.restore(tmp_path / "s", tmp_path / "m", handler=dying.path) as vm:
+        dying.line()
+        assert dying.line() == "asked"
+        dying.kill()
+        with pytest.raises(KvmError, match=r"did not stand still within 0\.3 s, and the microVM runs on"):
+            vm.pause()
+        vm.stop()
+        assert vm.exit_status is not None
+    assert disk.read_bytes() == b"d" * 4096
+
+
+def test_a_request_whose_pages_come_late_is_served(
+    handler: Callable[..., Handler], guests: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"d" * 4096)
+    asking(guests, tmp_path, Drive("d", False, path_on_host=str(disk)), 1)
+    with MicroVM.restore(tmp_path / "s", tmp_path / "m", handler=handler().path) as vm:
+        vm.console.expect("count 4\n", timeout=PATIENCE)
+        vm.pause()
+        assert vm._machine().memory.read(STATUS, 1) == b"\0"
+    assert disk.read_bytes() == b"w" * 4096
 
 
 def test_a_guest_that_waits_for_a_dead_handler_is_stopped(

@@ -1,7 +1,8 @@
 """A page-fault handler as Firecracker's users write them: `python -m support.page_handler SOCKET MEMORY [HOW]`.
 
 HOW: "serve"; "refuse" (close the connection unread); "leave" (close it once read); "silent" (give no page); or a
-number, after so many pages it dies. Prints "ready" when it listens, and the message that it got.
+number, after so many pages it dies; or "until-" and an offset in the memory file: when somebody wants that page it
+prints "asked", and gives no page any more. Prints "ready" when it listens, and the message that it got.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def serve(path: str, memory: str, how: str) -> None:
     source = ctypes.addressof(ctypes.c_char.from_buffer(contents))
     os.set_blocking(fault, True)
     left = int(how) if how.isdigit() else -1
+    last = int(how.removeprefix("until-")) if how.startswith("until-") else -1
     while left:
         event, address = struct.unpack_from("<B15xQ", os.read(fault, MESSAGE))
         assert event == PAGEFAULT, event
@@ -62,6 +64,9 @@ def serve(path: str, memory: str, how: str) -> None:
             base, page_size = mapping["base_host_virt_addr"], mapping["page_size"]
             if base <= address < base + mapping["size"]:
                 page = address // page_size * page_size
+                if mapping["offset"] + page - base == last:
+                    print("asked", flush=True)
+                    signal.pause()
                 where = source + mapping["offset"] + page - base
                 copy = struct.pack("<QQQQq", page, where, page_size, 0, 0)
                 with contextlib.suppress(FileExistsError):

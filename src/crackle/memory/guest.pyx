@@ -36,7 +36,13 @@ cdef extern from * nogil:
     """
     #define publish(slot, value) __atomic_store_n(slot, value, __ATOMIC_RELEASE)
     #define observe(slot) __atomic_load_n(slot, __ATOMIC_ACQUIRE)
+    #define set_pages(place, value) __atomic_store_n(place, value, __ATOMIC_SEQ_CST)
+    #define get_pages(place) __atomic_load_n(place, __ATOMIC_SEQ_CST)
+    #define look_at(place) ((void) *(const volatile unsigned char *) (place))
     """
+    void set_pages(int *place, int value)
+    int get_pages(int *place)
+    void look_at(const uint8_t *place)
     void publish(region_table **slot, region_table *value)
     region_table *observe(region_table **slot)
 
@@ -245,6 +251,16 @@ cdef class GuestMemory:
         cdef uint8_t *host = NULL
         return host if self.piece(gpa, size, &host) == size else NULL
 
+    cdef void fetch(self, const uint8_t *host, uint64_t size) noexcept nogil:
+        cdef uint64_t at = 0
+        while at < size:
+            look_at(host + at)
+            # The first byte of the next page.
+            at += PAGE_SIZE - (<uint64_t> host + at) % PAGE_SIZE
+
+    cdef bint has_lost(self) noexcept nogil:
+        return get_pages(&self.pages) == PAGES_LOST
+
     cdef void mark_dirty(self, uint64_t gpa, uint64_t size) noexcept nogil:
         cdef region_table *table
         cdef int i
@@ -355,8 +371,22 @@ cdef class GuestMemory:
         self.backing = "file"
 
     def come_from(self, source):
-        """Pages that nobody has touched yet come from `source`, whose `close` is called before they are unmapped."""
+        """Pages that nobody has touched yet come from `source`, whose `close` is called before they are unmapped.
+
+        Devices wait for them before they begin with what the guest wants, in `Virtqueue.walk`, and never in the kernel
+        in the middle of it: there a wait could only be ended by giving the disk zeros.
+        """
         self.source = source
+        set_pages(&self.pages, PAGES_COME)
+
+    def release(self):
+        """Nobody waits any more for a page that the source does not give: it is zeros, of which no device makes use.
+
+        For a machine that ends. Does nothing without a source.
+        """
+        if self.source is not None:
+            set_pages(&self.pages, PAGES_LOST)
+            self.source.release()
 
     # -- forks ---------------------------------------------------------------------------------------------------
 

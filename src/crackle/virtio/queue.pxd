@@ -61,6 +61,7 @@ cdef class Virtqueue:
     cdef void reset(self) noexcept nogil
     cdef bint enable(self) noexcept nogil
     cdef bint let_go(self, uint64_t gpa, uint64_t size) noexcept nogil
+    cdef int follow(self, uint32_t head, chain *c) noexcept nogil
     cdef int pop(self, chain *c) noexcept nogil
     cdef int walk(self, uint32_t head, chain *c) noexcept nogil
     cdef int pop_to_keep(self, chain *c) noexcept nogil

@@ -12,7 +12,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memmove
 
 from crackle.includes.virtio cimport *
-from crackle.memory.guest cimport GuestMemory
+from crackle.memory.guest cimport PAGES_THERE, GuestMemory
 
 from crackle.virtio.state import QueueState
 
@@ -29,6 +29,12 @@ cdef extern from * nogil:
     void store_idx(uint16_t *place, uint16_t value)
     void full_barrier()
     void copy_once(vring_desc *to, vring_desc *source)
+
+
+cdef enum:
+    # Bytes of a buffer whose pages are waited for: of more at once only a guest is capable that wants to keep its own
+    # device busy, and it may wait for the rest in the kernel.
+    MAX_FETCH = 16 << 20
 
 
 cdef bint overlaps(uint64_t one, uint64_t one_size, uint64_t other, uint64_t other_size) noexcept nogil:
@@ -106,6 +112,8 @@ cdef class Virtqueue:
                 return self.broken("descriptor points outside guest memory")
             if n == CHAIN_IOV:
                 return self.broken("descriptor chain in too many pieces of guest memory")
+            if self.memory.pages != PAGES_THERE:
+                self.memory.fetch(host, min(part, MAX_FETCH))
             c.iov[n].iov_base, c.iov[n].iov_len, c.gpa[n] = host, part, gpa
             n += 1
             gpa += part
@@ -136,7 +144,17 @@ cdef class Virtqueue:
         return QUEUE_CHAIN
 
     cdef int walk(self, uint32_t head, chain *c) noexcept nogil:
-        """The chain that begins with descriptor `head` into `c`: QUEUE_CHAIN, or QUEUE_BROKEN."""
+        """The chain that begins with descriptor `head` into `c`: QUEUE_CHAIN, or QUEUE_BROKEN.
+
+        All pages of it are there then, where they come from a page-fault handler.
+        """
+        cdef int found = self.follow(head, c)
+        if self.memory.pages != PAGES_THERE and self.memory.has_lost():
+            # Whatever was read may be zeros that stand for something else.
+            return self.broken("the page-fault handler of guest memory gives no pages any more")
+        return found
+
+    cdef int follow(self, uint32_t head, chain *c) noexcept nogil:
         cdef vring_desc d
         cdef vring_desc *table = self.desc
         cdef uint32_t length = self.size, index = head, steps = 0, buffers = 0

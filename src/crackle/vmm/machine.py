@@ -576,22 +576,18 @@ class Machine:
             self._give_back()
 
     def _free_waiting(self) -> None:
-        """Let no vCPU wait any more for a page of guest memory that its handler does not give.
-
-        It gets zeros, and ends. A device that waits for one would go on with zeros, to a disk perhaps: it waits on.
-        """
-        source = self.memory.source
-        if source is None:
+        """Let no vCPU and no device wait any more for a page of guest memory that its handler does not give."""
+        if self.memory.source is None:
             return
-        with contextlib.suppress(KvmError):
-            for io in self._io_threads():
-                io.request_stop()
-                io.wait_paused(_STOP_TIMEOUT)
-            try:
-                for vcpu in self.vcpus:
-                    vcpu.wait_paused(_STOP_TIMEOUT)
-            except KvmError:
-                source.release()
+        threads: list[Worker] = [*self._io_threads(), *self.vcpus]
+        for thread in threads:
+            thread.request_stop()
+        until = time.monotonic() + _STOP_TIMEOUT
+        try:
+            for thread in threads:
+                thread.wait_paused(max(until - time.monotonic(), 0.0))
+        except KvmError:
+            self.memory.release()
 
     def _give_back(self) -> None:
         for io in self._io_threads():
