@@ -43,6 +43,9 @@ cdef extern from * nogil:
 
 cdef extern from "<malloc.h>" nogil:
     int malloc_trim(size_t pad)
+    int mallopt(int parameter, int value)
+    enum:
+        M_ARENA_MAX
 
 cdef extern from "<string.h>" nogil:
     void *memset(void *place, int value, size_t size)
@@ -200,6 +203,11 @@ cdef bint is_code(mapping *m) noexcept nogil:
 def trim_heap():
     """Give the C heap's unused pages back to the system."""
     malloc_trim(0)
+
+
+def share_heap():
+    """Have the threads that are yet to come take memory from the one C heap: each would have its own otherwise."""
+    mallopt(M_ARENA_MAX, 1)
 
 
 def code_in(bytes maps not None):

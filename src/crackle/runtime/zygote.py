@@ -27,7 +27,7 @@ from crackle.runtime.child import fork_child
 from crackle.runtime.inherit import ENDED, REFUSES, WILL, adopt, alone, answer
 from crackle.runtime.launcher import Home, RefusedError
 from crackle.runtime.loop import Loop
-from crackle.runtime.mappings import map_ahead
+from crackle.runtime.mappings import map_ahead, share_heap
 from crackle.runtime.pages import written_pages
 from crackle.runtime.system import own_pages, watch_directories
 
@@ -161,6 +161,7 @@ class Zygote:
         if self._again:
             self._changes = watch_directories(_loaded_from())
             self._loop.watch(self._changes, self._changed)
+        share_heap()
         gc.collect()
         image.take()
         self._refill()
