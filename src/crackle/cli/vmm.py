@@ -50,7 +50,10 @@ def prepare_shell() -> Shell | None:
     from crackle.vmm.shell import prepare
 
     shell = prepare(default_machine_config(), on_thread=False)
-    return shell if shell.is_whole else None
+    if shell.is_whole:
+        return shell
+    shell.close()
+    return None
 
 
 def run(arguments: list[str], shell: Shell | None = None) -> int:
