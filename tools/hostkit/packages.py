@@ -29,6 +29,7 @@ NEEDED = {
     "iproute2": Package("tap devices and network namespaces", ("ip", "ss")),
     "iputils-ping": Package("in the tests' network namespaces", ("ping",)),
     "nftables": Package("the rules of `crackle net`", ("nft",)),
+    "xfsprogs": Package("a file system that shares blocks, for the tests of overlays", ("mkfs.xfs",)),
     "tshark": Package("a judge of the frames that guests send", ("tshark", "dumpcap")),
 }
 

@@ -119,7 +119,7 @@ def copy_layer(layer: Layer, new: str) -> None:
     with context(f"cannot make the overlay {new}"):
         fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            if not share_blocks(layer.backing.fd, fd, header.data_at):
+            if not share_blocks(layer.backing.fd, fd, header.map_end):
                 lay_out(fd, header, new)
                 copy_data(layer.backing.fd, fd, header.file_size)
             write_header(fd, header, new)

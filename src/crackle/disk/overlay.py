@@ -89,9 +89,14 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
         return -(-blocks // (8 * _MAP_UNIT)) * _MAP_UNIT
 
     @property
+    def map_end(self) -> int:
+        """Where in the file the map ends."""
+        return MAP_AT + self.map_size
+
+    @property
     def data_at(self) -> int:
         """Where in the file the disk begins."""
-        return -(-(MAP_AT + self.map_size) // _DATA_ALIGNMENT) * _DATA_ALIGNMENT
+        return -(-self.map_end // _DATA_ALIGNMENT) * _DATA_ALIGNMENT
 
     @property
     def file_size(self) -> int:

@@ -105,7 +105,7 @@ def _share(layer: Layer, new: str, *, durable: bool) -> bool:
     with context(f"cannot make the overlay {new}"):
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            if not share_blocks(layer.backing.fd, fd, header.data_at):
+            if not share_blocks(layer.backing.fd, fd, header.map_end):
                 return False
             write_header(fd, header, new)
             if durable:

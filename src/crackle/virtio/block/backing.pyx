@@ -143,11 +143,15 @@ def backing_of(int fd, str path, bint read_only):
 
 
 def share_blocks(int from_fd, int to_fd, uint64_t own):
-    """Make one file of another without copying anything, but the first `own` bytes; False where the file system cannot."""
+    """Make one file of another without copying anything, but the first `own` bytes; False where the file system cannot.
+
+    OSError when there is no room for those.
+    """
     if clone_file(to_fd, FICLONE, from_fd) < 0:
         return False
     # The map of an overlay is written through a mapping, which a full file system must not keep from being copied.
-    fallocate(to_fd, FALLOC_FL_UNSHARE_RANGE, 0, <long> own)
+    if fallocate(to_fd, FALLOC_FL_UNSHARE_RANGE, 0, <long> own) < 0 and errno != EOPNOTSUPP:
+        raise OSError(errno, os.strerror(errno))
     return True
 
 
