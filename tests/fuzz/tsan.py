@@ -29,6 +29,11 @@ RUNS = (
 )
 
 
+def patience(seconds: float) -> float:
+    """After how many a run of so many hangs, where it gets only what other tests leave of the processors."""
+    return seconds * 10 + 600
+
+
 def run(arguments: tuple[str, ...], seconds: float) -> tuple[int, str]:
     """(status, what it printed) of one kind of stress under ThreadSanitizer."""
     # Its shadow memory wants the addresses that a process has without randomisation.
@@ -39,7 +44,7 @@ def run(arguments: tuple[str, ...], seconds: float) -> tuple[int, str]:
         cwd=asan.ROOT,
         capture_output=True,
         text=True,
-        timeout=seconds * 10 + 120,
+        timeout=patience(seconds),
     )
     return done.returncode, done.stdout + done.stderr
 

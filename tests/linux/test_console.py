@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from tests.linux.conftest import BOOT_ARGS, Guest
 
 Boot = Callable[..., Guest]
@@ -35,10 +36,14 @@ def test_long_input_is_not_lost(boot: Boot, rootfs: Path) -> None:
     assert pasted.splitlines() == lines
 
 
-def test_much_output_arrives_whole(boot: Boot, rootfs: Path) -> None:
+# More than the 4 KiB that the guest's terminal keeps.
+@pytest.mark.parametrize(
+    "count", [1000, pytest.param(20_000, marks=[pytest.mark.soak, pytest.mark.timeout(1500)])]
+)
+def test_much_output_arrives_whole(boot: Boot, rootfs: Path, count: int) -> None:
     guest = boot(rootfs=rootfs).wait_shell()
-    numbers = guest.sh("seq 1 2000").split()
-    assert numbers == [str(number) for number in range(1, 2001)]
+    numbers = guest.sh(f"seq 1 {count}", timeout=120 + count / 20).split()
+    assert numbers == [str(number) for number in range(1, count + 1)]
     uart = guest.vm.metrics()["uart"]
     assert uart["missed_write_count"] == 0
     assert uart["write_count"] >= len(guest.console.output)

@@ -11,7 +11,8 @@ from crackle import Overlay
 
 Boot = Callable[..., Guest]
 
-COUNTER = "(n=0; while :; do n=$((n+1)); echo $n > /run/n; usleep 50000; done) > /dev/null 2>&1 &"
+# Slowly: where guests are emulated, each round takes a good part of the pause.
+COUNTER = "(n=0; while :; do n=$((n+1)); echo $n > /run/n; usleep 250000; done) > /dev/null 2>&1 &"
 
 
 def test_a_stock_guest_forks_and_each_has_its_own_disk_and_memory(
@@ -38,7 +39,7 @@ def test_a_stock_guest_forks_and_each_has_its_own_disk_and_memory(
             assert each.sh("cat /run/who /who").split() == [str(number)] * 2
             assert each.sh("ls / | grep blob").split() == ["blob", f"blob{number}"]
             count = int(each.sh("cat /run/n"))
-            each.sh(f"until [ $(cat /run/n) -gt {count + 2} ]; do usleep 20000; done", timeout=60)
+            each.sh(f"until [ $(cat /run/n) -gt {count + 2} ]; do usleep 100000; done", timeout=60)
             assert each.sh("nproc") == "2"
     finally:
         for vm in clones:
