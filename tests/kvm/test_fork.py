@@ -712,6 +712,14 @@ def test_a_parent_that_is_killed_leaves_whole_clones_or_none(
     guests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delay_ms: int
 ) -> None:
     monkeypatch.setenv("CRACKLE_FAMILY", str(tmp_path))
+    fork_and_kill(guests, tmp_path, delay_ms / 1000)
+
+
+def fork_and_kill(guests: Path, tmp_path: Path, seconds: float) -> bool:
+    """Kill a parent so long after it was asked for clones: whether these are there, all of them, or none.
+
+    Of all of this, the directory is to be in the environment as CRACKLE_FAMILY.
+    """
     parent = Process(tmp_path)
     names = [f"clone{number}" for number in range(3)]
     clones = [
@@ -730,7 +738,7 @@ def test_a_parent_that_is_killed_leaves_whole_clones_or_none(
         parent.counted(2)
         asking = threading.Thread(target=ask)
         asking.start()
-        time.sleep(delay_ms / 1000)
+        time.sleep(seconds)
     finally:
         parent.kill()
     asking.join()
@@ -744,6 +752,7 @@ def test_a_parent_that_is_killed_leaves_whole_clones_or_none(
     finally:
         for pid in family(tmp_path):
             os.kill(pid, signal.SIGKILL)
+    return bool(alive)
 
 
 def family(directory: Path) -> list[int]:

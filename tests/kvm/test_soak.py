@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import Process
+from .test_fork import fork_and_kill
 from .test_snapshot import by_file, files
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1700)]
@@ -92,3 +93,21 @@ def load_and_kill(process: Process, seconds: float, directory: Path) -> int:
     process.kill()
     assert {path.name: path.stat().st_mtime_ns for path in directory.glob("[sm]*")} == before
     return early
+
+
+def test_a_parent_killed_at_any_moment_of_a_fork_leaves_whole_clones_or_none(
+    guests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chance = random.Random(SEED)
+    survived, longest = 0, 0.1
+    for number in range(KILLS):
+        place = tmp_path / str(number)
+        place.mkdir()
+        monkeypatch.setenv("CRACKLE_FAMILY", str(place))
+        alive = fork_and_kill(guests, place, chance.uniform(0, longest))
+        survived += alive
+        # So that most moments are within a fork, however fast this machine is.
+        longest *= 0.8 if alive else 1.1
+    print(
+        f"\nkilled {KILLS} times amid a fork: its clones lived on {survived} times, and never were {KILLS - survived}"
+    )
