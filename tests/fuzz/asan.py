@@ -7,6 +7,7 @@ The build is kept in build/asan; what has changed of the core is compiled anew.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -57,6 +58,14 @@ def _digest(*things: Path | bytes) -> str:
 
 def build(kind: Build = ASAN) -> Path:
     """Make the instrumented package, if it is not there already; returns the directory to import it from."""
+    lock = ROOT / "build" / f"{kind.name}.lock"
+    lock.parent.mkdir(exist_ok=True)
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        return _build(kind)
+
+
+def _build(kind: Build) -> Path:
     library, stamp = kind.home / "lib", kind.home / "stamp"
     version = subprocess.check_output([kind.compiler, "--version"])
     how = _digest(sys.version.encode(), version, ROOT / "setup.py", Path(__file__))

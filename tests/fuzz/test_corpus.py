@@ -22,7 +22,8 @@ def environment() -> dict[str, str]:
     return asan.environment()
 
 
-@pytest.mark.timeout(600)  # the first makes the instrumented build
+@pytest.mark.timeout(1800)  # the first may make the instrumented build
+@pytest.mark.beside
 @pytest.mark.parametrize("name", targets.NAMES)
 def test_what_the_fuzzer_kept_finds_nothing(environment: dict[str, str], name: str) -> None:
     assert list((CORPUS / name).iterdir())
