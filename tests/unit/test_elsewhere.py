@@ -27,13 +27,9 @@ import time
 import pytest
 
 HERE = os.getppid() == int(os.environ["STARTER"])
-DONE = pathlib.Path("done")
 
 @pytest.mark.beside
 def test_fails():
-    assert os.sched_getscheduler(0) == os.SCHED_IDLE
-    pathlib.Path("doing").write_text(str(os.getpid()))
-    os.rename("doing", DONE)
     assert HERE, "it ran beside"
 
 @pytest.mark.beside
@@ -57,8 +53,9 @@ def test_ends_the_session():
 
 def test_runs_here():
     assert HERE
-    while not DONE.exists():
-        time.sleep(0.01)
+    (session,) = map(int, pathlib.Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+    assert os.sched_getscheduler(session) == os.SCHED_IDLE
+    pathlib.Path("session").write_text(str(session))
     if "KILL" in os.environ:
         os.kill(os.getpid(), 9)
 """
@@ -94,7 +91,6 @@ def test_what_a_session_that_ended_did_not_get_to_has_failed(tmp_path: Path) -> 
 def test_where_they_are_alone_or_their_output_is_wanted_they_run_here(
     tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
-    (tmp_path / "done").touch()
     said = session(tmp_path, *arguments)
     assert "beside the others" not in said
     assert "FAILED test_it.py::test_passes" in said
@@ -102,9 +98,11 @@ def test_where_they_are_alone_or_their_output_is_wanted_they_run_here(
 
 def test_its_session_ends_when_the_one_that_has_started_it_is_killed(tmp_path: Path) -> None:
     session(tmp_path, KILL="1")
+    beside = int((tmp_path / "session").read_text())
     with suppress(ProcessLookupError):
-        end = os.pidfd_open(int((tmp_path / "done").read_text()))
-        assert select.select([end], [], [], 30)[0]
+        end = os.pidfd_open(beside)
+        os.sched_setscheduler(beside, os.SCHED_OTHER, os.sched_param(0))
+        assert select.select([end], [], [], 60)[0]
         os.close(end)
 
 
