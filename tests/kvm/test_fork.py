@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.client
+import json
 import os
 import select
 import shutil
@@ -753,6 +754,33 @@ def fork_and_kill(guests: Path, tmp_path: Path, seconds: float) -> bool:
         for pid in family(tmp_path):
             os.kill(pid, signal.SIGKILL)
     return bool(alive)
+
+
+def test_a_client_that_goes_away_amid_a_fork_leaves_whole_clones_or_none(
+    guests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CRACKLE_FAMILY", str(tmp_path))
+    parent = Process(tmp_path)
+    try:
+        parent.boot(guests / "count.elf", "touch=2 tick=100")
+        parent.counted(2)
+        clones = [{"id": f"c{number}", "api_sock": str(tmp_path / f"c{number}")} for number in range(2)]
+        body = json.dumps({"clones": clones})
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(parent.api.path))
+            client.sendall(f"PUT /vm/fork HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+        # Who asks next is served when that is done, or was not begun.
+        assert parent.api.ask("GET", "/", expect=200)["state"] == "Running"
+        made = [name for name in ("c0", "c1") if (tmp_path / name).exists()]
+        assert len(made) in (0, 2)
+        for name in made:
+            assert Client(tmp_path / name).ask("GET", "/", expect=200)["state"] == "Running"
+        until(lambda: len(family(tmp_path)) == 1 + len(made) or None, lambda: family(tmp_path))
+        parent.counted(parent.numbers()[-1] + 2)
+    finally:
+        parent.kill()
+        for pid in family(tmp_path):
+            os.kill(pid, signal.SIGKILL)
 
 
 def family(directory: Path) -> list[int]:

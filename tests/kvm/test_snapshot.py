@@ -426,6 +426,22 @@ def test_a_client_that_goes_away_harms_nothing(
             vm.console.expect(r"count \d+\n", timeout=PATIENCE)
 
 
+@pytest.mark.parametrize("good", [True, False])
+def test_a_client_that_goes_away_amid_a_load_harms_nothing(
+    spawn: Callable[..., Process], guests: Path, tmp_path: Path, good: bool
+) -> None:
+    saved(guests, tmp_path)
+    process = spawn()
+    body = json.dumps(by_file(tmp_path if good else tmp_path / "none", resume_vm=True))
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(process.api.path))
+        client.sendall(f"PUT /snapshot/load HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+    # It has been served, or it has not, and then somebody else is.
+    if process.api.ask("GET", "/", expect=200)["state"] == "Not started":
+        process.api.ask("PUT", "/snapshot/load", by_file(tmp_path, resume_vm=True))
+    process.counted(4)
+
+
 @pytest.mark.parametrize("tracking", [True, False])
 @pytest.mark.parametrize("merged", ["by hand", "in place"])
 def test_differential_snapshots_go_on_where_they_were_taken(
