@@ -175,7 +175,7 @@ def test_a_spare_gives_its_machine_up_for_a_launcher_that_has_its_numbers(
         taken = max(int(each.split()[0]) for each in before)
         script = f'exec {taken}<{tmp_path}/config.json; exec "$@"'
         process = subprocess.Popen(
-            ["/bin/sh", "-c", script, "sh", *zygote.command, "--no-api", "--config-file", "config.json"],
+            ["/bin/sh", "-c", script, "sh", *zygote.command, *quiet],
             cwd=tmp_path,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
