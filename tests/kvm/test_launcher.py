@@ -173,6 +173,7 @@ def test_a_spare_gives_its_machine_up_for_a_launcher_that_has_its_numbers(
     try:
         pid, before = spare_with_a_machine(zygote)
         taken = max(int(each.split()[0]) for each in before)
+        quiet = ["--no-api", "--config-file", "config.json", "--level", "Off"]
         script = f'exec {taken}<{tmp_path}/config.json; exec "$@"'
         process = subprocess.Popen(
             ["/bin/sh", "-c", script, "sh", *zygote.command, *quiet],
