@@ -31,6 +31,7 @@ AREAS = (
     "snapshot",
     "fork",
     "clone",
+    "growth",
     "linux",
 )
 

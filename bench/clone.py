@@ -52,10 +52,10 @@ def rows(bench: Bench) -> Iterator[Row]:
         ("own", False, ("<= 0.5", "<= 1.5")),
         ("in_process", True, ("<= 0.25", "<= 0.6")),
     ):
-        call, output = _taken(talking, times, in_process, _first_output)
+        call, output = taken(talking, times, in_process, first_output)
         yield from _percentiles(f"clone.{name}.call", call)
         yield from _percentiles(f"clone.{name}.output", output, goals)
-        _, answer = _taken(echoing, times, in_process, _answer)
+        _, answer = taken(echoing, times, in_process, _answer)
         yield from _percentiles(f"clone.{name}.answer", answer)
         yield from _percentiles(f"clone.{name}.cold_output", _cold(talking, bench.times(60), in_process))
         goal = "<= 200" if in_process else "<= 540"
@@ -81,7 +81,7 @@ def _percentiles(name: str, figures: list[float], goals: tuple[str, str] | None 
         yield absolute(f"{name}.{which}", value, f"ms, {len(figures)} rounds", goal)
 
 
-class _Consoles:
+class Consoles:
     """The (input, output) descriptors of guests, by number; theirs of one are somebody else's when it is used again."""
 
     def __init__(self, count: int) -> None:
@@ -119,23 +119,23 @@ def _narrow_pipe() -> tuple[int, int]:
     return read.detach(), write.detach()
 
 
-def _first_output(consoles: _Consoles) -> None:
+def first_output(consoles: Consoles) -> None:
     if not select.select(consoles.outputs, [], [], PATIENCE)[0]:
         raise TimeoutError("a clone says nothing")
 
 
-def _answer(consoles: _Consoles) -> None:
+def _answer(consoles: Consoles) -> None:
     consoles.type()
-    _first_output(consoles)
+    first_output(consoles)
 
 
-def _taken(
-    path: Path, times: int, in_process: bool, heard: Callable[[_Consoles], None]
+def taken(
+    path: Path, times: int, in_process: bool, heard: Callable[[Consoles], None]
 ) -> tuple[list[float], list[float]]:
     """Milliseconds from a pool's `take` to its return, and until the guest is heard."""
     calls, outputs = [], []
     # Numbers up to twice as many are given: the one that is in use goes before its successor comes.
-    consoles = _Consoles(2 * READY)
+    consoles = Consoles(2 * READY)
     with Pool(path, READY, limit=2 * READY, console=consoles, in_process=in_process) as pool:
         for _ in range(times):
             pool.wait_ready(timeout=PATIENCE)
@@ -154,12 +154,12 @@ def _taken(
 def _cold(path: Path, times: int, in_process: bool) -> list[float]:
     """Milliseconds from `Snapshot.clone`, with nothing made ahead but the zygote, to the first output."""
     found = []
-    consoles = _Consoles(1)
+    consoles = Consoles(1)
     with Snapshot(path) as snapshot:
         for _ in range(times):
             begin = time.perf_counter()
             (vm,) = snapshot.clone(console=consoles, in_process=in_process)
-            _first_output(consoles)
+            first_output(consoles)
             found.append((time.perf_counter() - begin) * 1000)
             vm.stop()
             consoles.empty()
