@@ -23,7 +23,7 @@ from crackle import MicroVM, Pool, Snapshot
 from crackle.vmm.clones import stop_all
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 GUEST_MIB = 128
@@ -103,7 +103,7 @@ class Consoles:
     def empty(self) -> None:
         for typed, said in self.pipes:
             for fd in (typed[0], said[0]):
-                while select.select([fd], [], [], 0)[0]:
+                while _readable([fd], 0):
                     os.read(fd, 65536)
 
     def close(self) -> None:
@@ -119,8 +119,16 @@ def _narrow_pipe() -> tuple[int, int]:
     return read.detach(), write.detach()
 
 
+def _readable(fds: Sequence[int], seconds: float) -> bool:
+    """Whether there is something in one of them by then. They may be above what select(2) takes."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
 def first_output(consoles: Consoles) -> None:
-    if not select.select(consoles.outputs, [], [], PATIENCE)[0]:
+    if not _readable(consoles.outputs, PATIENCE):
         raise TimeoutError("a clone says nothing")
 
 
