@@ -20,7 +20,7 @@ import msgspec
 from crackle.api.listener import listen
 from crackle.errors import CrackleError, reason_of
 from crackle.monitor.process import VmmProcess
-from crackle.runtime.system import close_between, close_from, set_title
+from crackle.runtime.system import close_from, set_title
 from crackle.telemetry.logger import OFF, Logger
 from crackle.telemetry.sink import Sink
 from crackle.vmm.shell import Shell
@@ -87,7 +87,7 @@ class Cloner:
             os.dup2(null, stream)
         files = {region.fd for region in heritage.memory.regions}
         kept = {0, 1, 2, self._logger.file, *files, *self._own(index), *line.descriptors}
-        _close_all_but(kept)
+        close_from(0, [fd for fd in kept if fd >= 0])
         _set_title(f"crackle-vmm --id {clone.id}{self._said(clone)}".encode(errors="replace"))
         # The frames below never return.
         sys.setrecursionlimit(sys.getrecursionlimit() + _depth())
@@ -190,15 +190,6 @@ def _default_signals() -> None:
         if callable(_signal.getsignal(number)):
             _signal.signal(number, _signal.SIG_DFL)
     _signal.set_wakeup_fd(-1)
-
-
-def _close_all_but(kept: Iterable[int]) -> None:
-    before = -1
-    for fd in sorted(fd for fd in kept if fd >= 0):
-        if fd > before + 1:
-            close_between(before + 1, fd - 1)
-        before = fd
-    close_from(before + 1)
 
 
 def _set_title(line: bytes) -> None:

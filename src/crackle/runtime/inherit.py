@@ -15,7 +15,6 @@ import time
 
 from crackle.runtime.launcher import ELSEWHERE, MOVABLE, OTHER_CGROUPS, Home, Launcher, RefusedError
 from crackle.runtime.system import (
-    close_between,
     close_from,
     copy_scheduling,
     join_namespace,
@@ -59,13 +58,10 @@ def status_of(message: bytes) -> int:
 
 def alone(connection: int, kept: Collection[int] = ()) -> int:
     """Close all but the standard streams, `kept` (from 4 on) and `connection`, which has another number from now on."""
-    number = first = 3
+    number = 3
     if connection != number:
         os.dup2(connection, number, inheritable=False)
-    for fd in sorted(kept):
-        close_between(first + 1, fd - 1)
-        first = fd
-    close_from(first + 1)
+    close_from(number + 1, kept)
     return number
 
 

@@ -13,6 +13,7 @@ from posix.unistd cimport close, dup2, fchdir, getpid, read, write
 
 import os
 
+from crackle.runtime.system import close_from
 from crackle.version import VERSION as _VERSION
 
 cdef extern from "Python.h":
@@ -127,7 +128,6 @@ cdef extern from * nogil:
 
     #define get_processors(pid, set, size) syscall(SYS_sched_getaffinity, pid, size, set)
     #define set_processors(set, size) syscall(SYS_sched_setaffinity, 0, size, set)
-    #define close_range(first, last) syscall(SYS_close_range, first, last, 0)
     #define open_pid(pid) syscall(SYS_pidfd_open, pid, 0)
     extern char **environ;
     """
@@ -168,7 +168,6 @@ cdef extern from * nogil:
     long get_processors(int pid, uint8_t *set, size_t size)
     long set_processors(uint8_t *set, size_t size)
     long open_pid(int pid)
-    long close_range(unsigned int first, unsigned int last)
     char **environ
 
 cdef enum:
@@ -495,7 +494,7 @@ cdef class Launcher:
         cdef int[64] moved
         cdef uint8_t[FD_LIMIT] wanted
         cdef uint32_t i
-        cdef int base = 0, line, fd, first
+        cdef int base = 0, line, fd
         memset(wanted, 0, sizeof(wanted))
         for i in range(self.request.fds):
             wanted[self.request.fd_numbers[i]] = 1
@@ -512,12 +511,7 @@ cdef class Launcher:
         for fd in range(base):
             if not wanted[fd] and fd not in kept:
                 close(fd)
-        first = base + 1
-        for fd in sorted(kept):
-            if fd > first:
-                checked(close_range(<unsigned int> first, <unsigned int> fd - 1))
-            first = max(first, fd + 1)
-        checked(close_range(<unsigned int> first, ~<unsigned int> 0))
+        close_from(base + 1, kept)
         self.fd = base
         return base
 

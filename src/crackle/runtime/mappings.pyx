@@ -6,7 +6,7 @@ whoever looks where memory can be given back does not use more.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
-from libc.string cimport memcmp, memcpy
+from libc.string cimport memcmp, memcpy, memset
 from posix.fcntl cimport O_CLOEXEC, O_RDONLY, open
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.unistd cimport close, read
@@ -46,9 +46,6 @@ cdef extern from "<malloc.h>" nogil:
     int mallopt(int parameter, int value)
     enum:
         M_ARENA_MAX
-
-cdef extern from "<string.h>" nogil:
-    void *memset(void *place, int value, size_t size)
 
 cdef enum:
     MAPS = 1 << 20          # bytes of text, at most

@@ -74,15 +74,14 @@ def join_namespace(int fd):
     checked(c_setns(fd, 0))
 
 
-def close_from(unsigned int first):
-    """Close every descriptor from that number on."""
+def close_from(unsigned int first, kept=()):
+    """Close every descriptor from that number on, but those that are `kept`."""
+    cdef unsigned int fd
+    for fd in sorted(kept):
+        if fd > first:
+            checked(close_range(first, fd - 1))
+        first = max(first, fd + 1)
     checked(close_range(first, ~<unsigned int> 0))
-
-
-def close_between(unsigned int first, unsigned int last):
-    """Close every descriptor from number `first` to `last`; none when that is less."""
-    if first <= last:
-        checked(close_range(first, last))
 
 
 def fork():
