@@ -6,8 +6,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Unpack
 
 from crackle.errors import ConfigError, CrackleError, StateError
 from crackle.schema.config import VmConfig
@@ -17,6 +16,7 @@ from crackle.snapshot.load import Template
 from crackle.snapshot.pair import find
 from crackle.vmm import processes
 from crackle.vmm.arguments import pair_of
+from crackle.vmm.closing import Closing
 from crackle.vmm.commands import Command
 from crackle.vmm.identity import CloneOptions, Identities, Identity
 from crackle.vmm.microvm import MicroVM
@@ -28,7 +28,7 @@ _keys = itertools.count(1)
 _AT_ONCE = 4 * (os.cpu_count() or 1)
 
 
-class Snapshot:
+class Snapshot(Closing):
     """A snapshot on the disk, as `MicroVM.snapshot` has made it.
 
     path: its directory; or the state file, and `memory` the memory file. They are read once, and may be replaced then;
@@ -147,14 +147,6 @@ class Snapshot:
     def __del__(self) -> None:
         if hasattr(self, "_closed"):
             self.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<Snapshot {self.template.snapshot.id} of {self.template.snapshot.instance_id!r}>"

@@ -11,19 +11,18 @@ import os
 import signal
 import sys
 import tempfile
-from types import TracebackType
-from typing import Self
 
 from crackle.errors import CrackleError, StateError, os_reason
 from crackle.runtime.ownership import enrol
 from crackle.runtime.threads import Thread
 from crackle.snapshot.handler import listen, opened
 from crackle.vmm.arguments import pair_of
+from crackle.vmm.closing import Closing
 
 _LISTENER = 3
 
 
-class PageHandler:
+class PageHandler(Closing):
     """What `crackle snapshot serve` is, for this program: `MicroVM.restore(path, handler=PageHandler(path))`.
 
     path: the snapshot's directory; or its state file, and `memory` its memory file, which must stay as it is. Any
@@ -92,14 +91,6 @@ class PageHandler:
     def runs(self, _thread: int) -> bool:
         """It has no threads here."""
         return False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<PageHandler at {self.path}, process {self.pid}>"

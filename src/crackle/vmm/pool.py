@@ -13,14 +13,14 @@ import threading
 import time
 from collections import deque
 from functools import partial
-from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Unpack
 
 from crackle.errors import CapacityError, ConfigError, CrackleError, StateError
 from crackle.runtime.ownership import enrol
 from crackle.vmm import processes
 from crackle.vmm.arguments import document_of
 from crackle.vmm.clones import Snapshot, finish, resume_all, stand_by_all, stop_all
+from crackle.vmm.closing import Closing
 from crackle.vmm.identity import CloneOptions
 from crackle.vmm.microvm import MicroVM
 
@@ -30,7 +30,7 @@ _QUIET_S = 0.05
 _AGAIN_S, _AGAIN_MAX_S = 0.1, 5.0
 
 
-class Pool:
+class Pool(Closing):
     """`size` microVMs of a snapshot are kept ready, and `take` lets one go on in less than a millisecond.
 
     snapshot: a `Snapshot`, or the path of one. limit: how many there may be at a time, ready ones and those that were
@@ -282,14 +282,6 @@ class Pool:
     def runs(self, thread: int) -> bool:
         """Whether that is its thread."""
         return thread == self._thread.ident
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<Pool: {self.ready} of {self._size} ready>"
