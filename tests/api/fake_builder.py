@@ -86,7 +86,7 @@ builder: Any = types.ModuleType("crackle.vmm.builder")
 builder.build = build
 sys.modules["crackle.vmm.builder"] = builder
 shell: Any = shell_module
-shell.prepare = lambda _config, _shared=False, _base=None: None
+shell.Shell = lambda _config, _shared=False, _base=None: None
 
 if sys.argv[1:2] == ["--zygote"]:
     # Its children have the same machine.

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from crackle import ConfigError, MicroVM
+from crackle import ConfigError, MicroVM, PageHandler
 from crackle.cli.templates import options_of
 
 from .conftest import PATIENCE
@@ -77,6 +77,22 @@ def test_a_signal_ends_all(
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143
     assert all(gone(int(pid)) for pid in re.findall(r"process (\d+)", errors))
+
+
+def test_clones_have_their_memory_from_a_page_fault_handler(
+    crackle: Callable[..., subprocess.Popen[str]], guests: Path, tmp_path: Path
+) -> None:
+    path = snapshot_of(guests / "idle.elf", "tick=100 beats=10 ticks=30", "beat 1\n", tmp_path / "s")
+    with PageHandler(path) as handler:
+        process = crackle("clone", path, "--handler", handler.path)
+        output, errors = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, errors
+        assert output.splitlines()[-2:] == ["beat 3", "idle end"]
+    process = crackle("clone", path, "--handler", handler.path)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert str(handler.path) in errors
+    assert len(errors.splitlines()) == 1
 
 
 def test_what_cannot_be_is_one_sentence(

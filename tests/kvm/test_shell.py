@@ -10,7 +10,7 @@ from tests.kvm.conftest import Process
 
 from crackle.errors import ConfigError
 from crackle.schema.machine import MachineConfig
-from crackle.vmm.shell import Parts, Shell, prepare
+from crackle.vmm.shell import Parts, Shell
 
 
 def machine(mib: int = 64, vcpus: int = 1, *, track: bool = False) -> MachineConfig:
@@ -41,9 +41,9 @@ def parts_of(shell: Shell) -> tuple[Parts, int]:
 )
 def test_the_virtual_machine_is_used_again(wanted: MachineConfig, shared: bool) -> None:
     before = kvm_descriptors()
-    base = prepare(machine(), on_thread=False)
+    base = Shell(machine(), on_thread=False)
     first = sorted(base.fds)
-    parts, vm = parts_of(prepare(wanted, shared, base))
+    parts, vm = parts_of(Shell(wanted, shared, base))
     assert vm in first
     assert parts.memory is not None
     assert parts.slots is not None
@@ -59,7 +59,7 @@ def test_the_virtual_machine_is_used_again(wanted: MachineConfig, shared: bool) 
 
 def test_one_with_too_many_vcpus_is_made_anew() -> None:
     before = kvm_descriptors()
-    parts, _ = parts_of(prepare(machine(64, 1), False, prepare(machine(64, 2))))
+    parts, _ = parts_of(Shell(machine(64, 1), False, Shell(machine(64, 2))))
     assert len(parts.vcpus) == 1
     assert kvm_descriptors() == before + 3
     parts.close()
@@ -69,9 +69,9 @@ def test_one_with_too_many_vcpus_is_made_anew() -> None:
 def test_one_that_failed_is_made_anew_and_one_that_fails_owns_what_it_was_made_of() -> None:
     before = kvm_descriptors()
     failed = Shell(MachineConfig(1, 4096, huge_pages="2M"))
-    parts, _ = parts_of(prepare(machine(), False, failed))
+    parts, _ = parts_of(Shell(machine(), False, failed))
     parts.close()
-    again = prepare(MachineConfig(1, 4096, huge_pages="2M"), False, prepare(machine()))
+    again = Shell(MachineConfig(1, 4096, huge_pages="2M"), False, Shell(machine()))
     with pytest.raises((ConfigError, OSError, MemoryError)):
         again.take()
     assert kvm_descriptors() == before

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -273,6 +274,23 @@ def test_a_memory_file_that_is_none_is_refused(
     with pytest.raises(ConfigError, match=sentence):
         find(str(tmp_path / "state"), str(tmp_path / "memory"))
     assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user's rights are tried")
+def test_a_memory_file_that_may_not_be_read_is_refused(memory: GuestMemory) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        fill(memory, 1)
+        save_as(memory, directory)
+        (directory / "memory").chmod(0o600)
+        (directory / "state").chmod(0o644)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(ConfigError, match=r"from file: Permission denied .*: .*/memory"):
+                find(str(directory / "state"), str(directory / "memory"))
+        finally:
+            os.seteuid(0)
 
 
 @pytest.mark.parametrize(

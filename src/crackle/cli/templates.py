@@ -42,6 +42,10 @@ Vsock = Annotated[
     str | None, typer.Option(metavar="TEMPLATE", help="Path of the vsock device's Unix socket.")
 ]
 Metadata = Annotated[Path | None, typer.Option(metavar="FILE", help="JSON file with the metadata.")]
+Handler = Annotated[
+    Path | None,
+    typer.Option(metavar="PATH", help="Socket of a page-fault handler, as of `crackle snapshot serve`."),
+]
 
 
 def options_of(
@@ -52,6 +56,7 @@ def options_of(
     overlay: Overlay = None,
     vsock: Vsock = None,
     metadata: Metadata = None,
+    handler: Handler = None,
 ) -> CloneOptions:
     """What `Snapshot.clone` wants, of what was typed. ConfigError for what cannot be meant."""
     import json
@@ -72,6 +77,8 @@ def options_of(
         options["instance_id"] = identifier
     if vsock is not None:
         options["vsock"] = vsock
+    if handler is not None:
+        options["handler"] = handler
     if metadata is not None:
         try:
             options["metadata"] = json.loads(metadata.read_bytes())

@@ -47,9 +47,9 @@ def main() -> None:
 def prepare_shell() -> Shell | None:
     """What nearly every microVM will want; None where it cannot be made: then the microVM says why."""
     from crackle.schema.machine import default_machine_config
-    from crackle.vmm.shell import prepare
+    from crackle.vmm.shell import Shell
 
-    shell = prepare(default_machine_config(), on_thread=False)
+    shell = Shell(default_machine_config(), on_thread=False)
     if shell.is_whole:
         return shell
     shell.close()
@@ -135,11 +135,11 @@ def _serve(options: Options, logger: Logger, shell: Shell | None) -> int:
     sys.modules.setdefault("typing_extensions", None)  # type: ignore[arg-type]
     try:
         from crackle.schema.machine import default_machine_config
-        from crackle.vmm.shell import prepare
+        from crackle.vmm.shell import Shell
 
         # Most clients configure and start a machine at once: begin with the default one while the rest is imported.
         if shell is None and config is None:
-            shell = prepare(default_machine_config())
+            shell = Shell(default_machine_config())
         from crackle.monitor.process import VmmProcess
 
         if sys.modules["typing_extensions"] is None:

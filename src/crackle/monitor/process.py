@@ -75,7 +75,7 @@ class Monitor:
         self._loop = Loop(logger.error)
         self._controller = Controller(
             self._build,
-            shell.prepare,
+            shell.Shell,
             instance_id=logger.instance_id,
             logger=logger,
             on_start=self._started,

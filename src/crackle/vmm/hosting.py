@@ -15,7 +15,7 @@ from crackle.vmm.builder import build, restore
 from crackle.vmm.controller import Controller
 from crackle.vmm.machine import BuildOptions, Machine
 from crackle.vmm.remote import Link, RemoteController
-from crackle.vmm.shell import Shell, prepare
+from crackle.vmm.shell import Shell
 from crackle.vmm.wire import Birth
 
 if TYPE_CHECKING:
@@ -69,10 +69,10 @@ class Hosting(NamedTuple):
         if source is not None:
             config = source.template.snapshot.config
             assert config.machine_config is not None
-            ahead = prepare(config.machine_config, config.shares_memory)
+            ahead = Shell(config.machine_config, config.shares_memory)
         return Controller(
             builder,
-            prepare,
+            Shell,
             restore=builder.restore,
             instance_id=instance_id,
             logger=self.logger or Logger(instance_id, level=OFF),

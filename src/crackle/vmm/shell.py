@@ -55,8 +55,8 @@ class Parts(msgspec.Struct):
 class Shell:
     """A virtual machine without devices or kernel, being made on a thread of its own, or made at once.
 
-    shared: another process will have guest memory too, so it is a memfd. memory: what it has instead of new memory, and
-    owns from now on. base: one for another configuration, which is this one's from now on: what fits is used again.
+    shared: another process will have guest memory too, so it is a memfd. base: one for another configuration, which is
+    this one's from now on: what fits is used again. memory: what it has instead of new memory, and owns from now on.
 
     `take` waits for that thread and hands the parts over; `close` waits too and gives them back; `abandon` gives
     them back in the background. After any of them the shell owns nothing.
@@ -66,8 +66,8 @@ class Shell:
         self,
         config: MachineConfig,
         shared: bool = False,
-        memory: GuestMemory | None = None,
         base: Shell | None = None,
+        memory: GuestMemory | None = None,
         on_thread: bool = True,
     ) -> None:
         self.config = config
@@ -141,13 +141,6 @@ class Shell:
         with self._made:
             parts, self._parts = self._parts, Parts()
         return parts
-
-
-def prepare(
-    config: MachineConfig, shared: bool = False, base: Shell | None = None, on_thread: bool = True
-) -> Shell:
-    """Start making the shell of a machine with `config`; the rest is as in `Shell`."""
-    return Shell(config, shared, base=base, on_thread=on_thread)
 
 
 def _make(config: MachineConfig, shared: bool, parts: Parts) -> None:
