@@ -1,4 +1,4 @@
-"""The commands: `crackle` and `crackle-vmm`. Each parses, calls and prints.
+"""The commands: `crackle`, `crackle-vmm` and `crackle-jailer`. Each parses, calls and prints.
 
 Imported first of all by either, so Ctrl-C is made to end the process here: while the rest is imported there is nothing
 to clean up, and a traceback says nothing to anybody.
@@ -20,7 +20,7 @@ def interrupt_by_exception() -> None:
         _signal.signal(_signal.SIGINT, _signal.default_int_handler)
 
 
-_MODULES = ("crackle.cli.main", "crackle.cli.vmm", "crackle.cli.zygote")
+_MODULES = ("crackle.cli.jailer", "crackle.cli.main", "crackle.cli.vmm", "crackle.cli.zygote")
 
 
 def _is_command() -> bool:
@@ -28,7 +28,7 @@ def _is_command() -> bool:
     name = sys.argv[0].rpartition("/")[2] if sys.argv else ""
     if name == "-m":  # until the module runs that `python -m` names
         return any(word.endswith(_MODULES) for word in sys.orig_argv)
-    return name in ("crackle", "crackle-vmm")
+    return name in ("crackle", "crackle-jailer", "crackle-vmm")
 
 
 if _is_command():

@@ -12,7 +12,8 @@ import sys
 from crackle.api.listener import listen
 from crackle.cli import end_on_interrupt
 from crackle.errors import ConfigError, CrackleError, os_reason, reason_of
-from crackle.monitor.options import Options, UsageError, help_text, parse
+from crackle.monitor.options import Options, help_text, parse
+from crackle.runtime.commandline import UsageError
 from crackle.runtime.stream import open_standard_streams
 from crackle.telemetry.logger import Logger
 from crackle.telemetry.sink import Sink
@@ -56,6 +57,20 @@ def prepare_shell() -> Shell | None:
     return None
 
 
+def load() -> None:
+    """Import everything that any microVM may want, for a process where nothing can be imported later, or should be."""
+    # As _serve does: msgspec would import it where it is installed.
+    sys.modules.setdefault("typing_extensions", None)  # type: ignore[arg-type]
+    import crackle.monitor.process  # noqa: F401
+    from crackle.api import routes
+    from crackle.vmm.preload import preload_all
+
+    preload_all()
+    routes.make_ready()
+    if sys.modules["typing_extensions"] is None:
+        del sys.modules["typing_extensions"]
+
+
 def run(arguments: list[str], shell: Shell | None = None) -> int:
     """Run a microVM to its end; the result is the exit status of the process. shell: what there is for it already."""
     # Nothing made during start-up is garbage: collecting then would only cost time.
@@ -73,13 +88,13 @@ def run(arguments: list[str], shell: Shell | None = None) -> int:
                 f"Arguments parsing error: {error} For more information try --help.", EXIT_BAD_ARGUMENTS
             ) from None
         if "help" in options:
-            _tell(f"Crackle v{VERSION}\n\n{help_text()}")
+            tell(f"Crackle v{VERSION}\n\n{help_text()}")
             return EXIT_OK
         if "version" in options:
-            _tell(f"Crackle v{VERSION}")
+            tell(f"Crackle v{VERSION}")
             return EXIT_OK
         if "snapshot-version" in options or "describe-snapshot" in options:
-            _tell(_snapshot_version(options.value("describe-snapshot")))
+            tell(_snapshot_version(options.value("describe-snapshot")))
             return EXIT_OK
         status = _serve(options, logger, shell)
     except Exception as error:
@@ -104,7 +119,7 @@ def _complain(message: str) -> None:
         return
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
     """Print what was asked for. A reader that leaves early has what it wanted."""
     left = f"{text}\n".encode()
     try:

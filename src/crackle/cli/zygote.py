@@ -10,6 +10,7 @@ import os
 import sys
 
 from crackle.cli import end_on_interrupt, vmm
+from crackle.cli.vmm import load
 from crackle.errors import ConfigError, CrackleError
 from crackle.runtime.zygote import Zygote, listen, socket_path
 
@@ -58,20 +59,6 @@ def _activated() -> str | None:
     if os.environ.get("LISTEN_FDS") != "1":
         raise ConfigError(f"A zygote has one socket, not LISTEN_FDS={os.environ.get('LISTEN_FDS')}.")
     return str(_FIRST_ACTIVATED)
-
-
-def load() -> None:
-    """Import everything that any microVM may want, so that no child imports anything."""
-    # As crackle-vmm does: msgspec would import it where it is installed.
-    sys.modules.setdefault("typing_extensions", None)  # type: ignore[arg-type]
-    import crackle.monitor.process  # noqa: F401
-    from crackle.api import routes
-    from crackle.vmm.preload import preload_all
-
-    preload_all()
-    routes.make_ready()
-    if sys.modules["typing_extensions"] is None:
-        del sys.modules["typing_extensions"]
 
 
 if __name__ == "__main__":

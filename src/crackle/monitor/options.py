@@ -1,11 +1,8 @@
-"""The command line of ``crackle-vmm``: Firecracker's options.
-
-Parsed by hand because a parser library costs 8 ms.
-"""
+"""The command line of ``crackle-vmm``: Firecracker's options."""
 
 from __future__ import annotations
 
-from crackle.errors import CrackleError
+from crackle.runtime.commandline import UsageError, pairs
 from crackle.telemetry.logger import DEFAULT_INSTANCE_ID, instance_id_problem
 
 TYPE_CHECKING = False
@@ -59,10 +56,6 @@ _NUMBERS = (
 )
 
 
-class UsageError(CrackleError):
-    """A command line that means nothing."""
-
-
 class Options(dict[str, str]):
     """The options given, by name; a switch that is given has the value ``""``."""
 
@@ -88,23 +81,8 @@ def parse(arguments: Sequence[str]) -> Options:
         return Options(help="")
     if "--version" in given:
         return Options(version="")
-    options = Options()
-    rest = iter(given)
-    for argument in rest:
-        name = argument.removeprefix("--")
-        if name == argument or name not in OPTIONS:
-            raise UsageError(
-                f"Found argument '{name}' which wasn't expected, or isn't valid in this context."
-            )
-        if name in options:
-            raise UsageError(f"The argument '{name}' was provided more than once.")
-        if OPTIONS[name][0] is None:
-            options[name] = ""
-            continue
-        value = next(rest, None)
-        if value is None or value.startswith("--"):
-            raise UsageError(f"The argument '{name}' requires a value, but none was supplied.")
-        options[name] = value
+    switches = [name for name, (value, _, _) in OPTIONS.items() if value is None]
+    options = Options(pairs(given, OPTIONS, switches))
     _check(options)
     return options
 

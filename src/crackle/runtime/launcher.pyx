@@ -13,7 +13,7 @@ from posix.unistd cimport close, dup2, fchdir, getpid, read, write
 
 import os
 
-from crackle.runtime.system import close_from
+from crackle.runtime.system import close_from, title_place
 from crackle.version import VERSION as _VERSION
 
 cdef extern from "Python.h":
@@ -290,11 +290,9 @@ cdef class Home:
             for name in (*MOVABLE, *FIXED):
                 namespace(directory, name, &inode)
                 self.namespaces[name] = inode
-            # arg_start and env_end (proc(5), stat 48 and 51; the list begins with the third).
-            fields = text[:read_at(directory, "stat", text)].rpartition(b")")[2].split()
         finally:
             close(directory)
-        self.title = int(fields[45]), int(fields[48]) - int(fields[45])
+        self.title = title_place()
         self.environment = dict(os.environb)
         self.early = {name: value for name, value in self.environment.items() if name.startswith(EARLY)}
 

@@ -1,6 +1,7 @@
-"""System calls that the os module of Python 3.11 lacks, as a zygote and its children need them. Each raises OSError.
+"""System calls that the os module of Python 3.11 lacks, as a zygote, its children and a jail need them. Each raises OSError.
 
-setns(2), prctl(2), close_range(2), sched_setattr(2), ioprio_set(2), inotify(7).
+setns(2), unshare(2), open_tree(2), move_mount(2), pivot_root(2), umount2(2), capset(2), prctl(2), close_range(2),
+sched_setattr(2), ioprio_set(2), inotify(7).
 """
 
 from libc.errno cimport errno
@@ -11,13 +12,43 @@ import os
 
 cdef extern from * nogil:
     """
+    #include <dlfcn.h>
+    #include <fcntl.h>
+    #include <linux/capability.h>
+    #include <sched.h>
     #include <sys/inotify.h>
     #include <sys/mman.h>
+    #include <sys/mount.h>
     #include <sys/prctl.h>
     #include <sys/syscall.h>
     #include <unistd.h>
 
-    int setns(int fd, int type);
+    /* <linux/mount.h>, as of 5.2; some C libraries' <sys/mount.h> cannot be had beside it, and others' have these. */
+    #ifndef OPEN_TREE_CLONE
+    #define OPEN_TREE_CLONE 1
+    #endif
+    #ifndef OPEN_TREE_CLOEXEC
+    #define OPEN_TREE_CLOEXEC O_CLOEXEC
+    #endif
+    #ifndef MOVE_MOUNT_F_EMPTY_PATH
+    #define MOVE_MOUNT_F_EMPTY_PATH 4
+    #endif
+    #ifndef AT_RECURSIVE
+    #define AT_RECURSIVE 0x8000
+    #endif
+    #define clone_mounts(fd) syscall(SYS_open_tree, fd, "", \
+        OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE | AT_EMPTY_PATH)
+    #define attach_mounts(tree, folder) syscall(SYS_move_mount, tree, "", folder, "", \
+        MOVE_MOUNT_F_EMPTY_PATH | 0x40 /* MOVE_MOUNT_T_EMPTY_PATH */)
+    #define swap_root() syscall(SYS_pivot_root, ".", ".")
+    #define detach_root() umount2(".", MNT_DETACH)
+    #define follow_mounts() mount(NULL, "/", NULL, MS_SLAVE | MS_REC, NULL)
+
+    static long drop_all_capabilities(void) {
+        struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
+        struct __user_cap_data_struct none[_LINUX_CAPABILITY_U32S_3] = { { 0 } };
+        return syscall(SYS_capset, &header, none);
+    }
 
     /* struct sched_attr, handed on as it is; its header and the C library's do not go together. */
     #define SCHEDULING_SIZE 56
@@ -33,8 +64,17 @@ cdef extern from * nogil:
     #define set_io_priority(priority) syscall(SYS_ioprio_set, 1, 0, priority)
     """
     enum:
+        C_NEWNET "CLONE_NEWNET"
+        C_NEWNS "CLONE_NEWNS"
+        C_NEWPID "CLONE_NEWPID"
+        PR_CAPBSET_DROP
+        PR_CAPBSET_READ
+        PR_CAP_AMBIENT
+        PR_CAP_AMBIENT_CLEAR_ALL
+        PR_SET_DUMPABLE
         PR_SET_NAME
         PR_SET_NO_NEW_PRIVS
+        RTLD_NOW
         MADV_POPULATE_WRITE
         IN_CLOEXEC
         IN_NONBLOCK
@@ -45,6 +85,14 @@ cdef extern from * nogil:
         IN_MOVED_TO
         SCHEDULING_SIZE
     int c_setns "setns"(int fd, int type)
+    int c_unshare "unshare"(int kinds)
+    void *dlopen(const char *name, int flags)
+    long clone_mounts(int fd)
+    long attach_mounts(int tree, int folder)
+    long swap_root()
+    long detach_root()
+    long follow_mounts()
+    long drop_all_capabilities()
     int c_fork "fork"()
     int madvise(void *address, size_t size, int advice)
     int prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d)
@@ -69,9 +117,69 @@ cdef long checked(long result) except? -1:
     return result
 
 
-def join_namespace(int fd):
-    """Move this thread, the only one of its process, into the namespace that `fd` is open on."""
-    checked(c_setns(fd, 0))
+# Kinds of namespaces (namespaces(7)).
+CLONE_NEWNET = C_NEWNET
+CLONE_NEWNS = C_NEWNS
+CLONE_NEWPID = C_NEWPID
+
+
+def join_namespace(int fd, int kind=0):
+    """Move this thread, the only one of its process, into the namespace that `fd` is open on, if it is of that kind."""
+    checked(c_setns(fd, kind))
+
+
+def unshare(int kinds):
+    """Have new namespaces of these kinds (CLONE_NEW...); a new one of processes is that of the children."""
+    checked(c_unshare(kinds))
+
+
+def follow_host_mounts():
+    """Have what the host mounts and unmounts appear in this mount namespace, and nothing of this one there."""
+    checked(follow_mounts())
+
+
+def clone_tree(int folder):
+    """A descriptor of a copy of what is mounted at `folder` and below it, which is attached nowhere yet."""
+    return <int> checked(clone_mounts(folder))
+
+
+def attach_tree(int tree, int folder):
+    """Mount what `clone_tree` has made on top of `folder`."""
+    checked(attach_mounts(tree, folder))
+
+
+def pivot_root():
+    """Make the working directory, which something is mounted on, the root; the old one is mounted on top of it then."""
+    checked(swap_root())
+
+
+def detach_old_root():
+    """After `pivot_root`: let go of the old root and all that is mounted there."""
+    checked(detach_root())
+
+
+def empty_bounding_set():
+    """For good: nothing that is executed has a capability (capabilities(7))."""
+    cdef int capability = 0
+    while prctl(PR_CAPBSET_READ, capability, 0, 0, 0) >= 0:
+        checked(prctl(PR_CAPBSET_DROP, capability, 0, 0, 0))
+        capability += 1
+
+
+def drop_capabilities():
+    """Have none: effective, permitted, inheritable and ambient."""
+    checked(prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
+    checked(drop_all_capabilities())
+
+
+def forbid_dumps():
+    """Leave no core dumps, and let no process without privileges trace this one or read its memory."""
+    checked(prctl(PR_SET_DUMPABLE, 0, 0, 0, 0))
+
+
+def load_unwinder():
+    """Have what the C library opens by name when a thread ends early, and aborts without (pthread_exit(3))."""
+    dlopen(b"libgcc_s.so.1", RTLD_NOW)
 
 
 def close_from(unsigned int first, kept=()):
@@ -118,11 +226,18 @@ def copy_scheduling(int pid):
         checked(set_io_priority(<int> priority))
 
 
+def title_place():
+    """Where the kernel finds this process's arguments and, right behind, its environment: address and size."""
+    with open("/proc/self/stat", "rb", buffering=0) as file:
+        # arg_start and env_end (proc(5), stat 48 and 51; the list begins with the third).
+        fields = file.readall().rpartition(b")")[2].split()
+    return int(fields[45]), int(fields[48]) - int(fields[45])
+
+
 def set_title(size_t place, size_t size, bytes line not None, bytes name not None):
     """Be listed with the command `line` and the thread name `name`.
 
-    place, size: where the kernel finds this process's arguments and, right behind, its environment. Their last byte is
-    no NUL then, by which proc(5) knows that the line is one string.
+    place, size: as `title_place` has them. The last byte is no NUL then, by which proc(5) knows that the line is one string.
     """
     if size < 2:
         return

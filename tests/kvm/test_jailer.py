@@ -1,0 +1,239 @@
+"""crackle-jailer, seen from outside: where its monitor is, what it may; and a guest runs in it as anywhere else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.documents import Reader, blocks
+from support.jails import EMPTY_ROOT, JAILER, NONE, RECORDED, Jailed, descriptors, tree
+
+from .conftest import PATIENCE, Client, Process
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes jails: needs root")
+
+
+@pytest.fixture
+def jail(tmp_path: Path) -> Iterator[Callable[..., Jailed]]:
+    """Makes jails, in a folder of their own."""
+    made: list[Jailed] = []
+    base = tmp_path / "jails"
+    base.mkdir()
+
+    def make(name: str = "one") -> Jailed:
+        made.append(Jailed(base, name))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.end()
+
+
+def client(jailed: Jailed) -> Client:
+    return Client(jailed.root / "api.sock")
+
+
+def boot(jailed: Jailed, kernel: str, **sections: Any) -> Client:
+    api = client(jailed)
+    api.ask("PUT", "/boot-source", {"kernel_image_path": f"/{kernel}", "boot_args": ""})
+    api.ask("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 64})
+    for path, body in sections.items():
+        api.ask("PUT", f"/{path.replace('__', '/')}", body)
+    api.ask("PUT", "/actions", {"action_type": "InstanceStart"})
+    return api
+
+
+# -- seen from outside -------------------------------------------------------------------------------------------------
+
+
+def test_its_root_holds_devices_and_the_users_files_and_is_the_jails_users(
+    jail: Callable[..., Jailed], guests: Path
+) -> None:
+    one = jail()
+    one.give(guests / "echo.elf")
+    one.start()
+    expected = {
+        **EMPTY_ROOT,
+        "echo.elf": (guests / "echo.elf").stat().st_mode,
+        "api.sock": stat.S_IFSOCK | 0o755,
+    }
+    assert tree(Path(f"/proc/{one.pid}/root")) == expected
+    assert tree(one.root) == expected
+    for path in (one.root, *(one.root / name for name in expected if name != "crackle-vmm.pid")):
+        assert (path.lstat().st_uid, path.lstat().st_gid) == (one.user, one.user + 1000), path
+    assert stat.S_IMODE(one.root.stat().st_mode) == 0o700
+    for device, number in (("kvm", (10, 232)), ("net/tun", (10, 200)), ("urandom", (1, 9))):
+        found = (one.root / "dev" / device).stat().st_rdev
+        assert (os.major(found), os.minor(found)) == number
+    assert os.readlink(f"/proc/{one.pid}/cwd") == "/"
+    (mount,) = Path(f"/proc/{one.pid}/mountinfo").read_text().splitlines()
+    assert mount.split()[4] == "/"
+
+
+def test_it_has_no_privileges(jail: Callable[..., Jailed]) -> None:
+    one = jail().start()
+    for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        assert one.status(kind) == [NONE], kind
+    assert one.status("NoNewPrivs") == ["1"]
+    assert one.status("Uid") == [str(one.user)] * 4
+    assert one.status("Gid") == [str(one.user + 1000)] * 4
+    assert one.status("Groups") == []
+    # It may not be traced, and leaves no core: its files of /proc are root's then (proc(5)).
+    assert os.stat(f"/proc/{one.pid}/mem").st_uid == 0
+
+
+def test_root_in_a_jail_has_no_capabilities_either(jail: Callable[..., Jailed]) -> None:
+    one = jail()
+    one.user = 0
+    one.start()
+    assert one.status("Uid") == ["0"] * 4
+    for kind in ("CapPrm", "CapEff", "CapBnd"):
+        assert one.status(kind) == [NONE], kind
+
+
+def test_its_descriptors_are_those_of_a_monitor_without_a_jail(
+    jail: Callable[..., Jailed], spawn: Callable[..., Process]
+) -> None:
+    free = spawn()
+    read, write = os.pipe()
+    one = jail().start(pass_fds=[write])
+    os.close(read)
+    os.close(write)
+    # Each makes a virtual machine ahead, and is done with that at some time.
+    deadline = time.monotonic() + PATIENCE
+    while (found := descriptors(one.pid)) != (expected := descriptors(free.process.pid)):
+        assert time.monotonic() < deadline, f"{found} and not {expected}"
+    assert "anon_inode:kvm-vm" in found
+
+
+def test_its_environment_and_command_line_are_those_of_a_monitor(jail: Callable[..., Jailed]) -> None:
+    one = jail().start(command=("env", "SECRET=hidden", *JAILER))
+    assert b"hidden" not in Path(f"/proc/{one.pid}/environ").read_bytes()
+    line = Path(f"/proc/{one.pid}/cmdline").read_bytes().rstrip(b"\0").decode()
+    assert line.startswith("/crackle-vmm --id one --start-time-us ")
+    assert line.endswith("--api-sock api.sock")
+    assert Path(f"/proc/{one.pid}/comm").read_text() == "crackle-vmm\n"
+
+
+def test_the_metrics_say_how_long_it_took_from_the_jailers_start(jail: Callable[..., Jailed]) -> None:
+    one = jail()
+    one.root.mkdir(parents=True)
+    one.start("--", "--metrics-path", "metrics", "--no-drive-locks")
+    client(one).ask("PUT", "/actions", {"action_type": "FlushMetrics"}, expect=400)
+    client(one).ask("GET", "/", expect=200)
+    one.process.send_signal(signal.SIGHUP)
+    assert one.process.wait(PATIENCE) == 156
+    found = json.loads((one.root / "metrics").read_text().splitlines()[-1])["api_server"]
+    assert 1_000 < found["process_startup_time_us"] < 60_000_000
+    assert 1_000 < found["process_startup_time_cpu_us"] < 60_000_000
+
+
+# -- what the options do -----------------------------------------------------------------------------------------------
+
+
+def test_it_is_process_1_of_a_namespace_and_its_number_outside_is_in_the_pid_file(
+    jail: Callable[..., Jailed],
+) -> None:
+    one = jail().start("--new-pid-ns")
+    assert one.process.wait(PATIENCE) == 0
+    assert one.pid != one.process.pid
+    assert one.status("NSpid") == [str(one.pid), "1"]
+    assert one.namespace("pid") != os.readlink("/proc/self/ns/pid")
+    assert client(one).ask("GET", "/", expect=200)["id"] == "one"
+
+
+def test_the_pid_file_has_the_monitors_number_without_a_namespace_too(jail: Callable[..., Jailed]) -> None:
+    one = jail().start()
+    assert one.pid == one.process.pid
+    assert one.namespace("pid") == os.readlink("/proc/self/ns/pid")
+    assert one.namespace("net") == os.readlink("/proc/self/ns/net")
+    assert one.namespace("mnt") != os.readlink("/proc/self/ns/mnt")
+
+
+@pytest.mark.parametrize("more", [[], ["--new-pid-ns"]])
+def test_a_daemon_has_a_session_and_no_streams(jail: Callable[..., Jailed], more: list[str]) -> None:
+    one = jail().start("--daemonize", *more)
+    assert one.process.wait(PATIENCE) == 0
+    assert os.getsid(one.pid) not in (os.getsid(0), one.pid)
+    # Of another file system by now, so its name is that of the device there.
+    streams = {os.stat(f"/proc/{one.pid}/fd/{fd}").st_rdev for fd in range(3)}
+    assert streams == {os.stat("/dev/null").st_rdev}
+    assert one.process.communicate()[0] == b""
+
+
+def test_it_joins_the_network_namespace(jail: Callable[..., Jailed], namespace: Any) -> None:
+    one = jail().start("--netns", namespace.path)
+    assert os.stat(f"/proc/{one.pid}/ns/net").st_ino == os.fstat(namespace.fd).st_ino
+
+
+@pytest.mark.parametrize(
+    ("given", "fsize", "nofile"),
+    [([], "unlimited", "2048"), (["fsize=250000000", "no-file=1024"], "250000000", "1024")],
+)
+def test_resource_limits(jail: Callable[..., Jailed], given: list[str], fsize: str, nofile: str) -> None:
+    one = jail().start(*(word for limit in given for word in ("--resource-limit", limit)))
+    limits = {line[:26].strip(): line[26:].split() for line in _lines(f"/proc/{one.pid}/limits")}
+    assert limits["Max file size"][:2] == [fsize] * 2
+    assert limits["Max open files"][:2] == [nofile] * 2
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines()
+
+
+# -- a guest in it -----------------------------------------------------------------------------------------------------
+
+
+def test_a_guest_boots_is_saved_and_loaded_and_nothing_is_imported_in_the_jail(
+    jail: Callable[..., Jailed], guests: Path, tmp_path: Path
+) -> None:
+    for name in ("disk", "other"):
+        (tmp_path / name).write_bytes(bytes(1 << 20))
+    recorded = (sys.executable, "-c", RECORDED)
+    one = jail()
+    one.give(guests / "count.elf", tmp_path / "disk", tmp_path / "other")
+    one.start(command=recorded)
+    drive = {"drive_id": "d", "is_root_device": False, "path_on_host": "/disk"}
+    api = boot(one, "count.elf", drives__d=drive)
+    one.wait_for("count 3")
+    api.ask("PATCH", "/drives/d", {"drive_id": "d", "path_on_host": "/other"})
+    api.ask("PATCH", "/drives/d", {"drive_id": "d", "path_on_host": "/etc/passwd"}, expect=400)
+    api.ask("PATCH", "/vm", {"state": "Paused"})
+    api.ask("PUT", "/snapshot/create", {"snapshot_path": "/state", "mem_file_path": "/memory"})
+    one.end()
+    assert one.imports() == []
+
+    two = jail("two")
+    two.give(*(one.root / name for name in ("state", "memory", "disk", "other")))
+    two.start(command=recorded)
+    api = client(two)
+    backend = {"backend_type": "File", "backend_path": "/memory"}
+    load = {"snapshot_path": "/state", "mem_backend": backend, "resume_vm": True}
+    api.ask("PUT", "/snapshot/load", load)
+    two.wait_for("count 6")
+    api.ask("PATCH", "/drives/d", {"drive_id": "d", "path_on_host": "/disk"})
+    two.process.terminate()
+    assert two.process.wait(PATIENCE) == -signal.SIGTERM
+    assert two.imports() == []
+
+
+def test_refusals_say_why_with_firecrackers_status(tmp_path: Path) -> None:
+    done = subprocess.run([*JAILER, "--id", "a/b"], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1
+    assert done.stderr == "Failed to parse arguments: Argument 'exec-file' required, but not found.\n"
+
+
+def test_the_document_is_true(tmp_path: Path) -> None:
+    with Reader(tmp_path) as reader:
+        for block in blocks(Path("docs/jailer.md")):
+            reader.do(block)

@@ -1,0 +1,162 @@
+"""Jails of crackle-jailer for tests, each of a user that nobody else is: started, looked at from outside, ended."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import select
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+PATIENCE = 60.0
+
+JAILER = (sys.executable, "-c", "from crackle.cli.jailer import main; main()")
+
+# Before anything is imported: what is imported once a process is in its jail goes to the file `imports` there.
+RECORDED = """
+import os, sys
+import crackle.jail.entry as entry
+enter = entry.enter
+records = None
+def note(event, arguments):
+    if records is not None and event == "import":
+        os.write(records, arguments[0].encode() + b"\\n")
+def enter_and_note(*arguments):
+    global records
+    given = enter(*arguments)
+    records = os.open("/imports", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    return given
+entry.enter = enter_and_note
+sys.addaudithook(note)
+from crackle.cli.jailer import main; main()
+"""
+
+# Capabilities of no kind.
+NONE = "0000000000000000"
+
+_users = itertools.count(61_000)
+
+EMPTY_ROOT = {
+    "crackle-vmm.pid": stat.S_IFREG | 0o644,
+    "dev": stat.S_IFDIR | 0o700,
+    "dev/kvm": stat.S_IFCHR | 0o600,
+    "dev/net": stat.S_IFDIR | 0o700,
+    "dev/net/tun": stat.S_IFCHR | 0o600,
+    "dev/urandom": stat.S_IFCHR | 0o600,
+    "run": stat.S_IFDIR | 0o700,
+}
+"""What every jail has, and its kind and mode; where the host has one, /dev/userfaultfd too."""
+if os.path.exists("/dev/userfaultfd"):
+    EMPTY_ROOT["dev/userfaultfd"] = stat.S_IFCHR | 0o600
+
+
+def tree(root: Path) -> dict[str, int]:
+    """Every path below, and its mode."""
+    return {str(path.relative_to(root)): path.lstat().st_mode for path in sorted(root.rglob("*"))}
+
+
+def descriptors(pid: int) -> list[str]:
+    """What each descriptor of a process is open on, without the numbers of inodes."""
+    folder = f"/proc/{pid}/fd"
+    return sorted(os.readlink(f"{folder}/{fd}").partition(":[")[0] for fd in os.listdir(folder))
+
+
+class Jailed:
+    """A jail, and the process that was started to be in it: `process`, or `pid` where that is another."""
+
+    def __init__(self, base: Path, name: str = "one") -> None:
+        self.base = base
+        self.name = name
+        self.user = next(_users)
+        self.executable = base.parent / "crackle-vmm"
+        self.executable.touch()
+        self.root = base / "crackle-vmm" / name / "root"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.pid = 0
+        self.text = ""
+
+    def arguments(self, *more: str) -> list[str]:
+        """The jailer's, `more` of which may be followed by ``--`` and the monitor's."""
+        return [
+            *("--id", self.name, "--exec-file", str(self.executable), "--chroot-base-dir", str(self.base)),
+            *("--uid", str(self.user), "--gid", str(self.user + 1000)),
+            *more,
+        ]
+
+    def give(self, *files: Path) -> None:
+        """Put copies of the files into the root, the jail's user's."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            copy = shutil.copy(file, self.root / file.name)
+            os.chown(copy, self.user, self.user + 1000)
+
+    def start(self, *more: str, command: Sequence[str] = JAILER, pass_fds: Sequence[int] = ()) -> Jailed:
+        """Be started, until there is the monitor's API socket, /api.sock."""
+        arguments = self.arguments(*more)
+        if "--" not in arguments:
+            arguments.append("--")
+        self.process = subprocess.Popen(
+            [*command, *arguments, "--api-sock", "api.sock"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=pass_fds,
+        )
+        deadline = time.monotonic() + PATIENCE
+        forks = "--new-pid-ns" in arguments or "--daemonize" in arguments
+        while not (self.root / "api.sock").exists():
+            assert time.monotonic() < deadline, self.read()
+            assert forks or self.process.poll() is None, self.process.communicate()
+            select.select([], [], [], 0.01)
+        self.pid = int((self.root / "crackle-vmm.pid").read_text())
+        return self
+
+    def read(self, seconds: float = 0.0) -> str:
+        """What it has printed until now, or until it prints more within so many seconds."""
+        assert self.process is not None
+        assert self.process.stdout is not None
+        if select.select([self.process.stdout], [], [], seconds)[0]:
+            self.text += os.read(self.process.stdout.fileno(), 65536).decode(errors="replace")
+        return self.text
+
+    def wait_for(self, text: str) -> str:
+        """Everything printed, once it contains the text."""
+        deadline = time.monotonic() + PATIENCE
+        while text not in self.read(0.1):
+            assert time.monotonic() < deadline, self.text
+        return self.text
+
+    def status(self, name: str) -> list[str]:
+        """A line of /proc/PID/status."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return next(line.split()[1:] for line in lines if line.startswith(f"{name}:"))
+
+    def namespace(self, kind: str) -> str:
+        return os.readlink(f"/proc/{self.pid}/ns/{kind}")
+
+    def imports(self) -> list[str]:
+        """What was imported in the jail, by one started with RECORDED."""
+        return (self.root / "imports").read_text().split()
+
+    def end(self) -> None:
+        """Kill what is in it."""
+        if self.process is None:
+            return
+        if self.pid and self.pid != self.process.pid:
+            try:
+                end = os.pidfd_open(self.pid)
+            except ProcessLookupError:
+                pass
+            else:
+                signal.pidfd_send_signal(end, signal.SIGKILL)
+                select.select([end], [], [], PATIENCE)
+                os.close(end)
+        if self.process.poll() is None:
+            self.process.kill()
+        self.text += (self.process.communicate()[0] or b"").decode(errors="replace")
