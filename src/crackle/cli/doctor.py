@@ -10,10 +10,9 @@ import ctypes
 import errno
 import os
 import resource
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-import msgspec
-
+from crackle.cli.report import Row, print_json, print_table, read
 from crackle.errors import CrackleError
 from crackle.hostnet.host import may_change_networks
 from crackle.hostnet.nft import find_nft
@@ -23,36 +22,13 @@ from crackle.vmm.probe import probe
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_VERDICT = "Linux guests"
+    from crackle.cli.report import State
 
-State = Literal["ok", "missing", "problem", "info"]
+_VERDICT = "Linux guests"
 
 # <asm-generic/unistd.h> and asm/unistd_64.h: number of the system call on each machine.
 SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
 SYS_IO_URING_SETUP = {"x86_64": 425, "aarch64": 425}
-
-
-class Row(msgspec.Struct, frozen=True):
-    """One line of the table.
-
-    state: "ok"; "missing", something a feature would need; "problem", Linux guests will not run; "info",
-    neither good nor bad. advice: what to do about it, or nothing.
-    """
-
-    area: str
-    name: str
-    value: str
-    state: State
-    advice: str = ""
-
-
-def _read(path: str) -> str | None:
-    """Content of a small file in /proc or /sys, stripped; None when it is not there."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read().strip()
-    except OSError:
-        return None
 
 
 def _system_call(numbers: dict[str, int], *arguments: int) -> int:
@@ -76,7 +52,7 @@ def _host() -> Iterator[Row]:
 
 
 def _hardware() -> Iterator[Row]:
-    cpuinfo = _read("/proc/cpuinfo") or ""
+    cpuinfo = read("/proc/cpuinfo") or ""
     flags: set[str] = set()
     for line in cpuinfo.splitlines():
         if line.startswith(("flags", "Features")):
@@ -160,7 +136,7 @@ def _devices() -> Iterator[Row]:
 
 
 def _memory_features() -> Iterator[Row]:
-    unprivileged = _read("/proc/sys/vm/unprivileged_userfaultfd")
+    unprivileged = read("/proc/sys/vm/unprivileged_userfaultfd")
     error = _system_call(SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
     detail = f", vm.unprivileged_userfaultfd = {unprivileged}" if unprivileged is not None else ""
     if error:
@@ -169,19 +145,19 @@ def _memory_features() -> Iterator[Row]:
     else:
         yield Row("memory", "userfaultfd", "works" + detail, "ok")
 
-    meminfo = dict(line.split(":", 1) for line in (_read("/proc/meminfo") or "").splitlines() if ":" in line)
+    meminfo = dict(line.split(":", 1) for line in (read("/proc/meminfo") or "").splitlines() if ":" in line)
     size, free = meminfo.get("Hugepagesize", "none").strip(), meminfo.get("HugePages_Free", "0").strip()
     state: State = "ok" if free != "0" else "info"
     advice = "" if state == "ok" else "write a number to /proc/sys/vm/nr_hugepages to back guests with them"
     yield Row("memory", "hugepages", f"{free} free of {size}", state, advice)
-    transparent = _read("/sys/kernel/mm/transparent_hugepage/enabled") or "not there"
+    transparent = read("/sys/kernel/mm/transparent_hugepage/enabled") or "not there"
     yield Row("memory", "transparent hugepages", transparent, "info")
 
 
 def _io() -> Iterator[Row]:
     # No parameters at all: EFAULT says that the call is there and allowed.
     error = _system_call(SYS_IO_URING_SETUP, 1, 0)
-    disabled = _read("/proc/sys/kernel/io_uring_disabled")
+    disabled = read("/proc/sys/kernel/io_uring_disabled")
     if error == errno.EFAULT:
         yield Row("disk", "io_uring", "works", "ok")
     else:
@@ -192,11 +168,11 @@ def _io() -> Iterator[Row]:
 
 
 def _control_groups() -> Iterator[Row]:
-    controllers = _read("/sys/fs/cgroup/cgroup.controllers")
+    controllers = read("/sys/fs/cgroup/cgroup.controllers")
     if controllers is not None:
         yield Row("confinement", "cgroup", f"version 2: {controllers or 'no controllers'}", "ok")
         return
-    mounts = [line.split() for line in (_read("/proc/mounts") or "").splitlines()]
+    mounts = [line.split() for line in (read("/proc/mounts") or "").splitlines()]
     first = sorted({point.rsplit("/", 1)[-1] for _, point, kind, *_ in mounts if kind == "cgroup"})
     unified = next((point for _, point, kind, *_ in mounts if kind == "cgroup2"), None)
     if not first and unified is None:
@@ -205,7 +181,7 @@ def _control_groups() -> Iterator[Row]:
     if first:
         yield Row("confinement", "cgroup", f"version 1: {' '.join(first)}", "ok")
     if unified is not None:
-        controllers = _read(f"{unified}/cgroup.controllers") or "no controllers"
+        controllers = read(f"{unified}/cgroup.controllers") or "no controllers"
         yield Row(
             "confinement", "cgroup", f"version 2 at {unified}: {controllers}", "ok" if not first else "info"
         )
@@ -226,7 +202,7 @@ def _limits() -> Iterator[Row]:
 
 
 def _seccomp() -> Iterator[Row]:
-    seccomp = _read("/proc/sys/kernel/seccomp/actions_avail")
+    seccomp = read("/proc/sys/kernel/seccomp/actions_avail")
     yield Row("confinement", "seccomp", "works" if seccomp else "not there", "ok" if seccomp else "missing")
 
 
@@ -257,27 +233,9 @@ def verdict(rows: list[Row]) -> str:
 
 def render_json(rows: list[Row]) -> None:
     """Print the report as one JSON object on standard output."""
-    found = {"linux_guests": runs_linux(rows), "verdict": verdict(rows), "rows": rows}
-    print(msgspec.json.format(msgspec.json.encode(found)).decode())
+    print_json(rows, linux_guests=runs_linux(rows), verdict=verdict(rows))
 
 
 def render(rows: list[Row]) -> None:
     """Print the report as a table on standard output."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    colours = {"ok": "green", "missing": "yellow", "problem": "red", "info": ""}
-    marks = {"ok": "+", "missing": "-", "problem": "!", "info": " "}
-    table = Table(box=None, pad_edge=False, show_header=False)
-    area = ""
-    for row in rows:
-        value = row.value + (f" ({row.advice})" if row.advice else "")
-        texts = (row.area if row.area != area else "", marks[row.state], row.name, value)
-        table.add_row(
-            *(Text(text, colours[row.state] if column else "bold") for column, text in enumerate(texts))
-        )
-        area = row.area
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(Text(verdict(rows), "bold green" if runs_linux(rows) else "bold red"), soft_wrap=True)
+    print_table(rows, verdict(rows), runs_linux(rows))

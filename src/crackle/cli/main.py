@@ -174,11 +174,23 @@ def doctor(
     as_json: Annotated[
         bool, typer.Option("--json", help="For programs: the same as one JSON object.")
     ] = False,
+    production: Annotated[
+        bool,
+        typer.Option(
+            "--production", help="Show instead whether it is fit for strangers' code, and what is not."
+        ),
+    ] = False,
 ) -> None:
     """Show what this host offers, and whether Linux guests run on its KVM.
 
-    The exit status is 0 when they do.
+    The exit status is 0 when they do; with --production, when there is no problem.
     """
+    if production:
+        from crackle.cli import production as checks
+
+        found = checks.report()
+        (checks.render_json if as_json else checks.render)(found)
+        raise typer.Exit(0 if checks.is_fit(found) else 1)
     from crackle.cli.doctor import render, render_json, report, runs_linux
 
     rows = report()
