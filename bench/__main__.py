@@ -20,6 +20,7 @@ AREAS = (
     "boot",
     "start",
     "launch",
+    "peers",
     "api",
     "memory",
     "block",

@@ -106,7 +106,7 @@ def test_a_busy_guest_goes_on_through_a_chain_of_snapshots(
             until(guest, f"[ $(cat /run/n) -gt {counted} ]")
             for each in streams:
                 each.close()
-            streams[:] = opened(place.vsock)
+            streams[:] = opened(guest, place.vsock)
             vm.pause()
             place = moved(vm, place, Place(number, tmp_path, networks[number % 2]), saved, number)
             with place.namespace.entered():
@@ -165,9 +165,10 @@ def checked(guest: Guest, place: Place, number: int, cpus: int) -> int:
     return done
 
 
-def opened(path: str) -> list[socket.socket]:
+def opened(guest: Guest, path: str) -> list[socket.socket]:
     """Streams to the guest's vsock server, which starts anew when those before have ended."""
     deadline = time.monotonic() + 120
+    tries: list[str] = []
     while True:
         streams: list[socket.socket] = []
         try:
@@ -175,10 +176,16 @@ def opened(path: str) -> list[socket.socket]:
                 streams.append(connect(path, 52))
                 streams[-1].sendall(bytes(100))
             return streams
-        except (AssertionError, OSError):
+        except (AssertionError, OSError) as error:
+            tries.append(f"{len(streams)}, then {error!r:.80}")
             for each in streams:
                 each.close()
-            assert time.monotonic() < deadline, "the guest's server does not come back"
+            assert time.monotonic() < deadline, (
+                f"the guest's server does not come back: {tries[:3]} ... {tries[-3:]}; {guest.vm.metrics()['vsock']}; "
+                + guest.sh(
+                    "tail -n 3 /run/vsock.log; ps | grep 'vsock su[m]'; cat /proc/$(pidof vsock)/wchan"
+                )
+            )
             time.sleep(0.2)
 
 
