@@ -47,6 +47,14 @@ class Answer(NamedTuple):
         message: str = self.json["fault_message"]
         return message
 
+    @property
+    def refusal(self) -> str:
+        """What is wrong with a request that is none; what says so is no JSON in the strict sense."""
+        said = json.loads(self.body, strict=False)
+        assert set(said) == {"error"}, self.body
+        message: str = said["error"]
+        return message.removesuffix("\nAll previous unanswered requests will be dropped.")
+
 
 class Client:
     """One connection."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from crackle.api.routes import ROUTES
+from crackle.version import FIRECRACKER_VERSION, VERSION
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,10 +24,12 @@ def test_the_instance_and_its_version(vmm: Vmm) -> None:
     assert vmm.request("GET", "/").json == {
         "id": "anonymous-instance",
         "state": "Not started",
-        "vmm_version": "0.1.0",
+        "vmm_version": FIRECRACKER_VERSION,
         "app_name": "Crackle",
+        "crackle_version": VERSION,
     }
-    assert vmm.request("GET", "/version").json == {"firecracker_version": "0.1.0"}
+    versions = {"firecracker_version": FIRECRACKER_VERSION, "crackle_version": VERSION}
+    assert vmm.request("GET", "/version").json == versions
 
 
 def test_the_machine_of_nobodys_wish(vmm: Vmm) -> None:
@@ -208,6 +211,7 @@ def test_boot_source_drives_and_serial_show_in_the_configuration(vmm: Vmm, kerne
         ("/snapshot", {}, "Missing snapshot operation type."),
         ("/snapshot/erase", {}, "Invalid request method and/or path: PUT /snapshot/erase."),
         ("/snapshot/load", {"snapshot_path": "s"}, JSON_ERROR + "missing field: either `mem_backend`"),
+        ("/balloon/statistics", {}, JSON_ERROR + "missing field `amount_mib`"),
         ("/mmds/other", {"a": 1}, "Unrecognized PUT request path `other`."),
         ("/hotplug", {"a": 1}, "Invalid request method and/or path: PUT hotplug."),
     ],
@@ -252,7 +256,11 @@ def test_what_a_patch_is_refused_for(vmm: Vmm, path: str, body: Any, fault: str)
         ("GET", "/floppy", "Invalid request method and/or path: GET floppy."),
         ("GET", "/vm", "Invalid request method and/or path: GET vm."),
         ("GET", "/drives", "Invalid request method and/or path: GET drives."),
+        ("GET", "/balloon", "Balloon config error: No balloon device found."),
         ("GET", "/balloon/air", "Unrecognized GET request path `air`."),
+        ("GET", "/balloon/hinting", "Unrecognized GET request path `/hinting/`."),
+        ("PATCH", "/balloon/hinting/hot", "Unrecognized PATCH request path `/hinting/hot`."),
+        ("PATCH", "/balloon/air", "Empty PATCH request."),
         ("PUT", "/floppy", "Empty PUT request."),
         ("PATCH", "/floppy", "Empty PATCH request."),
         ("PUT", "/machine-config", "Empty PUT request."),
@@ -284,7 +292,6 @@ def test_an_unknown_path_with_a_body(vmm: Vmm, method: str, fault: str) -> None:
 LATER = [
     ("PUT", "/cpu-config", {}),
     ("PUT", "/balloon", {"amount_mib": 1, "deflate_on_oom": True}),
-    ("GET", "/balloon", None),
     ("PUT", "/entropy", {}),
     ("PUT", "/pmem/p", {"id": "p", "path_on_host": "/dev/null"}),
     ("PUT", "/hotplug/memory", {"total_size_mib": 1024}),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from crackle.version import FIRECRACKER_VERSION, VERSION
 from support.launcher import REAL
 
 if TYPE_CHECKING:
@@ -31,7 +32,13 @@ LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9} \[[^]]*\] ")
 
 def test_help_and_version(run_to_end: Run) -> None:
     version = run_to_end("--version")
-    assert (version.returncode, version.stdout) == (0, "Crackle v0.1.0\n")
+    assert version.returncode == 0
+    assert version.stdout.split("\n") == [
+        f"Firecracker v{FIRECRACKER_VERSION}",
+        "",
+        f"Crackle v{VERSION}",
+        "",
+    ]
     told = run_to_end("--help", "--nonsense")
     assert told.returncode == 0
     assert "--api-sock <path>" in told.stdout
@@ -127,7 +134,7 @@ def test_an_interrupt_during_start_up_shows_no_traceback() -> None:
 def test_the_id_is_shown(start: Callable[..., Vmm]) -> None:
     vmm = start("--id", "vm-17", "--show-level", fake=True)
     assert vmm.request("GET", "/").json["id"] == "vm-17"
-    assert "[vm-17:main:INFO] Running Crackle v0.1.0" in vmm.log.read_text()
+    assert f"[vm-17:main:INFO] Running Crackle v{VERSION}" in vmm.log.read_text()
 
 
 def test_switches_that_change_nothing_yet_are_accepted(start: Callable[..., Vmm]) -> None:

@@ -125,6 +125,7 @@ def test_one_client_too_many_is_told_so(vmm: Vmm) -> None:
     extra = vmm.connect()
     answer = extra.receive()
     assert (answer.status, answer.headers["connection"]) == (503, "close")
+    assert answer.body == b'{ "error": "Too many open connections" }'
     assert extra.hung_up()
     clients[0].close()
     time.sleep(0.05)
@@ -189,7 +190,7 @@ def test_a_body_of_the_limit_is_read_and_a_larger_one_is_refused(
     assert vmm.request("PUT", "/machine-config", body.ljust(limit)).status == 204
     answer = vmm.request("PUT", "/machine-config", body.ljust(limit + 1))
     assert answer.status == 400
-    assert answer.fault == (
+    assert answer.refusal == (
         f"Request payload with size {limit + 1} is larger than the limit of {limit} allowed by server."
     )
     assert vmm.client.hung_up()
@@ -201,7 +202,7 @@ def test_the_limit_holds_for_bodies_of_unknown_size(start: Callable[..., Vmm]) -
     vmm.client.send(b"PUT /machine-config HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk * 3)
     answer = vmm.client.receive()
     assert answer.status == 400
-    assert "limit of 100" in answer.fault
+    assert "limit of 100" in answer.refusal
 
 
 # Malformed requests
@@ -239,9 +240,59 @@ def test_a_malformed_request_gets_one_answer_and_its_connection_ends(vmm: Vmm, t
     while answer.status == 200:
         answer = vmm.client.receive()
     assert (answer.status, answer.headers["connection"]) == (400, "close")
-    assert answer.fault
+    assert answer.refusal
     assert vmm.client.hung_up()
     assert other.request("GET", "/").status == 200
+
+
+# Each with the words that clients of Firecracker know.
+WORDS = [
+    (b"GET\r\n", "Invalid request."),
+    (b"POST / HTTP/1.1\r\n", "Invalid HTTP Method: Unsupported HTTP method."),
+    (b"GET  HTTP/1.1\r\n", "Invalid URI: Empty URI not allowed."),
+    (b"GET /\xff HTTP/1.1\r\n", "Invalid URI: Cannot parse URI as UTF-8."),
+    (b"GET / HTTP/2.0\r\n", "Invalid HTTP Version: Unsupported HTTP version."),
+    (b"GET /a b HTTP/1.1\r\n", "Invalid HTTP Version: Unsupported HTTP version."),
+    (
+        b"GET / HTTP/1.1\r\nFoo\r\n",
+        "Invalid header. Reason: Header is incorrectly formatted. Key: Foo",
+    ),
+    (
+        b"GET / HTTP/1.1\r\nA: \xff\r\n",
+        "Invalid header. Reason: Header contains invalid characters. "
+        "Key: invalid utf-8 sequence of 1 bytes from index 3",
+    ),
+    (
+        b"GET / HTTP/1.1\r\nContent-Length: x\r\n",
+        "Invalid header. Reason: Invalid value. Key:Content-Length; Value: x",
+    ),
+    (
+        b"GET / HTTP/1.1\r\nAccept-Encoding: identity;q=0\r\n",
+        "Invalid header. Reason: Invalid value. Key:Accept-Encoding; Value:identity;q=0",
+    ),
+    (b"GET / HTTP/1.1\r\nAccept-Encoding: \r\n", "Invalid request."),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), WORDS)
+def test_what_is_wrong_with_a_request_is_told_in_firecrackers_words(
+    vmm: Vmm, text: bytes, words: str
+) -> None:
+    vmm.client.send(text)
+    answer = b""
+    while part := vmm.client.socket.recv(65536):
+        answer += part
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert body.decode() == (
+        '{ "error": "' + words + '\nAll previous unanswered requests will be dropped." }'
+    )
+    assert head.decode().split("\r\n") == [
+        "HTTP/1.1 400 ",
+        "Server: Crackle API",
+        "Connection: close",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    ]
 
 
 def test_requests_before_a_malformed_one_are_answered(vmm: Vmm) -> None:
@@ -292,7 +343,7 @@ def test_a_client_that_sends_a_body_that_is_refused_can_send_it_and_reads_the_an
     vmm.client.send(vmm.client.encode("PUT", "/mmds", body))
     answer = vmm.client.receive()
     assert (answer.status, answer.headers["connection"]) == (400, "close")
-    assert "larger than the limit" in answer.fault
+    assert "larger than the limit" in answer.refusal
     assert vmm.client.hung_up()
 
 

@@ -86,7 +86,7 @@ def test_a_loaded_guest_is_paused_until_it_is_resumed(
     process.api.ask("PUT", "/snapshot/create", files(tmp_path))
     process.api.ask("PATCH", "/vm", {"state": "Resumed"})
     process.counted(5)
-    assert "Loaded a snapshot in " in process.text
+    assert "'load snapshot' VMM action took " in process.text
 
 
 def saved(guests: Path, directory: Path, **options: Any) -> None:
@@ -189,7 +189,7 @@ def test_nothing_may_be_configured_before_a_load(
         latencies[name]
         for name in ("load_snapshot", "vmm_load_snapshot", "full_create_snapshot", "vmm_full_create_snapshot")
     )
-    assert "Created a full snapshot in " in (tmp_path / "log").read_text()
+    assert "'create full snapshot' VMM action took " in (tmp_path / "log").read_text()
     # The console is where this process was told, not where that of the snapshot was.
     assert (tmp_path / "console").exists()
 

@@ -121,8 +121,8 @@ def test_a_client_for_whom_there_is_no_descriptor_is_told_so_and_the_others_are_
     exhaust()
     for client in waiting:
         answer = served.answer(served.connect(client), b"")
-        assert answer.startswith(b"HTTP/1.1 503 ")
-        assert b'"fault_message":"The process has no file descriptors left' in answer
+        assert answer.startswith(b"HTTP/1.1 503\r\n")
+        assert b'{ "error": "The process has no file descriptors left' in answer
         assert client.recv(1) == b""
     assert served.answer(first).startswith(b"HTTP/1.1 204")
 
@@ -163,7 +163,7 @@ def test_silent_clients_keep_nobody_out_for_long(served: Api) -> None:
     # One of them has begun a request, and never ends it.
     silent[0].send(b"GET / HT")
     extra = served.connect()
-    assert served.answer(extra, b"").startswith(b"HTTP/1.1 503 ")
+    assert served.answer(extra, b"").startswith(b"HTTP/1.1 503\r\n")
     assert extra.recv(1) == b""
     age(served, api.EVICTABLE_AFTER_S)
     assert served.answer(silent[1]).startswith(b"HTTP/1.1 204")

@@ -1,13 +1,11 @@
-"""HTTP/1.1 on one connection: bytes in, requests out (RFC 9112), by way of llhttp.
+"""HTTP/1.1 on one connection: bytes in, requests out (RFC 9112).
 
 Keep-alive, pipelining, ``Expect: 100-continue`` and chunked bodies work; an upgrade that is offered is not taken; what
-is malformed or too large ends the connection after one answer.
+is malformed or too large ends the connection after one answer. What is wrong is told in the words that Firecracker's
+HTTP server has for it, which clients know: no general parser has them, and this one needs no import.
 """
 
 from __future__ import annotations
-
-from httptools.parser.errors import HttpParserUpgrade
-from httptools.parser.parser import HttpRequestParser
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,14 +14,21 @@ if TYPE_CHECKING:
     # Method, path, body, whether the connection stays open.
     Serve = Callable[[str, str, bytes, bool], bytes]
 
-# Bytes of request line and header fields together.
+# Bytes of request line and header fields together, and of the lines between chunks.
 MAX_HEAD_SIZE = 16384
 
-CONTINUE = b"HTTP/1.1 100 Continue\r\nServer: Crackle API\r\nConnection: keep-alive\r\n\r\n"
+# Bytes of a body that a header may announce at all.
+_MAX_LENGTH = 0xFFFF_FFFF
 
-_HEAD_TOO_LARGE = f"Invalid request: its header is larger than {MAX_HEAD_SIZE} bytes."
+CONTINUE = b"HTTP/1.1 100 \r\nServer: Crackle API\r\nConnection: keep-alive\r\n\r\n"
 
 _METHODS = frozenset((b"GET", b"PUT", b"PATCH", b"DELETE"))
+_VERSIONS = frozenset((b"HTTP/1.1", b"HTTP/1.0"))
+_SCHEME = "http://"
+_CRLF = b"\r\n"
+
+_INVALID = "Invalid request."
+_HEADER = "Invalid header. Reason:"
 
 
 class RefusedError(Exception):
@@ -37,18 +42,21 @@ class HttpConnection:
     """
 
     __slots__ = (
-        "_announced",
-        "_began",
         "_body",
         "_body_limit",
+        "_chunked",
         "_expects",
-        "_has_body",
-        "_head",
         "_head_size",
-        "_in_head",
-        "_parser",
+        "_keep",
+        "_left",
+        "_length",
+        "_method",
+        "_old",
+        "_path",
+        "_read",
+        "_received",
+        "_searched",
         "_serve",
-        "_url",
         "head_only",
         "out",
         "refused",
@@ -57,132 +65,245 @@ class HttpConnection:
     def __init__(self, serve: Serve, body_limit: int) -> None:
         self._serve = serve
         self._body_limit = body_limit
-        self._parser = HttpRequestParser(self)
-        self._url = b""
-        self._body = bytearray()
-        self._head: list[tuple[bytes, bytes]] = []
-        self._expects = False
-        self._has_body = False
-        self._began = False
-        self._in_head = False
-        self._head_size = 0
+        self._received = bytearray()
+        # How much of it is known to have no end of a line.
+        self._searched = 0
         self.out = bytearray()
         # Whether the present request is one whose answer has no body (RFC 9110, 9.3.2).
         self.head_only = False
         # Why the connection ends, once it does.
         self.refused: str | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Be ready for the next request."""
+        # What takes the next of what is received; False when that is not enough.
+        self._read: Callable[[], bool] = self._read_request_line
+        self._head_size = 0
+        self._method = self._path = ""
+        self._old = False
+        self._keep: bool | None = None
+        self._length: int | None = None
+        self._chunked = False
+        self._expects = False
+        self._body = bytearray()
+        # Bytes of the body, or of its present chunk, that are to come yet.
+        self._left = 0
 
     def feed(self, data: bytes) -> None:
         """Take ``data`` from the client.
 
         Afterwards ``out`` has what to send, and ``refused`` is set if that is the last.
         """
-        self._began = False
-        while True:
-            try:
-                self._parser.feed_data(data)
-                break
-            except HttpParserUpgrade as offer:
-                # The parser takes what follows for another protocol: read it again as if there had been no offer.
-                data = self._without_offer() + data[offer.args[0] :]
-                self._parser = HttpRequestParser(self)
-            except Exception as error:
-                if self.refused is None:
-                    self.refused = f"Invalid request: {error}."
-                return
-        if self._in_head and self.refused is None:
-            # What the parser keeps of an unfinished header it has not told us of yet.
-            if not self._began:
-                self._head_size += len(data)
-            if self._head_size > MAX_HEAD_SIZE:
-                self.refused = _HEAD_TOO_LARGE
+        if self.refused is not None:
+            return
+        self._received += data
+        try:
+            while self.refused is None and self._read():
+                pass
+        except RefusedError as error:
+            self.refused = str(error)
+        if self.refused is not None:
+            self._received.clear()
 
-    # Called by the parser
+    # One part of a request each
 
-    def on_message_begin(self) -> None:
-        self._began = True
-        self._in_head = True
-        self.head_only = False
+    def _read_request_line(self) -> bool:
+        line = self._line(_INVALID)
+        if not line:
+            # Empty lines before a request are nothing (RFC 9112, 2.2).
+            return line is not None
+        method, space, rest = line.partition(b" ")
+        target, another, version = rest.partition(b" ")
+        self.head_only = method == b"HEAD"
+        if not (space and another):
+            raise RefusedError(_INVALID)
+        if method not in _METHODS:
+            raise RefusedError("Invalid HTTP Method: Unsupported HTTP method.")
+        if not target:
+            raise RefusedError("Invalid URI: Empty URI not allowed.")
+        try:
+            uri = target.decode()
+        except UnicodeDecodeError:
+            raise RefusedError("Invalid URI: Cannot parse URI as UTF-8.") from None
+        if version not in _VERSIONS:
+            raise RefusedError("Invalid HTTP Version: Unsupported HTTP version.")
+        self._method, self._path = method.decode(), _path_of(uri)
+        self._old = version == b"HTTP/1.0"
+        self._read = self._read_field
+        return True
+
+    def _read_field(self) -> bool:
+        line = self._line(f"{_HEADER} Invalid content length. Header: more than {MAX_HEAD_SIZE} bytes")
+        if line is None:
+            return False
+        if line:
+            self._take_field(line)
+        elif self._chunked:
+            # Which of them frames the body, client and server may see otherwise (RFC 9112, 6.1).
+            if self._length is not None:
+                raise RefusedError(_INVALID)
+            self._ask_for_body()
+            self._read = self._read_chunk_size
+        elif not self._length:
+            self._finish()
+        else:
+            self._check_size(self._length)
+            self._ask_for_body()
+            self._left = self._length
+            self._read = self._read_body
+        return True
+
+    def _read_body(self) -> bool:
+        if not self._take_body():
+            return False
+        self._finish()
+        return True
+
+    def _read_chunk_size(self) -> bool:
+        line = self._line(_INVALID)
+        if line is None:
+            return False
+        digits = line.partition(b";")[0].strip()
+        try:
+            # More digits than any size that is allowed has, and what Python takes beyond hexadecimal digits.
+            if len(digits) > 16 or not digits.isalnum():
+                raise ValueError
+            size = int(digits, 16)
+        except ValueError:
+            raise RefusedError(_INVALID) from None
+        self._check_size(len(self._body) + size)
+        self._left = size
         self._head_size = 0
-        self._url = b""
-        self._body = bytearray()
-        self._head = []
-        self._expects = False
-        self._has_body = False
+        self._read = self._read_chunk if size else self._read_trailer
+        return True
 
-    def on_url(self, url: bytes) -> None:
-        self._url += url
-        self._grow_head(len(url))
+    def _read_chunk(self) -> bool:
+        if not self._take_body():
+            return False
+        self._read = self._read_chunk_end
+        return True
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._grow_head(len(name) + len(value))
-        self._head.append((name, value))
-        name = name.lower()
-        if name == b"expect" and value.lower() == b"100-continue":
-            self._expects = True
-        elif name == b"transfer-encoding":
-            self._has_body = True
-        elif name == b"content-length":
-            self._has_body = self._has_body or int(value) > 0
-            if int(value) > self._body_limit:
-                self._refuse_body(int(value))
+    def _read_chunk_end(self) -> bool:
+        line = self._line(_INVALID)
+        if line:
+            raise RefusedError(_INVALID)
+        if line is not None:
+            self._read = self._read_chunk_size
+        return line is not None
 
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        self.head_only = self._parser.get_method() == b"HEAD"
-        if self._parser.get_method() not in _METHODS:
-            self._refuse("Invalid HTTP Method: Unsupported HTTP method.")
-        if self._parser.get_http_version() not in ("1.1", "1.0"):
-            self._refuse("Invalid HTTP Version: Unsupported HTTP version.")
+    def _read_trailer(self) -> bool:
+        line = self._line(_INVALID)
+        if line == b"":
+            self._finish()
+        return line is not None
+
+    # What they have in common
+
+    def _line(self, too_long: str) -> bytes | None:
+        """The next line, without its end; None when there is none yet, RefusedError when it is `too_long`."""
+        received = self._received
+        size = received.find(b"\n", self._searched) + 1
+        if self._head_size + (size or len(received)) > MAX_HEAD_SIZE:
+            raise RefusedError(too_long)
+        if not size:
+            self._searched = len(received)
+            return None
+        line = bytes(received[:size])
+        del received[:size]
+        self._searched = 0
+        self._head_size += size
+        if not line.endswith(_CRLF):
+            raise RefusedError(_INVALID)
+        return line.removesuffix(_CRLF)
+
+    def _take_field(self, line: bytes) -> None:
+        try:
+            name, colon, value = line.decode().partition(":")
+        except UnicodeDecodeError as error:
+            raise RefusedError(
+                f"{_HEADER} Header contains invalid characters. Key: {_where(error)}"
+            ) from None
+        if not colon:
+            raise RefusedError(f"{_HEADER} Header is incorrectly formatted. Key: {name}")
+        key, words = name.strip().lower(), value.strip()
+        if key == "content-length":
+            digits = words.removeprefix("+")
+            length = (
+                int(digits)
+                if digits.isascii() and digits.isdecimal() and len(digits) < 20
+                else _MAX_LENGTH + 1
+            )
+            if length > _MAX_LENGTH or self._length not in (None, length):
+                raise _invalid_value(name, value)
+            self._length = length
+        elif key == "transfer-encoding":
+            self._chunked = words.lower().rpartition(",")[2].strip() == "chunked"
+        elif key == "expect":
+            self._expects = words.lower() == "100-continue"
+        elif key == "connection":
+            options = [option.strip() for option in words.lower().split(",")]
+            if "close" in options:
+                self._keep = False
+            elif "keep-alive" in options and self._keep is None:
+                self._keep = True
+        elif key == "accept-encoding":
+            _check_encodings(words)
+
+    def _ask_for_body(self) -> None:
         # A client of HTTP/1.0 does not know the interim answer (RFC 9110, 10.1.1).
-        if (
-            self._expects
-            and self._has_body
-            and self._parser.get_http_version() == "1.1"
-            and not self._parser.should_upgrade()
-        ):
+        if self._expects and not self._old:
             self.out += CONTINUE
 
-    def on_body(self, body: bytes) -> None:
-        if len(self._body) + len(body) > self._body_limit:
-            self._refuse_body(len(self._body) + len(body))
-        self._body += body
+    def _check_size(self, size: int) -> None:
+        if size > self._body_limit:
+            raise RefusedError(
+                f"Request payload with size {size} is larger than the limit of {self._body_limit} "
+                "allowed by server."
+            )
 
-    def on_message_complete(self) -> None:
-        if self._parser.should_upgrade():
-            return  # `feed` goes on with it
-        url = self._url
-        keep = self._parser.should_keep_alive()
-        if not url.startswith(b"/") and b"://" in url:
-            # The absolute form: what counts is the path.
-            url = b"/" + url.partition(b"://")[2].partition(b"/")[2]
-        try:
-            path = url.decode()
-        except UnicodeDecodeError:
-            self._refuse("Invalid URI: Cannot parse URI as UTF-8.")
-        method: str = self._parser.get_method().decode()
-        self.out += self._serve(method, path, bytes(self._body), keep)
+    def _take_body(self) -> bool:
+        """Take what there is of a body or chunk; whether that was all of it."""
+        part = self._received[: self._left]
+        del self._received[: self._left]
+        self._body += part
+        self._left -= len(part)
+        return not self._left
+
+    def _finish(self) -> None:
+        """Serve the request, which is complete."""
+        keep = not self._old if self._keep is None else self._keep
+        self.out += self._serve(self._method, self._path, bytes(self._body), keep)
+        self._begin()
         if not keep:
             self.refused = ""
 
-    def _without_offer(self) -> bytes:
-        """The head of the request again, but for the offer to speak another protocol (RFC 9110, 7.8)."""
-        method, version = self._parser.get_method(), self._parser.get_http_version().encode()
-        lines = [b"%s %s HTTP/%s" % (method, self._url, version)]
-        lines += [b"%s: %s" % field for field in self._head if field[0].lower() != b"upgrade"]
-        return b"\r\n".join((*lines, b"", b""))
 
-    def _grow_head(self, size: int) -> None:
-        self._head_size += size
-        if self._head_size > MAX_HEAD_SIZE:
-            self._refuse(_HEAD_TOO_LARGE)
+def _path_of(uri: str) -> str:
+    """The path of a request's target, which may be in the absolute form; RefusedError when it has none."""
+    if uri.startswith(_SCHEME):
+        return f"/{uri.removeprefix(_SCHEME).partition('/')[2]}"
+    if not uri.startswith("/") or not uri.isprintable():
+        raise RefusedError(_INVALID)
+    return uri
 
-    def _refuse_body(self, size: int) -> None:
-        self._refuse(
-            f"Request payload with size {size} is larger than the limit of {self._body_limit} "
-            "allowed by server."
-        )
 
-    def _refuse(self, reason: str) -> None:
-        self.refused = reason
-        raise RefusedError(reason)
+def _check_encodings(words: str) -> None:
+    """RefusedError when the client does not take an answer as it is (RFC 9110, 12.5.3)."""
+    if not words:
+        raise RefusedError(_INVALID)
+    for encoding in words.split(","):
+        one = encoding.strip()
+        if one == "identity;q=0" or (one == "*;q=0" and "identity" not in words):
+            raise _invalid_value("Accept-Encoding", encoding)
+
+
+def _invalid_value(name: str, value: str) -> RefusedError:
+    return RefusedError(f"{_HEADER} Invalid value. Key:{name}; Value:{value}")
+
+
+def _where(error: UnicodeDecodeError) -> str:
+    """What is no UTF-8, and where."""
+    if error.reason == "unexpected end of data":
+        return f"incomplete utf-8 byte sequence from index {error.start}"
+    return f"invalid utf-8 sequence of {error.end - error.start} bytes from index {error.start}"

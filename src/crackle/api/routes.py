@@ -45,10 +45,10 @@ class Route(msgspec.Struct, frozen=True):
     def deprecation(self) -> str:
         """What a client of a deprecated request should know."""
         if self.deprecated_value is not None:
-            return f"{self.deprecated_value} is deprecated."
+            return f"{self.deprecated_value} is deprecated. Use V2 instead."
         if len(self.deprecated) > 1:
-            return f"the fields {' and '.join(self.deprecated)} are deprecated."
-        return f"the field {self.deprecated[0]} is deprecated."
+            return f"{' and '.join(self.deprecated)} fields are deprecated."
+        return f"{self.deprecated[0]} field is deprecated."
 
     def is_deprecated(self, resource: Any) -> bool:
         """Whether what is asked for with ``resource`` is."""
@@ -157,14 +157,17 @@ def find_route(method: str, path: str, body: bytes) -> tuple[Route, str]:
     first, _, rest = path.lstrip("/").partition("/")
     second, _, tail = rest.partition("/")
     key = first
-    has_second_word = first in _SECOND_WORD and (first != "mmds" or method == "PUT")
-    if has_second_word and (second or first in _NEED_SECOND):
+    if (second and first in _SECOND_WORD and method in _SECOND_WORD[first]) or first in _NEED_SECOND:
         key = f"{first}/{second}"
         if second == "hinting":
             key = f"{key}/{tail.partition('/')[0]}"
     route = ROUTES.get((method, key))
     if route is None and first == "vm":
         route = ROUTES.get((method, first))
+    if route is None and method == "PATCH" and second == "hinting":
+        raise RequestError(_unknown(method, first, key))
+    if route is None and method == "PATCH" and first == "balloon":
+        route = ROUTES[method, first]
     if body and method in _UNWANTED_BODY:
         raise RequestError(_UNWANTED_BODY[method])
     if not body and method in _NO_BODY and (route is None or route.command not in _BODY_OPTIONAL):
@@ -174,8 +177,9 @@ def find_route(method: str, path: str, body: bytes) -> tuple[Route, str]:
     return route, second
 
 
-# Paths whose second segment is a word of ours, those that need one, and commands that do without a body.
-_SECOND_WORD = frozenset(("balloon", "hotplug", "mmds", "snapshot", "vm"))
+# Paths whose second segment is a word of ours, with the methods for which it is; those that need one; and commands
+# that do without a body.
+_SECOND_WORD = {"balloon": ("GET", "PATCH"), "mmds": ("PUT",), "vm": ("GET", "PUT", "PATCH", "DELETE")}
 _NEED_SECOND = frozenset(("hotplug", "snapshot"))
 _BODY_OPTIONAL = frozenset(("start_balloon_hinting", "stop_balloon_hinting"))
 

@@ -20,7 +20,8 @@ from crackle.api.http import HttpConnection
 from crackle.api.routes import RequestError, find_route, parse
 from crackle.errors import CrackleError, TooLargeError, reason_of
 from crackle.runtime.loop import READABLE, WRITABLE
-from crackle.telemetry.logger import INFO
+from crackle.telemetry.logger import DEBUG, INFO
+from crackle.vmm.controller import LATENCIES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,24 +50,31 @@ _READ_SIZE = 65536
 # Bytes of a refused request that are still read, and ignored.
 _MAX_IGNORED = 1 << 22
 
-_HEAD = "HTTP/1.1 {}\r\nServer: Crackle API\r\nConnection: {}\r\n"
+# Byte for byte as Firecracker's, the server's name apart: there is no reason phrase.
+_HEAD = "HTTP/1.1 {} \r\nServer: Crackle API\r\nConnection: {}\r\n"
+
+# What ends a connection is told in another form than what is wrong with a command, and is no JSON: it has a line break.
+_REFUSAL = '{{ "error": "{}\nAll previous unanswered requests will be dropped." }}'
+_TURNED_AWAY = (
+    "HTTP/1.1 503\r\nServer: Crackle API\r\nConnection: close\r\nContent-Length: {}\r\n\r\n"
+    '{{ "error": "{}" }}'
+)
 _OK = "200 OK"
 _NO_CONTENT = "204 No Content"
 _BAD_REQUEST = "400 Bad Request"
-_TOO_LARGE = "413 Payload Too Large"
-_BUSY = "503 Service Unavailable"
+_TOO_LARGE = "413 Payload too large"
 _INTERNAL = "500 Internal Server Error"
 
 # Bytes of a request's body that the log shows.
 _SHOWN_BODY = 1024
 
 # Commands whose time is a metric.
-_LATENCIES = {"pause": "pause_vm", "resume": "resume_vm", "load_snapshot": "load_snapshot"}
+_TIMED = {"pause": "pause_vm", "resume": "resume_vm", "load_snapshot": "load_snapshot"}
 
 
 def response(status: str, body: bytes = b"", *, keep: bool = True, deprecated: bool = False) -> bytes:
-    """The bytes of an answer; ``body`` is JSON."""
-    head = _HEAD.format(status, "keep-alive" if keep else "close")
+    """The bytes of an answer, of whose status the number is told; ``body`` is JSON."""
+    head = _HEAD.format(status[:3], "keep-alive" if keep else "close")
     if deprecated:
         head += "Deprecation: true\r\n"
     if body:
@@ -131,7 +139,7 @@ class ApiServer:
             if len(self._clients) < MAX_CONNECTIONS or self._evict():
                 self._admit(fd)
             else:
-                _turn_away(fd, "Too many open connections.")
+                _turn_away(fd, "Too many open connections")
 
     def _admit(self, fd: int) -> None:
         try:
@@ -172,6 +180,14 @@ class ApiServer:
 
     def serve(self, method: str, path: str, body: bytes, keep: bool) -> bytes:
         """Carry out one request and give the bytes of its answer. Never raises."""
+        begin = time.monotonic_ns()
+        answer = self._serve(method, path, body, keep)
+        logger = self._controller.logger
+        if logger.level >= DEBUG:
+            logger.debug(f"Total previous API call duration: {(time.monotonic_ns() - begin) // 1000} us.")
+        return answer
+
+    def _serve(self, method: str, path: str, body: bytes, keep: bool) -> bytes:
         controller = self._controller
         logger = controller.logger
         if logger.level >= INFO:
@@ -192,7 +208,7 @@ class ApiServer:
             if deprecated:
                 controller.metrics.counters["deprecated_api"]["deprecated_http_api_calls"] += 1
                 logger.warning(f"{method} /{path.strip('/')}: {route.deprecation}")
-            latency = _LATENCIES.get(request.command.name)
+            latency = _TIMED.get(request.command.name)
             if request.command.name == "create_snapshot":
                 latency = f"{request.command.resource.snapshot_type.lower()}_create_snapshot"
             if latency is None:
@@ -200,7 +216,9 @@ class ApiServer:
             else:
                 begin = time.monotonic_ns()
                 result = controller.execute(request.command)
-                controller.metrics.counters["latencies_us"][latency] = (time.monotonic_ns() - begin) // 1000
+                took_us = (time.monotonic_ns() - begin) // 1000
+                controller.metrics.counters["latencies_us"][latency] = took_us
+                logger.info(f"'{LATENCIES[latency]}' API request took {took_us} us.")
         except (CrackleError, OSError, ValueError, MemoryError, RuntimeError, ImportError) as error:
             if counts is not None and f"{counter}_fails" in counts:
                 counts[f"{counter}_fails"] += 1
@@ -304,7 +322,7 @@ class _Client:
         http.feed(data)
         if http.refused:
             self._server._controller.logger.error(f"API request refused: {http.refused}")
-            answer = fault(_BAD_REQUEST, http.refused, keep=False)
+            answer = response(_BAD_REQUEST, _REFUSAL.format(http.refused).encode(), keep=False)
             http.out += answer.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if http.head_only else answer
         if http.out or http.refused is not None:
             self.send()
@@ -365,7 +383,7 @@ def _turn_away(fd: int, message: str) -> None:
     """Say why, as far as that can be said without waiting, and hang up."""
     os.set_blocking(fd, False)
     with contextlib.suppress(OSError):
-        os.write(fd, fault(_BUSY, message, keep=False))
+        os.write(fd, _TURNED_AWAY.format(len(message) + 15, message).encode())
     os.close(fd)
 
 

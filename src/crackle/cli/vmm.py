@@ -17,7 +17,7 @@ from crackle.runtime.commandline import UsageError
 from crackle.runtime.stream import open_standard_streams
 from crackle.telemetry.logger import Logger
 from crackle.telemetry.sink import Sink
-from crackle.version import VERSION
+from crackle.version import FIRECRACKER_VERSION, VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -88,10 +88,10 @@ def run(arguments: list[str], shell: Shell | None = None) -> int:
                 f"Arguments parsing error: {error} For more information try --help.", EXIT_BAD_ARGUMENTS
             ) from None
         if "help" in options:
-            tell(f"Crackle v{VERSION}\n\n{help_text()}")
+            tell(f"{_versions()}\n\n{help_text()}")
             return EXIT_OK
         if "version" in options:
-            tell(f"Crackle v{VERSION}")
+            tell(_versions())
             return EXIT_OK
         if "snapshot-version" in options or "describe-snapshot" in options:
             tell(_snapshot_version(options.value("describe-snapshot")))
@@ -109,6 +109,11 @@ def run(arguments: list[str], shell: Shell | None = None) -> int:
     else:
         logger.error(f"Crackle exiting with error. exit_code={status}")
     return status
+
+
+def _versions() -> str:
+    """Whose API is spoken, in the first line as clients read it, and what speaks it."""
+    return f"Firecracker v{FIRECRACKER_VERSION}\n\nCrackle v{VERSION}"
 
 
 def _complain(message: str) -> None:

@@ -13,18 +13,20 @@ InstanceState = Literal["Not started", "Running", "Paused", "Stopped"]
 
 
 class InstanceInfo(msgspec.Struct):
-    """The answer to ``GET /``."""
+    """The answer to ``GET /``. ``vmm_version`` is the Firecracker whose API is spoken, for clients that compare it."""
 
     id: str
     state: InstanceState
     vmm_version: str
     app_name: str
+    crackle_version: str
 
 
 class Version(msgspec.Struct):
-    """The answer to ``GET /version``; clients look for the field's name."""
+    """The answer to ``GET /version``: the Firecracker whose API is spoken, and what speaks it."""
 
     firecracker_version: str
+    crackle_version: str
 
 
 class Action(Resource):

@@ -89,14 +89,18 @@ def _has(name: str, *values: object) -> Callable[[Any], bool]:
     return check
 
 
+# Devices come and go while the guest runs by PCI alone, which there is not yet.
+NO_PCI = "PCI is not enabled"
+_HOTPLUG = frozenset(f"put_{_resource.name}" for _resource in RESOURCES if _resource.removable)
+
 # What answers "not supported yet": command, condition on its resource (None: always), and what it is called.
 NOT_YET: tuple[tuple[str, Callable[[Any], bool] | None, str], ...] = (
     ("put_machine", _has("cpu_template", "C3", "T2", "T2S", "T2CL", "T2A"), "CPU templates"),
     ("patch_machine", _has("cpu_template", "C3", "T2", "T2S", "T2CL", "T2A"), "CPU templates"),
     ("put_cpu_config", None, "CPU templates"),
     ("delete_drive", None, "removing drives"),
-    ("put_serial", _has("rate_limiter"), "rate limiters of the serial console"),
     ("delete_network", None, "removing network interfaces"),
+    ("put_serial", _has("rate_limiter"), "rate limiters of the serial console"),
     *(
         (name, None, resource.missing)
         for resource in RESOURCES
@@ -120,12 +124,37 @@ def check_state(name: str, state: str) -> None:
         return
     if state == STOPPED:
         raise StateError("The requested operation is not supported: the microVM has stopped.")
+    if name in _HOTPLUG:
+        raise StateError(NO_PCI)
     when = "before" if state == NOT_STARTED else "after"
     raise StateError(f"The requested operation is not supported {when} starting the microVM.")
 
 
-def check_supported(command: Command) -> None:
+_NOT_FOUND = "Failed perform action on device: Device not found"
+
+# What is said instead of that where clients know it: of devices that no microVM has, as of those that this one has not.
+_ABSENT = {
+    "delete_drive": NO_PCI,
+    "delete_network": NO_PCI,
+    "delete_pmem": NO_PCI,
+    "get_balloon": f"Internal VMM error: {_NOT_FOUND}",
+    "get_balloon_statistics": f"Internal VMM error: {_NOT_FOUND}",
+    "get_balloon_hinting": f"Balloon update error: {_NOT_FOUND}",
+    "get_memory_hotplug": f"Internal VMM error: {_NOT_FOUND}",
+    "patch_balloon": f"Balloon update error: {_NOT_FOUND}",
+    "patch_balloon_statistics": f"Balloon update error: {_NOT_FOUND}",
+    "patch_memory_hotplug": f"Memory hotplug update error: {_NOT_FOUND}",
+    "patch_pmem": f"Pmem config error: Unable to patch the pmem device: {_NOT_FOUND} "
+    "Please verify the request arguments.",
+    "start_balloon_hinting": f"Balloon update error: {_NOT_FOUND}",
+    "stop_balloon_hinting": f"Balloon update error: {_NOT_FOUND}",
+}
+
+
+def check_supported(command: Command, state: str) -> None:
     """Raise ConfigError if Crackle cannot do what is asked for yet."""
     for condition, what in _NOT_YET_OF.get(command.name, ()):
         if condition is None or condition(command.resource):
-            raise ConfigError(f"Crackle does not support {what} yet.")
+            if command.name == "get_balloon" and state == NOT_STARTED:
+                raise ConfigError("Balloon config error: No balloon device found.")
+            raise ConfigError(_ABSENT.get(command.name, f"Crackle does not support {what} yet."))

@@ -17,7 +17,7 @@ from crackle.schema.instance import InstanceInfo, Version
 from crackle.schema.machine import default_machine_config
 from crackle.telemetry.logger import DEFAULT_INSTANCE_ID, Logger
 from crackle.telemetry.metrics import Metrics
-from crackle.version import VERSION
+from crackle.version import FIRECRACKER_VERSION, VERSION
 from crackle.vmm.commands import NOT_STARTED, PAUSED, RUNNING, STOPPED, Command, check_state, check_supported
 from crackle.vmm.configuration import Configuration, merge
 from crackle.vmm.devices import KINDS, PATCHES, RESOURCES
@@ -112,6 +112,15 @@ if TYPE_CHECKING:
 
 APP_NAME = "Crackle"
 
+# The metrics of how long something took, and what it is called in the log.
+LATENCIES = {
+    "pause_vm": "pause vm",
+    "resume_vm": "resume vm",
+    "load_snapshot": "load snapshot",
+    "full_create_snapshot": "create full snapshot",
+    "diff_create_snapshot": "create diff snapshot",
+}
+
 # Bytes of metadata, as compact JSON.
 DEFAULT_METADATA_LIMIT = 51200
 
@@ -171,7 +180,7 @@ class Controller:
         another CrackleError if carrying it out failed; the message is the API's answer.
         """
         check_state(command.name, self.state)
-        check_supported(command)
+        check_supported(command, self.state)
         if not self._configuration.take(command):
             return self._carry_out(command)
         self._configured |= command.name != "put_serial"
@@ -204,10 +213,10 @@ class Controller:
     # Answers
 
     def _get_instance(self) -> InstanceInfo:
-        return InstanceInfo(self.instance_id, self.state, VERSION, APP_NAME)  # type: ignore[arg-type]
+        return InstanceInfo(self.instance_id, self.state, FIRECRACKER_VERSION, APP_NAME, VERSION)  # type: ignore[arg-type]
 
     def _get_version(self) -> Version:
-        return Version(VERSION)
+        return Version(FIRECRACKER_VERSION, VERSION)
 
     def _get_machine(self) -> MachineConfig | None:
         return self.config.machine_config
@@ -300,11 +309,11 @@ class Controller:
 
     def _pause(self) -> None:
         if self.state == RUNNING:
-            self._timed("pause_vm", "Paused the microVM", self._running_machine().pause)
+            self._timed("pause_vm", self._running_machine().pause)
 
     def _resume(self) -> None:
         if self.state == PAUSED:
-            self._timed("resume_vm", "Resumed the microVM", self._running_machine().resume)
+            self._timed("resume_vm", self._running_machine().resume)
 
     def _stand_by(self) -> None:
         self._running_machine().stand_by()
@@ -321,7 +330,6 @@ class Controller:
             kind = request.snapshot_type.lower()
             self._timed(
                 f"{kind}_create_snapshot",
-                f"Created a {kind} snapshot",
                 lambda: save(self._running_machine(), self.config, self.instance_id, request),
             )
 
@@ -332,7 +340,7 @@ class Controller:
                     "Loading a microVM snapshot not allowed after configuring boot-specific resources."
                 )
             with context("Failed to restore from snapshot"):
-                self._timed("load_snapshot", "Loaded a snapshot", lambda: self._load(request))
+                self._timed("load_snapshot", lambda: self._load(request))
 
     def _load(self, request: SnapshotLoad) -> None:
         from crackle.snapshot.load import Loaded
@@ -476,12 +484,12 @@ class Controller:
         assert self.machine is not None, "a started microVM has a machine"
         return self.machine
 
-    def _timed(self, metric: str, done: str, call: Callable[[], None]) -> None:
+    def _timed(self, metric: str, call: Callable[[], None]) -> None:
         begin = time.monotonic_ns()
         call()
         elapsed_us = (time.monotonic_ns() - begin) // 1000
         self.metrics.counters["latencies_us"][f"vmm_{metric}"] = elapsed_us
-        self.logger.info(f"{done} in {elapsed_us} us.")
+        self.logger.info(f"'{LATENCIES[metric]}' VMM action took {elapsed_us} us.")
 
     # Making ready ahead of time
 
