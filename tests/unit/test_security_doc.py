@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docs" / "security.md").read_text()
+HELD = TEXT.partition("## What can be made to be held")[2].partition("\n## ")[0]
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
-    for line in (ROOT / "docs" / "security.md").read_text().splitlines()
+    for line in HELD.splitlines()
     if line.startswith("| ")
 ]
 

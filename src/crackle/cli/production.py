@@ -58,7 +58,7 @@ def _processor(root: str) -> Iterator[Row]:
         "SMT",
         "on: the threads of a core have its caches in common" if smt else "off",
         "problem" if smt else "ok",
-        "boot with nosmt, or have each microVM share cores with none: --core-scheduling" if smt else "",
+        "boot with nosmt, or let microVMs share no core: crackle-vmm --core-scheduling" if smt else "",
     )
     directory = f"{root}/sys/devices/system/cpu/vulnerabilities"
     names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []

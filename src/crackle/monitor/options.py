@@ -16,6 +16,7 @@ OPTIONS: dict[str, tuple[str | None, str | None, str]] = {
     "api-sock": ("path", DEFAULT_API_SOCK, "Unix socket on which the API is served; it must not exist yet."),
     "boot-timer": (None, None, "Give the guest a boot timer device and log how long it took to boot."),
     "config-file": ("path", None, "Configure and start the microVM as this JSON file says."),
+    "core-scheduling": (None, None, "Share no core with other processes where cores have several threads."),
     "describe-snapshot": ("path", None, "Print the format version of a snapshot. Not supported yet."),
     "enable-pci": (None, None, "Attach devices by PCI. Not supported yet."),
     "http-api-max-payload-size": ("bytes", "51200", "Largest body of an API request."),

@@ -171,6 +171,10 @@ class VmmProcess(Monitor):
         ready: Shell | None,
         metadata: bytes | None = None,
     ) -> None:
+        if "core-scheduling" in options:
+            from crackle.runtime.cores import share_no_core
+
+            share_no_core()
         self._options = options
         self._config = config
         self._metadata = metadata

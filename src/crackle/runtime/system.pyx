@@ -71,6 +71,9 @@ cdef extern from * nogil:
         PR_CAPBSET_READ
         PR_CAP_AMBIENT
         PR_CAP_AMBIENT_CLEAR_ALL
+        PR_SCHED_CORE
+        PR_SCHED_CORE_CREATE
+        PR_SCHED_CORE_SCOPE_THREAD_GROUP
         PR_SET_DUMPABLE
         PR_SET_NAME
         PR_SET_NO_NEW_PRIVS
@@ -205,6 +208,11 @@ def fork():
     if pid < 0:
         raise OSError(error, os.strerror(error))
     return pid
+
+
+def separate_cores():
+    """Have no core in common with other processes' threads at any moment; those that this one forks have (prctl(2))."""
+    checked(prctl(PR_SCHED_CORE, PR_SCHED_CORE_CREATE, 0, PR_SCHED_CORE_SCOPE_THREAD_GROUP, 0))
 
 
 def set_no_new_privs():
