@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import select
 import shutil
@@ -35,6 +36,38 @@ def enter_and_note(*arguments):
 entry.enter = enter_and_note
 sys.addaudithook(note)
 from crackle.cli.jailer import main; main()
+"""
+
+# Starts many at little cost: one process has everything imported, and forks for each line of arguments. It prints the
+# process's number and, when it has ended, that and its status; what it says goes to the file that is named.
+HERD = """
+import json, os, select, sys
+from crackle.cli import jailer, vmm
+vmm.load()
+import crackle.jail.entry
+waits = sys.argv[1] == "one"
+said = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def end(pid):
+    print(pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+left = []
+for line in iter(sys.stdin.readline, ""):
+    pid = os.fork()
+    if not pid:
+        os.dup2(os.open("/dev/null", os.O_RDWR), 0)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        status = 70
+        try:
+            status = jailer.run(json.loads(line))
+        finally:
+            os._exit(status)
+    if waits:
+        end(pid)
+    else:
+        print(pid, flush=True)
+        left.append(pid)
+for pid in left:
+    end(pid)
 """
 
 # Capabilities of no kind.
@@ -160,3 +193,38 @@ class Jailed:
         if self.process.poll() is None:
             self.process.kill()
         self.text += (self.process.communicate()[0] or b"").decode(errors="replace")
+
+
+class Herd:
+    """Processes of HERD, started by lines of arguments. A context manager."""
+
+    def __init__(self, said: Path, *, one_at_a_time: bool) -> None:
+        self.said = said
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", HERD, "one" if one_at_a_time else "all", str(said)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, arguments: Sequence[str]) -> list[int]:
+        """The number of the process, and with `one_at_a_time` its status."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(list(arguments)) + "\n")
+        self._process.stdin.flush()
+        assert select.select([self._process.stdout], [], [], PATIENCE)[0], "it goes on and on"
+        return [int(word) for word in self._process.stdout.readline().split()]
+
+    def statuses(self) -> dict[int, int]:
+        """How all have ended, by their numbers."""
+        output, _ = self._process.communicate(timeout=PATIENCE)
+        return dict(tuple(map(int, line.split())) for line in output.splitlines())
+
+    def __enter__(self) -> Herd:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.communicate()

@@ -330,6 +330,19 @@ def test_large_regions_lie_as_huge_pages_need_it(backing: str) -> None:
             memory.write(each.gpa + each.size - 3, b"end")
 
 
+@pytest.mark.parametrize("backing", ["anonymous", "transparent", "memfd"])
+def test_no_core_dump_shows_it_and_no_forked_process_has_it(backing: str) -> None:
+    with GuestMemory([(0, 8 * MIB)], backing=backing) as memory:
+        assert {"dd", "dc"} <= flags(memory.regions[0])
+
+
+def flags(region: Region) -> set[str]:
+    """Those of its mapping (proc(5), smaps, VmFlags)."""
+    _, found, after = Path("/proc/self/smaps").read_text().partition(f"{region.hva:x}-")
+    assert found
+    return set(next(line for line in after.splitlines() if line.startswith("VmFlags")).split()[1:])
+
+
 def test_transparent_memory_is_in_huge_pages_where_the_host_has_them() -> None:
     if huge_pages_missing("transparent") is not None:
         pytest.skip(f"no transparent huge pages: {huge_pages_missing('transparent')}")

@@ -36,6 +36,7 @@ cdef extern from "<sys/mman.h>" nogil:
         MFD_CLOEXEC
         MFD_ALLOW_SEALING
         MFD_HUGETLB
+        MADV_DONTDUMP
         MADV_DONTFORK
         MADV_HUGEPAGE
     int memfd_create(const char *name, unsigned int flags)
@@ -123,9 +124,7 @@ cdef class Region:
         cdef int flags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE
         if mmap(self.r.hva, self.r.size, PROT_READ | PROT_WRITE, flags, fd, <long> offset) == MAP_FAILED:
             raise ConfigError(f"cannot map {self.r.size >> 20} MiB of a memory file: {strerror(errno).decode()}")
-        madvise(self.r.hva, self.r.size, MADV_DONTFORK)
-        if transparent:
-            madvise(self.r.hva, self.r.size, MADV_HUGEPAGE)
+        advise(self.r.hva, self.r.size, transparent)
         self.fd, self.offset = fd, offset
         return 0
 
@@ -241,11 +240,16 @@ cdef Region map_region(uint64_t gpa, uint64_t size, str backing, int fd, uint64_
             reason += "; reserve enough 2 MiB pages with sysctl vm.nr_hugepages"
         raise ConfigError(f"cannot map {size >> 20} MiB of guest memory ({backing}): {reason}")
     region.r.gpa, region.r.size, region.r.hva = gpa, size, <uint8_t *> mapped
-    # A forked helper process must neither keep guest memory alive nor see it.
-    madvise(mapped, size, MADV_DONTFORK)
-    if backing.startswith("transparent"):
-        madvise(mapped, size, MADV_HUGEPAGE)
+    advise(mapped, size, backing.startswith("transparent"))
     return region
+
+
+cdef void advise(void *mapped, uint64_t size, bint transparent) noexcept:
+    # A forked helper process must neither keep guest memory alive nor see it, and no core dump is to show it.
+    madvise(mapped, size, MADV_DONTFORK)
+    madvise(mapped, size, MADV_DONTDUMP)
+    if transparent:
+        madvise(mapped, size, MADV_HUGEPAGE)
 
 
 cdef uint8_t *reserve(uint64_t size, uint64_t gpa) noexcept:
