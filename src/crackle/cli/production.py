@@ -38,7 +38,7 @@ _SWITCHES = (
     *("reg_file_data_sampling=off", "kvm-intel.vmentry_l1d_flush=never", "kvm.nx_huge_pages=off", "tsa=off"),
     *("vmscape=off", "indirect_target_selection=off"),
 )
-# sysctl, the least value that keeps something useful from a process that broke out, and what.
+# A setting, the least value that keeps something useful from a process that broke out, and what.
 _KERNEL = (
     ("kernel/kptr_restrict", 1, "kernel addresses"),
     ("kernel/dmesg_restrict", 1, "the kernel's log"),
@@ -138,7 +138,7 @@ def _memory(root: str) -> Iterator[Row]:
         "core dumps",
         "of processes that have changed user too" if dumps else "not of processes that have changed user",
         "missing" if dumps else "ok",
-        "sysctl fs.suid_dumpable=0" if dumps else "",
+        "echo 0 > /proc/sys/fs/suid_dumpable" if dumps else "",
     )
     faults = read(f"{root}/proc/sys/vm/unprivileged_userfaultfd") == "1"
     yield Row(
@@ -146,7 +146,7 @@ def _memory(root: str) -> Iterator[Row]:
         "userfaultfd",
         "any process may stop the kernel at a page of its own" if faults else "for the privileged only",
         "missing" if faults else "ok",
-        "sysctl vm.unprivileged_userfaultfd=0; the jail has /dev/userfaultfd" if faults else "",
+        "echo 0 > /proc/sys/vm/unprivileged_userfaultfd; the jail has /dev/userfaultfd" if faults else "",
     )
 
 
@@ -163,13 +163,12 @@ def _kernel(root: str) -> Iterator[Row]:
         if value is None:
             continue
         good = value.lstrip("-").isdigit() and int(value) >= least
-        sysctl = name.replace("/", ".")
         yield Row(
             "kernel",
-            sysctl,
+            name.replace("/", "."),
             f"{value}: {what} for {'the privileged only' if good else 'any process'}",
             "ok" if good else "missing",
-            "" if good else f"sysctl {sysctl}={least}",
+            "" if good else f"echo {least} > /proc/sys/{name}",
         )
 
 
