@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from crackle.jail.options import OPTIONS
 from support.documents import Reader, blocks
 from support.jails import EMPTY_ROOT, JAILER, NONE, RECORDED, Jailed, descriptors, tree
 
@@ -231,6 +233,15 @@ def test_refusals_say_why_with_firecrackers_status(tmp_path: Path) -> None:
     done = subprocess.run([*JAILER, "--id", "a/b"], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1
     assert done.stderr == "Failed to parse arguments: Argument 'exec-file' required, but not found.\n"
+
+
+def test_help_and_version_go_before_everything_else() -> None:
+    for given in (["--version"], ["--help"], ["-h"], ["--nonsense", "--version"]):
+        done = subprocess.run([*JAILER, *given], capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 0
+        assert re.match(r"Jailer v1\.\d+\.\d+\n\nCrackle v", done.stdout)
+        for name in OPTIONS if "--version" not in given else ():
+            assert f"--{name}" in done.stdout
 
 
 def test_the_document_is_true(tmp_path: Path) -> None:

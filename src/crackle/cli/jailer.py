@@ -16,7 +16,7 @@ from crackle.monitor import options as monitor_options
 from crackle.runtime.commandline import UsageError
 from crackle.runtime.stream import open_standard_streams
 from crackle.runtime.system import close_from
-from crackle.version import VERSION
+from crackle.version import FIRECRACKER_VERSION, VERSION
 
 EXIT_OK = 0
 EXIT_ERROR = 1
@@ -57,8 +57,8 @@ def _enter(arguments: list[str], started_us: int) -> list[str] | None:
 
     jail = parse(arguments)
     if isinstance(jail, str):
-        text = f"Crackle jailer v{VERSION}" + (f"\n\n{help_text()}" if jail == "help" else "")
-        vmm.tell(text)
+        version = f"Jailer v{FIRECRACKER_VERSION}\n\nCrackle v{VERSION}"
+        vmm.tell(f"{version}\n\n{help_text()}" if jail == "help" else version)
         return None
     try:
         monitor_options.parse(monitor_arguments(jail))
