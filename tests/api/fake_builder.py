@@ -67,7 +67,7 @@ class Machine:
 
     def metrics(self) -> dict[str, dict[str, int]]:
         self._reads += 10
-        return {"block_root": {"read_count": self._reads}}
+        return {"block_root": {"read_count": self._reads, "of_our_own": 1}}
 
     def exit_status(self) -> ExitStatus | None:
         return self._ended

@@ -48,10 +48,33 @@ def test_metadata_that_is_no_json_is_told_of_in_a_sentence(run_to_end: Run, tmp_
     # The socket is there by then, and stays behind.
     done = run_to_end("--metadata", "/dev/null", "--api-sock", str(tmp_path / "socket"))
     assert done.returncode == 1
-    assert done.stderr.startswith(
-        "Error: Populating MMDS from file failed: metadata provided not valid json:"
-    )
+    assert done.stderr.startswith("Error: MMDS error: metadata provided not valid json:")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("configured", "message"),
+    [
+        (
+            [],
+            "RunWithApiError error: Failed to build MicroVM: Populating MMDS from file failed: The MMDS patch request",
+        ),
+        (
+            ["--no-api", "--config-file", "vm.json"],
+            "RunWithoutApiError error: Failed to build MicroVM from Json: Configuration for VMM from one single json "
+            "failed: MMDS error: The MMDS patch request doesn't fit",
+        ),
+    ],
+)
+def test_metadata_that_do_not_fit_are_told_of_in_firecrackers_words(
+    run_to_end: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, configured: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vm.json").write_text('{"boot-source": {"kernel_image_path": "vm.json"}, "drives": []}')
+    (tmp_path / "metadata").write_text(json.dumps({"a": "x" * 100}))
+    done = run_to_end("--metadata", "metadata", "--mmds-size-limit", "50", "--api-sock", "s", *configured)
+    assert done.returncode == 1
+    assert message in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -61,17 +84,25 @@ def test_metadata_that_is_no_json_is_told_of_in_a_sentence(run_to_end: Run, tmp_
         (["--id"], 153, "The argument 'id' requires a value, but none was supplied."),
         (["--no-api"], 153, "Argument 'config-file' required, but not found."),
         (["--id", "a_b"], 153, "Invalid instance ID: invalid character (_) at position 1."),
-        (["--level", "loud"], 152, "Invalid value for logger level: 'loud' is not a log level"),
+        (
+            ["--level", "loud"],
+            152,
+            "Invalid value for logger level: Failed to parse string to level filter: 'loud'",
+        ),
         (
             ["--log-path", "/none/log"],
             1,
             "Could not initialize logger: Failed to open target file: No such file",
         ),
-        (["--metrics-path", "/none/m"], 1, "Could not initialize metrics: No such file or directory"),
+        (
+            ["--metrics-path", "/none/m"],
+            1,
+            "Could not initialize metrics: Cannot initialize the metrics system due to bad user input: No such",
+        ),
         (
             ["--config-file", "/none.json"],
             1,
-            "Unable to read the configuration file: No such file or directory",
+            "Unable to open or read from the configuration file: No such file or directory",
         ),
         (["--api-sock", "/none/socket"], 1, "Failed to bind and run the HTTP server: IO error: No such file"),
         (
@@ -80,11 +111,15 @@ def test_metadata_that_is_no_json_is_told_of_in_a_sentence(run_to_end: Run, tmp_
             "Failed to bind and run the HTTP server: IO error: AF_UNIX path too long: xxx",
         ),
         (["--enable-pci"], 1, "Argument 'enable-pci': Crackle does not support PCI yet."),
-        (["--metadata", "/none"], 1, "Unable to read the mmds content file: No such file or directory"),
+        (
+            ["--metadata", "/none"],
+            1,
+            "Unable to open or read from the mmds content file: No such file or directory",
+        ),
         (
             ["--describe-snapshot", "/none"],
             1,
-            "Unable to open snapshot state file: Failed to open snapshot file: No such",
+            "When printing Snapshot Data format: Unable to open snapshot state file: Failed to open",
         ),
     ],
 )
@@ -209,13 +244,14 @@ def test_what_the_api_shows_is_a_configuration_file(
         ({"drives": [{"drive_id": "x", "is_root_device": 1}]}, "Expected `bool`, got `int`, at `$.drives[0]"),
         (
             {"machine-config": {"vcpu_count": 33, "mem_size_mib": 64}},
-            "Machine config error: The number of vCPUs",
+            "Failed to build MicroVM from Json: Configuration for VMM from one single json failed: "
+            "VM config error: The number of vCPUs",
         ),
         ({"machine-config": {"cpus": 1}}, "unknown field `cpus`"),
         ({"logger": {"log_path": "/none/log"}}, "Logger error: Failed to open target file"),
         ({"metrics": {"metrics_path": "/none/m"}}, "Metrics error: Cannot initialize the metrics system"),
         ({"entropy": {}}, "Crackle does not support the entropy device yet."),
-        ({"vsock": {"guest_cid": 3, "uds_path": "/none/v"}}, "Vsock config error: Cannot create backend"),
+        ({"vsock": {"guest_cid": 3, "uds_path": "/none/v"}}, "Vsock device error: Cannot create backend"),
         (
             {"boot-source": {"kernel_image_path": "/dev/null", "boot_args": "unbootable"}},
             "Start microvm error: this",

@@ -297,7 +297,7 @@ def test_a_relative_socket_is_in_the_launchers_directory(zygote: ZygoteProcess, 
     done = launch_to_end(zygote, "--no-api", "--config-file", "missing", cwd=tmp_path / "a")
     assert (done.returncode, done.stderr) == (
         1,
-        "Error: Unable to read the configuration file: No such file or directory (os error 2): missing\n",
+        "Error: Unable to open or read from the configuration file: No such file or directory (os error 2): missing\n",
     )
 
 

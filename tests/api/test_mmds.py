@@ -160,7 +160,7 @@ def test_a_guest_that_started_without_metadata_has_none(started: Vmm) -> None:
 def test_a_service_that_cannot_be_reached_is_refused(networked: Vmm, config: Any, message: str) -> None:
     answer = networked.request("PUT", "/mmds/config", config)
     assert answer.status == 400
-    assert answer.fault.startswith(f"MMDS config error: {message}")
+    assert answer.fault.startswith(f"MMMDS config error: {message}")
     assert networked.request("GET", "/vm/config").json["mmds-config"] is None
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from crackle.telemetry.names import SECTIONS
 from support.launcher import REAL
 
 if TYPE_CHECKING:
@@ -101,6 +102,23 @@ def test_the_start_up_time_is_reported(start: Callable[..., Vmm], kernel: Path, 
     (line,) = written(metrics)
     assert 0 < line["api_server"]["process_startup_time_us"] < 20_000_000
     assert line["api_server"]["process_startup_time_cpu_us"] > 1_000_000
+
+
+@pytest.mark.parametrize("switch", [[], ["--own-metrics"]])
+def test_only_what_firecracker_counts_is_written_unless_more_is_asked_for(
+    start: Callable[..., Vmm], kernel: Path, metrics: Path, switch: list[str]
+) -> None:
+    vmm = start("--metrics-path", str(metrics), *switch, fake=True)
+    start_guest(vmm, kernel)
+    (line,) = written(metrics)
+    assert set(line) == {"utc_timestamp_ms", *SECTIONS, "block_root"}
+    for name, section in line.items():
+        if name == "utc_timestamp_ms":
+            continue
+        names = SECTIONS["block" if name == "block_root" else name].split()
+        assert [metric for metric in section if metric in names] == names
+        more = set(section) - set(names)
+        assert more == ({"of_our_own"} if switch and name.startswith("block") else set()), name
 
 
 def test_id_and_properties_are_written_on_request(vmm: Vmm, kernel: Path, metrics: Path) -> None:

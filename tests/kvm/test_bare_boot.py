@@ -1,6 +1,8 @@
 """From the configuration to the guest's first line, and from its last instruction to an exit status."""
 
 import re
+import time
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +60,16 @@ def test_every_kind_of_exit_is_counted(machine):
 def test_guest_starts_its_other_processors(run, vcpus):
     printed = run("smp", f"cpus={vcpus} ms=20000", vcpus=vcpus)
     assert f"smp {vcpus} of {vcpus} run" in printed
+
+
+def test_a_vcpus_thread_has_the_name_that_operators_look_for(machine):
+    machine("smp", "cpus=2 ms=20000", vcpus=2).start()
+    deadline = time.monotonic() + 20
+    names: set[str] = set()
+    # Each thread takes its name itself.
+    while not names >= {"fc_vcpu 0", "fc_vcpu 1"}:
+        assert time.monotonic() < deadline, names
+        names = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
 
 
 def test_timer_interrupts_wake_a_halted_guest(run):

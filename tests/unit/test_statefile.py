@@ -108,7 +108,7 @@ def test_the_command_line_tells_the_version(tmp_path: Path) -> None:
     (tmp_path / "state").write_bytes(DATA[:-1])
     bad = told("--describe-snapshot", str(tmp_path / "state"))
     assert bad.returncode == 1
-    assert "Invalid data format of snapshot file: it is truncated" in bad.stderr
+    assert "Invalid data format version of snapshot file: it is truncated" in bad.stderr
     missing = told("--describe-snapshot", str(tmp_path / "none"))
     assert missing.returncode == 1
     assert "No such file or directory (os error 2)" in missing.stderr

@@ -362,7 +362,8 @@ def test_lines_that_a_guest_causes_are_bounded_and_the_next_says_how_many_are_mi
     assert [line.partition("] ")[2] for line in lines] == [
         *["again"] * 10,
         "another",
-        "later (990 like it before were not logged)",
+        "990 messages were suppressed due to rate limiting",
+        "later",
         *["much later"] * 10,
     ]
     logger.set(level="Error")

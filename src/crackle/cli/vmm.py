@@ -16,7 +16,7 @@ from crackle.monitor.options import Options, help_text, parse
 from crackle.runtime.commandline import UsageError
 from crackle.runtime.stream import open_standard_streams
 from crackle.telemetry.logger import Logger
-from crackle.telemetry.sink import Sink
+from crackle.telemetry.sink import BAD_INPUT, Sink
 from crackle.version import FIRECRACKER_VERSION, VERSION
 
 TYPE_CHECKING = False
@@ -180,14 +180,16 @@ def _snapshot_version(path: str | None) -> str:
         return version_text(VERSION)
     from crackle.snapshot.pair import read_state
 
+    problem = "When printing Snapshot Data format"
+
     try:
         data = read_state(path)
     except ConfigError as error:
-        raise ExitError(f"Unable to open snapshot state file: {error}") from None
+        raise ExitError(f"{problem}: Unable to open snapshot state file: {error}") from None
     try:
         return version_text(describe(data))
     except ConfigError as error:
-        raise ExitError(f"Invalid data format of snapshot file: {error}: {path}") from None
+        raise ExitError(f"{problem}: Invalid data format version of snapshot file: {error}: {path}") from None
 
 
 def _refuse_unsupported(options: Options) -> None:
@@ -211,7 +213,10 @@ def _configure_logger(options: Options, logger: Logger) -> None:
             options.value("module"),
         )
     except ConfigError as error:
-        raise ExitError(f"Invalid value for logger level: {error}", EXIT_BAD_CONFIGURATION) from None
+        raise ExitError(
+            f"Invalid value for logger level: Failed to parse string to level filter: {error}",
+            EXIT_BAD_CONFIGURATION,
+        ) from None
     try:
         logger.set(options.value("log-path"), level)
     except ConfigError as error:
@@ -223,7 +228,7 @@ def _open_metrics(options: Options) -> Sink | None:
     if path is None:
         return None
     try:
-        return Sink.open(path, "Could not initialize metrics")
+        return Sink.open(path, f"Could not initialize metrics: {BAD_INPUT}")
     except ConfigError as error:
         raise ExitError(str(error)) from None
 
@@ -233,7 +238,7 @@ def _read(path: str, what: str) -> bytes:
         with open(path, "rb", buffering=0) as file:
             return file.readall()
     except (OSError, ValueError, MemoryError) as error:
-        raise ExitError(f"Unable to read the {what}: {reason_of(error)}") from None
+        raise ExitError(f"Unable to open or read from the {what}: {reason_of(error)}") from None
 
 
 def _listen(path: str) -> socket:

@@ -229,7 +229,7 @@ cdef class VcpuBase(Worker):
             raise StateError(f"vCPU {self.index} is closed")
         self.pio, self.mmio, self.exit_fd, self.profile = pio, mmio, exit_fd, profile
         self.run.immediate_exit = paused
-        start_worker(&self.worker, "vcpu", f"vcpu {self.index}", thread_entry, paused)
+        start_worker(&self.worker, "vcpu", f"fc_vcpu {self.index}", thread_entry, paused)
 
     @property
     def name(self):

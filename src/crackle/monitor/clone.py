@@ -22,7 +22,7 @@ from crackle.errors import CrackleError, reason_of
 from crackle.monitor.process import VmmProcess
 from crackle.runtime.system import close_from, set_title
 from crackle.telemetry.logger import OFF, Logger
-from crackle.telemetry.sink import Sink
+from crackle.telemetry.sink import BAD_INPUT, Sink
 from crackle.vmm.shell import Shell
 
 TYPE_CHECKING = False
@@ -125,7 +125,7 @@ class MonitorCloner(Cloner):
             self._logger.move(clone.log_path)
         metrics = None
         if clone.metrics_path is not None:
-            metrics = Sink.open(clone.metrics_path, "Could not initialize metrics")
+            metrics = Sink.open(clone.metrics_path, f"Could not initialize metrics: {BAD_INPUT}")
         path = clone.api_sock or ""
         listener = listen(path)
         try:

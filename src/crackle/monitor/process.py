@@ -181,7 +181,7 @@ class VmmProcess(Monitor):
         self._status = 0
         self._signal = 0
         self._terminal = Terminal(0)
-        self._metrics = Metrics()
+        self._metrics = Metrics(own="own-metrics" in options)
         if metrics_sink is not None:
             self._metrics.attach(metrics_sink)
         limit = options.number("http-api-max-payload-size") or 0
@@ -247,21 +247,33 @@ class VmmProcess(Monitor):
         if self._controller.state == NOT_STARTED:
             preload_idle()
 
+    @property
+    def _building(self) -> str:
+        """How it begins to say that the configuration file's microVM cannot be."""
+        way = "RunWithApiError" if self._server is not None else "RunWithoutApiError"
+        return f"{way} error: Failed to build MicroVM from Json"
+
     def _put_metadata(self, text: bytes) -> None:
-        problem = "Populating MMDS from file failed"
+        # Firecracker has words for each way in.
+        building = "RunWithApiError error: Failed to build MicroVM: Populating MMDS from file failed"
+        if self._config is not None:
+            building = f"{self._building}: Configuration for VMM from one single json failed"
         try:
             self._controller.execute(Command("put_mmds", decode(text, object)))
         except msgspec.DecodeError as error:
             where = self._options.value("metadata")
             raise CrackleError(
-                f"{problem}: metadata provided not valid json: {explain(error, None, text)}: {where}"
+                f"MMDS error: metadata provided not valid json: {explain(error, None, text)}: {where}"
             ) from None
         except CrackleError as error:
-            raise CrackleError(f"{problem}: {error}") from error
+            said = str(error).replace("MMDS limit exceeded error", "MMDS error")
+            raise CrackleError(
+                f"{building}: {said if self._config is not None else said.removeprefix('MMDS error: ')}"
+            ) from error
         self._logger.info("Successfully added metadata to mmds from file")
 
     def _start_from_file(self, text: bytes) -> None:
-        problem = "Failed to build MicroVM from Json"
+        problem = self._building
         try:
             config = decode(text, VmConfig)
         except msgspec.DecodeError as error:
@@ -275,7 +287,7 @@ class VmmProcess(Monitor):
             self._controller.configure(config)
         except CrackleError as error:
             raise CrackleError(
-                f"{problem}: Configuration for VMM from one single json failed: {error}"
+                f"{problem}: Configuration for VMM from one single json failed: {_in_file(str(error))}"
             ) from error
         try:
             self._controller.execute(Command("start"))
@@ -358,6 +370,23 @@ class VmmProcess(Monitor):
         attempt(self._controller.stop)
         self._loop.close()
         self._metrics.close()
+
+
+# How what is wrong with a resource begins over the API, and how in a configuration file.
+_IN_FILE = (
+    ("Machine config error", "VM config error"),
+    ("Drive config error", "Block device error"),
+    ("Network config error", "Network device error"),
+    ("Vsock config error", "Vsock device error"),
+    ("MMMDS config error", "MMDS config error"),
+)
+
+
+def _in_file(problem: str) -> str:
+    for words, others in _IN_FILE:
+        if problem.startswith(words):
+            return others + problem.removeprefix(words)
+    return problem
 
 
 def _allow_many_descriptors() -> None:

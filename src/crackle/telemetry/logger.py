@@ -157,7 +157,7 @@ class Logger:
             self.throttled += 1
             return
         if throttle.held:
-            message += f" ({throttle.held} like it before were not logged)"
+            self._write(WARNING, f"{throttle.held} messages were suppressed due to rate limiting")
             throttle.held = 0
         self._write(INFO, message)
 

@@ -13,7 +13,7 @@ import msgspec
 
 from crackle.errors import ConfigError, CrackleError
 from crackle.telemetry.names import SECTIONS, STORED_NAMES, STORED_SECTIONS, SUMMED
-from crackle.telemetry.sink import Sink
+from crackle.telemetry.sink import BAD_INPUT, Sink
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 FLUSH_PERIOD_S = 60.0
 
 
-_BAD_INPUT = "Cannot initialize the metrics system due to bad user input"
-
-
 def empty_section(name: str) -> Section:
     """The section ``name`` with every metric at zero."""
     return {
@@ -42,7 +39,9 @@ def empty_section(name: str) -> Section:
 class Metrics:
     """The metrics of one microVM, and the file or pipe that takes them once it is configured."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, own: bool = False) -> None:
+        """own: write what only Crackle counts, too. Strict readers of Firecracker's metrics refuse such names."""
+        self._own = own
         self.counters: dict[str, dict[str, int]] = {
             name: empty_section(name)
             for name in (
@@ -65,9 +64,11 @@ class Metrics:
 
     def configure(self, path: str, extra: Mapping[str, Any]) -> None:
         """Open the destination, which can be done once; raises ConfigError. `extra` is in every line."""
+        sink = Sink.open(path, BAD_INPUT)
         if self._sink is not None:
-            raise ConfigError(f"{_BAD_INPUT}: Reinitialization of metrics not allowed.")
-        self._sink = Sink.open(path, _BAD_INPUT)
+            sink.close()
+            raise ConfigError(f"{BAD_INPUT}: Reinitialization of metrics not allowed.")
+        self._sink = sink
         self._extra.update(extra)
 
     def attach(self, sink: Sink) -> None:
@@ -96,7 +97,7 @@ class Metrics:
         """
         if self._sink is None:
             return False
-        tree = self.collect()
+        tree = self.collect() if self._own else _firecrackers(self.collect())
         line = {"utc_timestamp_ms": time.time_ns() // 1_000_000, **self._extra}
         for name, section in tree.items():
             line[name] = section if name in STORED_SECTIONS else _growth(section, self._written.get(name, {}))
@@ -110,6 +111,16 @@ class Metrics:
         """Close the destination; idempotent."""
         if self._sink is not None:
             self._sink.close()
+
+
+def _firecrackers(tree: Tree) -> Tree:
+    """What of it Firecracker counts too."""
+    kinds = {name: name if name in SECTIONS else _kind_of(name) for name in tree}
+    return {
+        name: {metric: section[metric] for metric in SECTIONS[kind].split() if metric in section}
+        for name, section in tree.items()
+        if (kind := kinds[name]) is not None
+    }
 
 
 def _kind_of(name: str) -> str | None:

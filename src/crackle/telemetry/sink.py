@@ -7,6 +7,9 @@ import os
 from crackle.errors import ConfigError, os_reason
 from crackle.runtime.stream import OWN, borrow, put
 
+# How it begins to say that there can be no metrics file.
+BAD_INPUT = "Cannot initialize the metrics system due to bad user input"
+
 
 class Sink:
     """Takes whole lines.

@@ -33,7 +33,7 @@ _ABOUT = {
     NetworkInterface: "Network config error",
     NetworkInterfaceUpdate: "Network config error",
     Vsock: "Vsock config error",
-    MmdsConfig: "MMDS config error",
+    MmdsConfig: "MMMDS config error",  # as clients know it
     SnapshotCreate: "Create snapshot error",
     SnapshotLoad: "Load snapshot error",
 }

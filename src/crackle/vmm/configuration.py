@@ -210,7 +210,7 @@ class Configuration:
         self.config.serial = serial
 
     def put_mmds_config(self, mmds: MmdsConfig) -> None:
-        with context("MMDS config error"):
+        with context("MMMDS config error"):  # as clients know it
             if mmds.ipv4_address is not None and not _is_link_local(mmds.ipv4_address):
                 raise ConfigError(
                     f"The MMDS IPv4 address is not link local. It is {mmds.ipv4_address}; one from 169.254.1.0 to "
