@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
+import shutil
 import signal
 import stat
 import subprocess
@@ -19,8 +21,10 @@ import pytest
 from crackle.jail.options import OPTIONS
 from support.documents import Reader, blocks
 from support.jails import EMPTY_ROOT, JAILER, NONE, RECORDED, Jailed, descriptors, tree
+from support.vhost_user import Impostor
 
 from .conftest import PATIENCE, Client, Process
+from .test_preload import configure, use
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes jails: needs root")
 
@@ -227,6 +231,101 @@ def test_a_guest_boots_is_saved_and_loaded_and_nothing_is_imported_in_the_jail(
     two.process.terminate()
     assert two.process.wait(PATIENCE) == -signal.SIGTERM
     assert two.imports() == []
+
+
+def test_a_snapshot_is_loaded_from_a_page_fault_handler_outside(
+    jail: Callable[..., Jailed], guests: Path
+) -> None:
+    one = jail()
+    one.give(guests / "count.elf")
+    one.start()
+    api = boot(one, "count.elf")
+    one.wait_for("count 3")
+    api.ask("PATCH", "/vm", {"state": "Paused"})
+    api.ask("PUT", "/snapshot/create", {"snapshot_path": "/state", "mem_file_path": "/memory"})
+    one.end()
+
+    two = jail("two")
+    two.give(one.root / "state")
+    two.start(command=(sys.executable, "-c", RECORDED))
+    command = [sys.executable, "-m", "support.page_handler", two.root / "faults", one.root / "memory"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) as handler:
+        try:
+            assert handler.stdout is not None
+            assert handler.stdout.readline() == b"ready\n"
+            os.chown(two.root / "faults", two.user, -1)
+            backend = {"backend_type": "Uffd", "backend_path": "/faults"}
+            load = {"snapshot_path": "/state", "mem_backend": backend, "resume_vm": True}
+            client(two).ask("PUT", "/snapshot/load", load)
+            two.wait_for("count 6")
+        finally:
+            two.end()
+            handler.kill()
+    assert two.imports() == []
+
+
+def test_nothing_is_imported_in_the_jail_whatever_the_microvm_has(
+    jail: Callable[..., Jailed], guests: Path, tmp_path: Path, namespace: Any
+) -> None:
+    one = jail()
+    # Files have the same names inside and outside, and all are root's.
+    one.user = 0
+    inside = one.root / str(tmp_path / "both").lstrip("/")
+    inside.mkdir(parents=True)
+    (tmp_path / "both").symlink_to(inside)
+    os.chown(one.root, 0, 0)
+    (inside / "log").touch()
+    shutil.copy(guests / "echo.elf", inside)
+    backend = Impostor(tmp_path / "both" / "backend")
+    try:
+        # Making a TAP takes a capability.
+        namespace.tap("preload0")
+        recorded = (sys.executable, "-c", RECORDED)
+        one.start("--netns", namespace.path, "--", "--boot-timer", command=recorded)
+        everything = {"logger", "metrics", "Sync", "Async", "vhost-user", "vsock", "net", "mmds"}
+        api = client(one)
+        configure(api, tmp_path / "both", tmp_path / "both", everything, backend)
+        api.ask("PUT", "/actions", {"action_type": "InstanceStart"})
+        use(api, tmp_path / "both", everything)
+        # A second after the start what only the start needed is given back.
+        select.select([], [], [], 1.2)
+        api.close()
+        one.process.stdin.write(b"end\n")
+        one.process.stdin.flush()
+        assert one.process.wait(PATIENCE) == 0
+    finally:
+        backend.close()
+    assert one.imports() == []
+
+
+def test_a_configuration_file_and_a_guest_that_fails(jail: Callable[..., Jailed], guests: Path) -> None:
+    one = jail()
+    one.give(guests / "faults.elf")
+    config = {
+        "boot-source": {"kernel_image_path": "/faults.elf", "boot_args": "f=triple"},
+        "drives": [],
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": 64},
+    }
+    (one.root / "config").write_text(json.dumps(config))
+    done = subprocess.run(
+        [sys.executable, "-c", RECORDED, *one.arguments("--", "--no-api", "--config-file", "config")],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 1, done
+    assert one.imports() == []
+
+
+def test_an_unexpected_exception_is_reported_as_anywhere_else(jail: Callable[..., Jailed]) -> None:
+    one = jail()
+    broken = f"from crackle.cli import vmm\nvmm._serve = None\n{RECORDED}"
+    done = subprocess.run(
+        [sys.executable, "-c", broken, *one.arguments()], capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 1
+    assert "TypeError" in done.stderr
+    assert one.imports() == []
 
 
 def test_refusals_say_why_with_firecrackers_status(tmp_path: Path) -> None:
