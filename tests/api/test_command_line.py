@@ -222,6 +222,23 @@ def test_a_configuration_file_starts_the_microvm_and_the_api_serves_it(
     assert told() == ["start"]
 
 
+@pytest.mark.parametrize("switch", [[], ["--exit-on-failed-load"]])
+def test_a_failed_load_ends_the_process_where_that_is_asked_for(
+    start: Callable[..., Vmm], switch: list[str]
+) -> None:
+    vmm = start(*switch, fake=True)
+    load = {"snapshot_path": "none", "mem_backend": {"backend_path": "none", "backend_type": "File"}}
+    malformed = vmm.request("PUT", "/snapshot/load", {"snapshot_path": "none"})
+    assert malformed.status == 400
+    answer = vmm.request("PUT", "/snapshot/load", load)
+    assert answer.fault.startswith("Load snapshot error: Failed to restore from snapshot")
+    if switch:
+        assert vmm.wait() == 1
+        assert "Loading snapshot failed" in vmm.log.read_text()
+    else:
+        assert vmm.request("GET", "/").json["state"] == "Not started"
+
+
 def test_what_the_api_shows_is_a_configuration_file(
     start: Callable[..., Vmm], started: Vmm, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ OPTIONS: dict[str, tuple[str | None, str | None, str]] = {
     "core-scheduling": (None, None, "Share no core with other processes where cores have several threads."),
     "describe-snapshot": ("path", None, "Print the format version of a snapshot."),
     "enable-pci": (None, None, "Attach devices by PCI. Not supported yet."),
+    "exit-on-failed-load": (None, None, "End, with status 1, when a snapshot cannot be loaded."),
     "http-api-max-payload-size": ("bytes", "51200", "Largest body of an API request."),
     "id": ("id", DEFAULT_INSTANCE_ID, "Name of the microVM: 1 to 64 letters, digits and hyphens."),
     "level": ("level", None, "Least severe level that is logged: Off, Error, Warning, Info, Debug, Trace."),

@@ -195,6 +195,8 @@ class VmmProcess(Monitor):
             cloner=self._cloner,
         )
         self._server = None if listener is None else ApiServer(self._loop, listener, self._controller, limit)
+        if "exit-on-failed-load" in options:
+            self._controller.on_failed_load = self._end_for_load
         self._watch_signals()
 
     def run(self) -> int:
@@ -217,6 +219,8 @@ class VmmProcess(Monitor):
         if self._signal:
             signal.signal(self._signal, signal.SIG_DFL)
             os.kill(os.getpid(), self._signal)
+            # Still here: the kernel spares process 1 of a PID namespace (pid_namespaces(7)).
+            return 128 + self._signal
         return self._status
 
     def run_clone(self, heritage: Heritage, clone: Clone, line: Line) -> int:
@@ -246,6 +250,11 @@ class VmmProcess(Monitor):
         # A machine that runs already has imported what it wants, and nothing comes after it.
         if self._controller.state == NOT_STARTED:
             preload_idle()
+
+    def _end_for_load(self) -> None:
+        self._logger.error("RunWithApiError error: Failed to build MicroVM: Loading snapshot failed..")
+        self._status = 1
+        self._loop.stop()
 
     @property
     def _building(self) -> str:

@@ -169,6 +169,8 @@ class Controller:
         self._restore = restore
         self._template = template
         self.cloner = cloner
+        # Who wants to know that a snapshot could not be restored, besides the one who asked.
+        self.on_failed_load: Callable[[], None] | None = None
         self._prepare = prepare
         self._shell = shell
         self._shell_for = None if shell is None else (self.config.machine_config, False)
@@ -339,8 +341,13 @@ class Controller:
                 raise ConfigError(
                     "Loading a microVM snapshot not allowed after configuring boot-specific resources."
                 )
-            with context("Failed to restore from snapshot"):
-                self._timed("load_snapshot", lambda: self._load(request))
+            try:
+                with context("Failed to restore from snapshot"):
+                    self._timed("load_snapshot", lambda: self._load(request))
+            except BaseException:
+                if self.on_failed_load is not None:
+                    self.on_failed_load()
+                raise
 
     def _load(self, request: SnapshotLoad) -> None:
         from crackle.snapshot.load import Loaded
