@@ -179,7 +179,7 @@ def test_a_handler_ends_with_its_program(tmp_path: Path) -> None:
     program = (
         "import os, sys, crackle\n"
         "handler = crackle.PageHandler(sys.argv[1])\n"
-        "print(handler.pid, flush=True)\n"
+        "print(handler.pid, handler.path, flush=True)\n"
         "if not os.fork(): sys.stdin.read(); os._exit(0)\n"
         "sys.stdin.read()"
     )
@@ -191,9 +191,12 @@ def test_a_handler_ends_with_its_program(tmp_path: Path) -> None:
     ) as process:
         assert process.stdout is not None
         assert process.stdin is not None
-        pid = int(process.stdout.readline())
+        number, path = process.stdout.readline().split()
+        pid = int(number)
         assert alive(pid)
+        assert Path(path).exists()
         process.kill()
         # The forked child that lives on has nothing of the handler.
         assert gone(pid)
+        assert not Path(path).parent.exists()
         process.stdin.close()

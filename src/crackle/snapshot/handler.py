@@ -265,9 +265,15 @@ def main() -> None:
     def report(sentence: str) -> None:
         print(f"crackle: {sentence}", file=sys.stderr, flush=True)
 
-    handler = Handler(memory_path, socket(fileno=int(number)), report, record=record == "record")
+    listener = socket(fileno=int(number))
+    path = listener.getsockname()
+    handler = Handler(memory_path, listener, report, record=record == "record")
     handler.serve(until=0)
     handler.close()
+    # A program that was killed has not done it.
+    for remove, what in ((os.unlink, path), (os.rmdir, os.path.dirname(path))):
+        with contextlib.suppress(OSError):
+            remove(what)
     handler.settle()
 
 
