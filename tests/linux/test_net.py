@@ -199,3 +199,34 @@ def test_two_microvms_talk_over_a_bridge(
     for guest in guests:
         counted = counters(guest)
         assert {name: counted[name] for name in FAILURES} == dict.fromkeys(FAILURES, 0)
+
+
+def test_a_guest_reaches_the_world_by_routes_and_rules_made_by_hand(
+    namespaces: Callable[[], Namespace], boot: Callable[..., Guest], tools: dict[str, object]
+) -> None:
+    host, world = namespaces(), namespaces()
+    out, _ = host.veth(world, address="192.0.2.1/24", peer="192.0.2.2/24")
+    tap = host.tap(address="172.16.0.1/30")
+    host.switch("net/ipv4/ip_forward", 1)
+    for rule in (
+        "add table ip microvms",
+        "add chain ip microvms out { type nat hook postrouting priority srcnat; }",
+        f"add rule ip microvms out ip saddr 172.16.0.2 oifname {out} counter masquerade",
+    ):
+        host.run("nft", rule)
+    arguments = "ip=172.16.0.2::172.16.0.1:255.255.255.252::eth0:off"
+    with host.entered():
+        guest = boot(interfaces=[NetworkInterface("eth0", tap, MAC)], boot_args=arguments, **tools)
+    guest.wait_shell()
+    # Which knows no way back to the guest: the host's own address is what it sees.
+    assert "2 packets received" in guest.sh("ping -c 2 -i 0.2 192.0.2.2")
+    assert "counter packets 0" not in host.run("nft", "list table ip microvms").stdout
+    with world.socket() as listener:
+        listener.bind(("192.0.2.2", 80))
+        listener.listen()
+        listener.settimeout(60)
+        guest.sh("echo from the guest | nc 192.0.2.2 80 &")
+        stream, peer = listener.accept()
+        with stream:
+            assert peer[0] == "192.0.2.1"
+            assert stream.recv(100) == b"from the guest\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from pathlib import Path
 from signal import SIGINT
@@ -196,6 +197,18 @@ def doctor(
     rows = report()
     (render_json if as_json else render)(rows)
     raise typer.Exit(0 if runs_linux(rows) else 1)
+
+
+@app.command()
+def cni() -> None:
+    """For container runtimes: a CNI plugin that gives a microVM the interface that another plugin has made.
+
+    The call is in the environment (CNI_COMMAND, ...), its configuration on standard input. The same as `crackle-cni`,
+    which can be linked into the runtime's plugin directory, as tc-redirect-tap too.
+    """
+    from crackle.hostnet.cni import run as call
+
+    raise typer.Exit(call(os.environ, sys.stdin.buffer.read()))
 
 
 @app.command()
