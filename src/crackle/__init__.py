@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from crackle.schema.config import VmConfig as VmConfig
     from crackle.schema.drive import Drive as Drive
     from crackle.schema.drive import Overlay as Overlay
+    from crackle.schema.jail import Jail as Jail
     from crackle.schema.mmds import MmdsConfig as MmdsConfig
     from crackle.schema.net import NetworkInterface as NetworkInterface
     from crackle.schema.rate_limiter import RateLimiter as RateLimiter
@@ -52,6 +53,7 @@ _MODULE_OF = {
     "Drive": "crackle.schema.drive",
     "ExitStatus": "crackle.vmm.machine",
     "GuestError": "crackle.errors",
+    "Jail": "crackle.schema.jail",
     "KvmError": "crackle.errors",
     "Logger": "crackle.telemetry.logger",
     "Match": "crackle.vmm.console",

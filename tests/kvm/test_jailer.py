@@ -346,4 +346,6 @@ def test_help_and_version_go_before_everything_else() -> None:
 def test_the_document_is_true(tmp_path: Path) -> None:
     with Reader(tmp_path) as reader:
         for block in blocks(Path("docs/jailer.md")):
-            reader.do(block)
+            # The others boot Linux.
+            if block.language == "console":
+                reader.do(block)

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from crackle import MicroVM
     from crackle.runtime.loop import Loop
     from crackle.schema.config import VmConfig
+    from crackle.schema.jail import Jail
     from crackle.schema.net import NetworkInterface
+    from crackle.schema.vsock import Vsock
 
 _SIZE = re.compile(r"([0-9]+)\s*(?:(M|G)(?:i?B)?)?", re.IGNORECASE)
 
@@ -63,6 +65,7 @@ class Wanted(msgspec.Struct, kw_only=True):
     vsock: str | None = None
     metadata: str | None = None
     config: str | None = None
+    jail: str | None = None
 
 
 def options(wanted: Wanted) -> dict[str, Any]:
@@ -95,9 +98,26 @@ def options(wanted: Wanted) -> dict[str, Any]:
     found["boot_args"] = " ".join([found["boot_args"], *wanted.append]).strip()
     if wanted.metadata is not None:
         found["metadata"] = _json(wanted.metadata)
+    if wanted.jail is not None:
+        found["jail"] = _jail(wanted.jail, found.get("vsock"))
     if "kernel" not in found:
         raise ConfigError("There is no kernel: give one, or a configuration file with --config.")
     return found
+
+
+def _jail(text: str, vsock: Vsock | str | None) -> Jail:
+    """Of a user and a group, which has the user's number if none is given; it sees the folder of vsock's socket."""
+    from crackle.schema.jail import Jail
+
+    user, colon, group = text.partition(":")
+    ids = [user, group if colon else user]
+    if not all(each.isascii() and each.isdecimal() for each in ids):
+        raise ConfigError(
+            f"{text!r} is no user that --jail knows: give its number, as in 20000 or 20000:20000."
+        )
+    path = vsock if vsock is None or isinstance(vsock, str) else vsock.uds_path
+    paths = () if path is None else (os.path.dirname(os.path.abspath(path)),)
+    return Jail(uid=int(ids[0]), gid=int(ids[1]), paths=paths)
 
 
 def _read(path: str) -> bytes:

@@ -121,6 +121,13 @@ def run(
     allow_host: network_commands.AllowHost = False,
     allow_lan: network_commands.AllowLan = False,
     allow: network_commands.Allow = None,
+    jail: Annotated[
+        str | None,
+        typer.Option(
+            metavar="USER[:GROUP]",
+            help="Run the guest in a jail: a process of this user, a number, that sees kernel and disks and no more.",
+        ),
+    ] = None,
 ) -> None:
     """Boot a microVM with its console on this terminal. Ctrl-] asks it to shut down; twice pulls the plug.
 
@@ -144,7 +151,12 @@ def run(
         vsock=vsock,
         metadata=metadata,
         config=config,
+        jail=jail,
     )
+    if jail is not None and api_sock is not None:
+        raise ConfigError(
+            "--api-sock is not served for a guest in a jail: use crackle-jailer, or leave one out."
+        )
     if not net and (name is not None or network != DEFAULT_NETWORK or allow_host or allow_lan or allow):
         raise ConfigError("--name, --network and --allow... say what --net is to do: give --net as well.")
     arguments = boot.options(wanted)

@@ -6,17 +6,24 @@ import os
 import time
 
 from crackle.jail.folder import Folder
-from crackle.jail.namespaces import daemonize, enter_processes, enter_root, join_network, leave_mounts
+from crackle.jail.namespaces import (
+    daemonize,
+    enter_processes,
+    enter_root,
+    join_network,
+    leave_mounts,
+    mount_on_itself,
+)
 from crackle.jail.privileges import drop, set_limits
 from crackle.jail.undo import Undo, step
 from crackle.runtime.system import close_from, load_unwinder, set_title, title_place
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from crackle.jail.options import Jail
+    from crackle.jail.options import Wanted
 
 
-def enter(jail: Jail, started_us: int) -> list[str]:
+def enter(jail: Wanted, started_us: int) -> list[str]:
     """Be in the jail, forked if it is to be a daemon or process 1; the arguments of the monitor in it.
 
     started_us: when the jailer began, of the monotonic clock. What is wanted later has to be imported before: there is
@@ -39,7 +46,7 @@ def enter(jail: Jail, started_us: int) -> list[str]:
 
 
 def monitor_arguments(
-    jail: Jail, started_us: int = 0, started_cpu_us: int = 0, used_us: int = 0
+    jail: Wanted, started_us: int = 0, started_cpu_us: int = 0, used_us: int = 0
 ) -> list[str]:
     """What Firecracker's jailer adds to those that it is given for the monitor."""
     return [
@@ -51,7 +58,7 @@ def monitor_arguments(
     ]
 
 
-def _enter(jail: Jail, undo: Undo) -> int:
+def _enter(jail: Wanted, undo: Undo) -> int:
     """The microseconds of processor time that it has taken."""
     load_unwinder()
     leave_mounts()
@@ -66,7 +73,7 @@ def _enter(jail: Jail, undo: Undo) -> int:
             null = undo.hold(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
     folder.furnish()
     folder.make_pid_file()
-    enter_root(folder.root)
+    enter_root(undo.hold(mount_on_itself(folder.root)))
     # As the files there are: those of the host's clock are not.
     time.tzset()
     folder.hand_over()

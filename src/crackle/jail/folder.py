@@ -11,24 +11,20 @@ import os
 import stat
 
 from crackle.errors import ConfigError
+from crackle.jail.devices import make_devices
 from crackle.jail.undo import Undo, step
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from crackle.jail.options import Jail
+    from crackle.jail.options import Wanted
 
 _FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-
-# Documentation/admin-guide/devices.txt; that of userfaultfd is given out at run time.
-_MISC = 10
-_KVM, _TUN = (_MISC, 232), (_MISC, 200)
-_URANDOM = (1, 9)
 
 
 class Folder:
     """Makes what is missing, and owns descriptors of all of it until the `Undo` is closed. Raises ConfigError."""
 
-    def __init__(self, jail: Jail, undo: Undo) -> None:
+    def __init__(self, jail: Wanted, undo: Undo) -> None:
         self._jail = jail
         self._undo = undo
         self._pid = -1
@@ -53,12 +49,7 @@ class Folder:
         self._take(net, "/dev/net")
         run = self._descend(self.root, "run", "/run")
         self._take(run, "/run")
-        self._make_device(net, "tun", "/dev/net/tun", _TUN)
-        self._make_device(dev, "kvm", "/dev/kvm", _KVM)
-        self._make_device(dev, "urandom", "/dev/urandom", _URANDOM)
-        minor = _userfault_minor()
-        if minor is not None:
-            self._make_device(dev, "userfaultfd", "/dev/userfaultfd", (_MISC, minor))
+        make_devices(dev, net, self._jail.uid, self._jail.gid, self._undo)
 
     def make_pid_file(self) -> None:
         """Without a number yet."""
@@ -113,24 +104,3 @@ class Folder:
         with step(f"Failed to change permissions on {path}"):
             os.fchmod(fd, 0o700)
         self._own.append((fd, path))
-
-    def _make_device(self, parent: int, name: str, path: str, number: tuple[int, int]) -> None:
-        with step(f"Failed to create {path} via mknod inside the jail"):
-            os.mknod(name, stat.S_IFCHR | 0o600, os.makedev(*number), dir_fd=parent)
-        self._undo.push(lambda: os.unlink(name, dir_fd=parent))
-        with step(f"Failed to change owner for {path}"):
-            os.chown(name, self._jail.uid, self._jail.gid, dir_fd=parent, follow_symlinks=False)
-
-
-def _userfault_minor() -> int | None:
-    """None where the host's kernel has no such device."""
-    try:
-        with open("/proc/misc", "rb", buffering=0) as file:
-            lines = file.readall().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        minor, _, name = line.strip().partition(b" ")
-        if name == b"userfaultfd":
-            return int(minor)
-    return None

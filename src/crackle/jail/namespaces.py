@@ -49,21 +49,29 @@ def join_network(path: str) -> None:
         os.close(fd)
 
 
-def enter_root(folder: int) -> None:
-    """Have the folder, with what is mounted in it, as root and directory, and no other file. Raises ConfigError."""
+def mount_on_itself(folder: int) -> int:
+    """The folder, with what is mounted in it, as a mount of its own: a descriptor of that. Raises ConfigError."""
     with step("Failed to bind mount the jail root directory"):
         tree = clone_tree(folder)
-    try:
-        with step("Failed to bind mount the jail root directory"):
+        try:
             attach_tree(tree, folder)
-            os.fchdir(tree)
-    finally:
-        os.close(tree)
+        except BaseException:
+            os.close(tree)
+            raise
+    return tree
+
+
+def enter_root(mount: int) -> None:
+    """Have a mount, of which this is a descriptor, as root and working directory, and no other. Raises ConfigError."""
     with step("Failed to pivot root"):
+        os.fchdir(mount)
         # Onto itself: the old root is above it then, and needs no folder.
         pivot_root()
     with step("Failed to unmount the old jail root"):
-        detach_old_root()
+        own = os.fstat(mount)
+        # What is mounted above the root is where its `..` leads.
+        while not os.path.samestat(os.stat("/.."), own):
+            detach_old_root()
         os.chdir("/")
 
 

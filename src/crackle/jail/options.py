@@ -53,7 +53,7 @@ _REPEATABLE = ("cgroup", "resource-limit")
 _ID_LIMIT = 64
 
 
-class Jail:
+class Wanted:
     """What a jail is to be, checked; `extra` is for the monitor."""
 
     __slots__ = (
@@ -123,7 +123,7 @@ class Jail:
             raise ConfigError(f"Invalid resource argument: {name}")
 
 
-def parse(arguments: Sequence[str]) -> Jail | str:
+def parse(arguments: Sequence[str]) -> Wanted | str:
     """The jail that is asked for, or "help" or "version". Raises ConfigError, and UsageError for what means nothing."""
     given = list(arguments)
     extra: list[str] = []
@@ -145,7 +145,7 @@ def parse(arguments: Sequence[str]) -> Jail | str:
     for name in REQUIRED:
         if name not in one:
             raise UsageError(f"Argument '{name}' required, but not found.")
-    return Jail(
+    return Wanted(
         id=one["id"],
         exec_file=one["exec-file"],
         uid=one["uid"],

@@ -18,19 +18,24 @@ import sys
 
 import msgspec
 
+from crackle.errors import CrackleError
+from crackle.jail.room import enter
 from crackle.monitor.served import ServedProcess
-from crackle.runtime.channel import descriptors
+from crackle.runtime.channel import Channel, descriptors
 from crackle.runtime.system import close_from, set_title
 from crackle.runtime.zygote import Zygote
 from crackle.snapshot import statefile
 from crackle.snapshot.load import Template
+from crackle.vmm.commands import NOT_STARTED
 from crackle.vmm.preload import preload_all
-from crackle.vmm.wire import Birth, Forget, Keep, Wish
+from crackle.vmm.wire import NOTHING, Answer, Birth, Forget, Keep, Wish, encode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import NoReturn
+
+    from crackle.schema.jail import Jail
 
 _MESSAGE_MAX = 65536
 _FDS_MAX = 8
@@ -92,6 +97,8 @@ class Nursery(Zygote):
                 os.chdir(birth.directory)
             name = os.fsencode(birth.instance_id)
             set_title(*self._home.title, b"crackle-vmm --id " + name, b"crackle-vmm")
+            if birth.jail is not None and not _enter_jail(birth, birth.jail, commands):
+                os._exit(status)
             process = ServedProcess(birth, commands, events, (console_in, console_out), template)
             _signal.pthread_sigmask(_signal.SIG_SETMASK, [])
             process.run()
@@ -109,6 +116,16 @@ def _keep_only(fds: Sequence[int]) -> list[int]:
     kept = [os.dup2(fd, _FIRST + place, inheritable=False) for place, fd in enumerate(moved)]
     close_from(after)
     return kept
+
+
+def _enter_jail(birth: Birth, jail: Jail, commands: _socket.socket) -> bool:
+    """Whether it could be had; if not, its program is told why."""
+    try:
+        enter(jail, birth.instance_id, birth.directory)
+    except CrackleError as error:
+        Channel(commands).send(encode(Answer(NOT_STARTED, NOTHING, type(error).__name__, str(error))))
+        return False
+    return True
 
 
 def main(fd: int) -> None:

@@ -1,6 +1,6 @@
 """System calls that the os module of Python 3.11 lacks, as a zygote, its children and a jail need them. Each raises OSError.
 
-setns(2), unshare(2), open_tree(2), move_mount(2), pivot_root(2), umount2(2), capset(2), prctl(2), close_range(2),
+setns(2), unshare(2), fsopen(2), open_tree(2), move_mount(2), pivot_root(2), umount2(2), capset(2), prctl(2), close_range(2),
 sched_setattr(2), ioprio_set(2), inotify(7).
 """
 
@@ -40,6 +40,11 @@ cdef extern from * nogil:
         OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE | AT_EMPTY_PATH)
     #define attach_mounts(tree, folder) syscall(SYS_move_mount, tree, "", folder, "", \
         MOVE_MOUNT_F_EMPTY_PATH | 0x40 /* MOVE_MOUNT_T_EMPTY_PATH */)
+    /* FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE. */
+    #define open_filesystem(kind) syscall(SYS_fsopen, kind, 1 /* FSOPEN_CLOEXEC */)
+    #define set_option(context, name, value) syscall(SYS_fsconfig, context, 1, name, value, 0)
+    #define create_filesystem(context) syscall(SYS_fsconfig, context, 6, NULL, NULL, 0)
+    #define mount_filesystem(context) syscall(SYS_fsmount, context, 1 /* FSMOUNT_CLOEXEC */, 0)
     #define swap_root() syscall(SYS_pivot_root, ".", ".")
     #define detach_root() umount2(".", MNT_DETACH)
     #define follow_mounts() mount(NULL, "/", NULL, MS_SLAVE | MS_REC, NULL)
@@ -92,6 +97,10 @@ cdef extern from * nogil:
     void *dlopen(const char *name, int flags)
     long clone_mounts(int fd)
     long attach_mounts(int tree, int folder)
+    long open_filesystem(const char *kind)
+    long set_option(int context, const char *name, const char *value)
+    long create_filesystem(int context)
+    long mount_filesystem(int context)
     long swap_root()
     long detach_root()
     long follow_mounts()
@@ -149,6 +158,19 @@ def clone_tree(int folder):
 def attach_tree(int tree, int folder):
     """Mount what `clone_tree` has made on top of `folder`."""
     checked(attach_mounts(tree, folder))
+
+
+def make_tmpfs(options):
+    """A descriptor of an empty file system in memory, mounted nowhere yet. options: names and values (tmpfs(5))."""
+    cdef int context = <int> checked(open_filesystem(b"tmpfs"))
+    cdef bytes name, value
+    try:
+        for name, value in options.items():
+            checked(set_option(context, name, value))
+        checked(create_filesystem(context))
+        return <int> checked(mount_filesystem(context))
+    finally:
+        os.close(context)
 
 
 def pivot_root():

@@ -16,6 +16,7 @@ from crackle.errors import ConfigError, reason_of
 from crackle.schema.boot import BootSource
 from crackle.schema.codec import check_id, made, validated
 from crackle.schema.drive import Drive, DriveUpdate, Overlay
+from crackle.schema.jail import Jail
 from crackle.schema.machine import MachineConfig
 from crackle.schema.mmds import MmdsConfig
 from crackle.schema.net import NetworkInterface, NetworkInterfaceUpdate
@@ -34,6 +35,7 @@ _ABOUT = {
     NetworkInterfaceUpdate: "Network config error",
     Vsock: "Vsock config error",
     MmdsConfig: "MMMDS config error",  # as clients know it
+    Jail: "Jail error",
     SnapshotCreate: "Create snapshot error",
     SnapshotLoad: "Load snapshot error",
 }
@@ -124,6 +126,16 @@ def drives_of(rootfs: object, drives: object, read_only: bool, overlay: object =
 def overlay_of(value: object, what: str) -> Overlay:
     """The overlay at a path, if it is not one already."""
     return checked(value) if isinstance(value, Overlay) else Overlay(path_of(value, what))
+
+
+def jail_of(jail: object, *seen: str | None) -> Jail | None:
+    """The jail, if there is to be one, in which these paths are seen, too."""
+    if jail is None:
+        return None
+    if not isinstance(jail, Jail):
+        raise ConfigError(f"jail must be a crackle.Jail, not {jail!r}")
+    paths = [path_of(path, "a path of the jail") for path in jail.paths]
+    return checked(msgspec.structs.replace(jail, paths=(*paths, *filter(None, seen))))
 
 
 def drive_overrides(drives: Mapping[str, object], overlays: Mapping[str, object]) -> list[DriveOverride]:

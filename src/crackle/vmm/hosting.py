@@ -19,6 +19,7 @@ from crackle.vmm.shell import Shell
 from crackle.vmm.wire import Birth
 
 if TYPE_CHECKING:
+    from crackle.schema.jail import Jail
     from crackle.snapshot.fork import Heritage
     from crackle.snapshot.load import Loaded, Template
     from crackle.vmm.devices import Held
@@ -39,6 +40,7 @@ class Hosting(NamedTuple):
     metadata_limit: int
     profile: bool
     own_process: bool
+    jail: Jail | None = None
 
     def check(self) -> None:
         """ConfigError for what a process of its own cannot have."""
@@ -93,6 +95,7 @@ class Hosting(NamedTuple):
                 console=(console[0] >= 0, console[1] >= 0),
                 profile=self.profile,
                 snapshot=None if source is None else source.key,
+                jail=self.jail,
             )
             processes.ask(birth, [*link.theirs, *(fd for fd in console if fd >= 0)], source)
         except BaseException:

@@ -20,6 +20,7 @@ from crackle.runtime.ownership import end_dropped, enrol
 from crackle.schema.boot import BootSource
 from crackle.schema.config import VmConfig
 from crackle.schema.drive import Drive, DriveUpdate, Overlay
+from crackle.schema.jail import Jail
 from crackle.schema.machine import HugePages, MachineConfig
 from crackle.schema.mmds import MmdsConfig
 from crackle.schema.net import NetworkInterface, NetworkInterfaceUpdate
@@ -38,6 +39,7 @@ from crackle.vmm.arguments import (
     drive_overrides,
     drives_of,
     interfaces_of,
+    jail_of,
     make,
     overlay_of,
     pair_of,
@@ -83,6 +85,7 @@ class MicroVM:
     logger: what the controller logs to; by default nothing is logged.
     own_process: the guest runs in a process of its own, forked from a warm one, which is kept for that from the first
     time on; it ends with this one. Devices written in Python and a logger are this process's, and cannot be given then.
+    jail: a `Jail`, which that process enters before anything else, so that it is `own_process` in any case.
 
     As a context manager it starts the guest on entry and stops it on exit. Raises ConfigError when what is asked for
     cannot be had, with the API's words, and KvmError when the host cannot run it.
@@ -122,6 +125,7 @@ class MicroVM:
         logger: Logger | None = None,
         profile: bool = False,
         own_process: bool = False,
+        jail: Jail | None = None,
     ) -> None:
         check_rest(
             instance_id,
@@ -157,7 +161,11 @@ class MicroVM:
             mmds = mmds or MmdsConfig([card.iface_id for card in cards], "V2")
         if mmds is not None:
             mmds = checked(mmds)
-        hosting = Hosting(console, console_limit, custom, logger, metadata_limit, profile, own_process)
+        confined = jail_of(
+            jail, source.kernel_image_path, source.initrd_path, *(disk.path_on_host for disk in disks)
+        )
+        apart = own_process or confined is not None
+        hosting = Hosting(console, console_limit, custom, logger, metadata_limit, profile, apart, confined)
         self._set_up(instance_id, hosting)
         try:
             self._order("put_machine", machine)
@@ -200,6 +208,7 @@ class MicroVM:
         logger: Logger | None = None,
         profile: bool = False,
         own_process: bool = False,
+        jail: Jail | None = None,
     ) -> MicroVM:
         """The microVM of a snapshot, which goes on where that was taken; or is paused there, without `resume`.
 
@@ -234,7 +243,14 @@ class MicroVM:
         custom = devices_of(devices)
         if metadata is not None:
             metadata = document_of(metadata)
-        hosting = Hosting(console, console_limit, custom, logger, metadata_limit, profile, own_process)
+        confined = jail_of(
+            jail,
+            state_path,
+            memory_path if handler is None else path_of(handler, "handler"),
+            *(os.fsdecode(each) for each in drives.values()),
+        )
+        apart = own_process or confined is not None
+        hosting = Hosting(console, console_limit, custom, logger, metadata_limit, profile, apart, confined)
         vm = cls.begin_load(instance_id, hosting, request, metadata)
         vm.finish_load(resume=resume)
         return vm

@@ -231,7 +231,13 @@ class RemoteController:
         failure: CrackleError | None = None
         with self._lock:
             while self._owed:
-                frame = self._receive()
+                try:
+                    frame = self._receive()
+                except StateError:
+                    if failure is None:
+                        raise
+                    # It said why it would end.
+                    break
                 name = self._owed.pop(0)
                 try:
                     result = self._taken(name, _answers.decode(frame))

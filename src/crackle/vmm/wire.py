@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+from crackle.schema.jail import Jail
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -29,6 +31,7 @@ class Birth(msgspec.Struct, tag="birth", array_like=True):
     """A process for a microVM. With it: its ends of commands and events, and of the console as far as it has one.
 
     console: whether there is an input, and an output. snapshot: the key of the one that it loads, if it does.
+    jail: what it enters first; the first answer is an error if it cannot.
     """
 
     instance_id: str
@@ -37,6 +40,7 @@ class Birth(msgspec.Struct, tag="birth", array_like=True):
     console: tuple[bool, bool] = (False, False)
     profile: bool = False
     snapshot: int | None = None
+    jail: Jail | None = None
 
 
 class Order(msgspec.Struct, array_like=True):

@@ -1,0 +1,173 @@
+"""`MicroVM(..., jail=Jail(...))` and `crackle run --jail`: a program's microVM sees what it needs, and no more."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crackle import ConfigError, Jail, MicroVM
+from support.jails import EMPTY_ROOT, NONE, tree
+
+from .conftest import PATIENCE
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes jails: needs root")
+
+USER, GROUP = 60_700, 61_700
+JAIL = Jail(uid=USER, gid=GROUP)
+DEVICES = {path: mode for path, mode in EMPTY_ROOT.items() if mode & 0o170000 == 0o020000}
+
+
+def status(pid: int, name: str) -> list[str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(line.split()[1:] for line in lines if line.startswith(f"{name}:"))
+
+
+def mounts(pid: int) -> list[str]:
+    return [line.split()[4] for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
+
+
+def files(pid: int) -> dict[str, int]:
+    """All but folders, in its root."""
+    return {
+        path: mode for path, mode in tree(Path(f"/proc/{pid}/root")).items() if mode & 0o170000 != 0o040000
+    }
+
+
+def test_it_sees_its_kernel_and_drives_and_devices_and_has_no_privileges(
+    guests: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    os.chown(disk, USER, GROUP)
+    kernel = guests / "count.elf"
+    with MicroVM(kernel, boot_args="", memory=32, drives=[disk], jail=JAIL) as vm:
+        vm.console.expect("count 3\n", PATIENCE)
+        assert vm.pid != os.getpid()
+        expected = {str(path)[1:]: path.stat().st_mode for path in (kernel, disk)}
+        assert files(vm.pid) == {**DEVICES, **expected}
+        assert sorted(mounts(vm.pid)) == sorted(["/", str(kernel), str(disk)])
+        assert os.readlink(f"/proc/{vm.pid}/cwd") == os.getcwd()
+        for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+            assert status(vm.pid, kind) == [NONE], kind
+        assert status(vm.pid, "NoNewPrivs") == ["1"]
+        assert status(vm.pid, "Uid") == [str(USER)] * 4
+        assert status(vm.pid, "Gid") == [str(GROUP)] * 4
+        assert status(vm.pid, "Groups") == []
+        assert os.stat(f"/proc/{vm.pid}/root").st_uid == 0
+        # What the program names later is not there.
+        with pytest.raises(ConfigError, match="No such file or directory"):
+            vm.update_drive("drive0", "/etc/passwd")
+
+
+def test_relative_paths_are_the_programs(
+    guests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("kernel").write_bytes((guests / "count.elf").read_bytes())
+    with MicroVM("kernel", boot_args="", memory=32, jail=JAIL) as vm:
+        vm.console.expect("count 2\n", PATIENCE)
+        assert str(tmp_path / "kernel")[1:] in files(vm.pid)
+
+
+def test_snapshots_are_written_and_loaded_in_folders_that_it_sees(guests: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "snapshots"
+    folder.mkdir()
+    os.chown(folder, USER, GROUP)
+    seeing = Jail(uid=USER, gid=GROUP, paths=(str(folder),))
+    with MicroVM(guests / "count.elf", boot_args="", memory=32, jail=seeing) as vm:
+        vm.console.expect("count 3\n", PATIENCE)
+        vm.pause()
+        with pytest.raises(ConfigError, match="No such file or directory"):
+            vm.snapshot(tmp_path / "elsewhere")
+        os.makedirs(folder / "one")
+        os.chown(folder / "one", USER, GROUP)
+        vm.snapshot(folder / "one")
+    assert (folder / "one" / "state").stat().st_uid == USER
+    with MicroVM.restore(folder / "one", jail=JAIL) as vm:
+        vm.console.expect("count 6\n", PATIENCE)
+        assert set(files(vm.pid)) - set(DEVICES) == {
+            str(folder / "one" / name)[1:] for name in ("state", "memory")
+        }
+
+
+def test_network_namespace_cgroup_and_limits(guests: Path, namespace: Any) -> None:
+    if not Path("/sys/fs/cgroup/pids/tasks").exists():
+        pytest.skip("no cgroups of version 1")
+    parent = f"crackle-jail-test-{os.getpid()}"
+    place = Path("/sys/fs/cgroup/pids") / parent
+    jail = Jail(
+        uid=USER, gid=GROUP, netns=namespace.path, cgroups=("pids.max=60",), parent_cgroup=parent, no_file=500
+    )
+    try:
+        with MicroVM(guests / "count.elf", boot_args="", memory=32, jail=jail, instance_id="one") as vm:
+            vm.console.expect("count 2\n", PATIENCE)
+            assert os.stat(f"/proc/{vm.pid}/ns/net").st_ino == os.fstat(namespace.fd).st_ino
+            assert str(vm.pid) in (place / "one" / "tasks").read_text().split()
+            limits = Path(f"/proc/{vm.pid}/limits").read_text().splitlines()
+            assert next(line for line in limits if "open files" in line).split()[3:5] == ["500", "500"]
+    finally:
+        for group in (place / "one", place):
+            group.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("jail", "why"),
+    [
+        ("jail", "jail must be a crackle.Jail, not 'jail'"),
+        (Jail(uid=-1, gid=1), "Jail error: Expected `int` >= 0"),
+        (Jail(uid=(1 << 32) - 1, gid=1), "Jail error: Expected `int` <= 4294967294"),
+        (Jail(uid=1, gid=1, paths=("/no/such",)), "Failed to show /no/such in the jail: No such file"),
+        (Jail(uid=1, gid=1, paths=("/",)), "/ cannot be shown in a jail, which has its own"),
+        (Jail(uid=1, gid=1, paths=("/dev",)), "/dev cannot be shown in a jail, which has its own"),
+        (Jail(uid=1, gid=1, netns="/dev/null"), "Failed to join network namespace: netns: Invalid argument"),
+        (Jail(uid=1, gid=1, cgroups=("x",)), "Invalid format for cgroups: x"),
+        (Jail(uid=1, gid=1, parent_cgroup="/x"), "Parent cgroup path is invalid"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_cannot_be_is_said_to_the_program(guests: Path, jail: Any, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        MicroVM(guests / "count.elf", boot_args="", memory=32, jail=jail)
+
+
+RUN = (sys.executable, "-c", "from crackle.cli.main import main; main()", "run")
+
+
+@pytest.fixture
+def run_jailed(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*RUN, *arguments],
+            input="",
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            cwd=tmp_path,
+        )
+
+    return run
+
+
+def test_crackle_run_jails_its_guest(
+    run_jailed: Callable[..., subprocess.CompletedProcess[str]], guests: Path
+) -> None:
+    done = run_jailed("--jail", f"{USER}:{GROUP}", str(guests / "hello.elf"))
+    assert done.returncode == 0, done
+    assert "hello" in done.stdout
+
+
+def test_crackle_run_says_what_does_not_go_with_a_jail(
+    run_jailed: Callable[..., subprocess.CompletedProcess[str]], guests: Path
+) -> None:
+    done = run_jailed("--jail", "somebody", str(guests / "hello.elf"))
+    assert done.returncode == 1
+    assert "'somebody' is no user" in done.stderr
+    done = run_jailed("--jail", str(USER), "--api-sock", "api", str(guests / "hello.elf"))
+    assert done.returncode == 1
+    assert "--api-sock" in done.stderr
