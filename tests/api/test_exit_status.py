@@ -40,13 +40,82 @@ def end(command: list[str], *, cwd: Path, **options: Any) -> subprocess.Complete
         (signal.SIGXFSZ, 151),
         (signal.SIGSYS, 148),
         *((number, -number) for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)),
-        *((number, -number) for number in (signal.SIGILL, signal.SIGBUS, signal.SIGSEGV)),
+        # Sent: a fault of the monitor's own ends it by the signal.
+        (signal.SIGBUS, 149),
+        (signal.SIGSEGV, 150),
+        (signal.SIGILL, 157),
     ],
 )
 def test_a_signal_ends_crackle_vmm_with_its_status(vmm: Vmm, number: signal.Signals, status: int) -> None:
     assert vmm.request("GET", "/").status == 200
     vmm.process.send_signal(number)
     assert vmm.wait() == status
+
+
+# The first process of a PID namespace, in which a signal without a handler does nothing.
+_FIRST = """
+import subprocess, sys
+from crackle.runtime.system import CLONE_NEWPID, unshare
+
+unshare(CLONE_NEWPID)
+first = subprocess.Popen(sys.argv[1:])
+print(first.pid, flush=True)
+sys.exit(first.wait())
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        (signal.SIGHUP, 156),
+        (signal.SIGXCPU, 154),
+        (signal.SIGXFSZ, 151),
+        (signal.SIGBUS, 149),
+        (signal.SIGSEGV, 150),
+        (signal.SIGILL, 157),
+        *((number, 128 + number) for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)),
+    ],
+)
+def test_a_signal_ends_the_first_process_of_a_pid_namespace_too(
+    tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    log, metrics = tmp_path / "log", tmp_path / "metrics"
+    options = ("--api-sock", "socket", "--log-path", "log", "--metrics-path", "metrics")
+    outside = subprocess.Popen(
+        [sys.executable, "-c", _FIRST, *VMM, *options],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert outside.stdout is not None
+        first = int(outside.stdout.readline())
+        while not (tmp_path / "socket").exists():
+            assert outside.poll() is None
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(tmp_path / "socket"))
+            client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+            os.kill(first, number)
+            assert outside.wait(20) == status
+    finally:
+        outside.kill()
+        outside.wait()
+    assert f"Shutting down VM after intercepting signal {int(number)}" in log.read_text()
+    counted = json.loads(metrics.read_text().splitlines()[-1])["signals"]
+    assert counted.get(number.name.lower(), 1) == 1
+
+
+def test_a_fault_of_the_monitor_ends_it_by_the_signal(tmp_path: Path) -> None:
+    text = (
+        "import ctypes, os; from crackle.runtime.loop import Loop; import signal\n"
+        "loop = Loop(); loop.on_sent([signal.SIGSEGV], lambda number, code: print(number, code, flush=True))\n"
+        "loop.call_later(0.2, lambda: ctypes.string_at(8))\n"
+        "os.kill(os.getpid(), signal.SIGSEGV); loop.run()"
+    )
+    done = end([sys.executable, "-c", text], cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (-signal.SIGSEGV, f"{int(signal.SIGSEGV)} 0\n")
 
 
 def test_signals_that_the_parent_ignored_stay_ignored(tmp_path: Path) -> None:

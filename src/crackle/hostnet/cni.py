@@ -127,9 +127,7 @@ def _call(environment: Mapping[str, str], config: dict[str, Any], version: str, 
     arguments = dict(_arguments(environment.get("CNI_ARGS", "")))
     tap = arguments.get("TC_REDIRECT_TAP_NAME")
     if tap is not None and not _INTERFACE.fullmatch(tap):
-        raise CniError(
-            _BAD_ENVIRONMENT, f"TC_REDIRECT_TAP_NAME is {tap!r}, which is no name of an interface"
-        )
+        raise CniError(_BAD_ENVIRONMENT, f"TC_REDIRECT_TAP_NAME is {tap!r}, which is no name of an interface")
     previous = config.get("prevResult")
     if previous is not None and not isinstance(previous, dict):
         raise CniError(_BAD_CONFIG, "prevResult is no JSON object")

@@ -46,10 +46,16 @@ if TYPE_CHECKING:
 # What the process ends with when it intercepts a signal, as Firecracker does.
 SIGNAL_STATUS = {
     signal.SIGSYS: 148,
+    signal.SIGBUS: 149,
+    signal.SIGSEGV: 150,
     signal.SIGXFSZ: 151,
     signal.SIGXCPU: 154,
     signal.SIGHUP: 156,
+    signal.SIGILL: 157,
 }
+
+# Those of them that are intercepted where somebody has sent them; a fault is the kernel's, core and all.
+_RAISED_BY_FAULTS = (signal.SIGBUS, signal.SIGSEGV, signal.SIGILL)
 
 # Seconds after the API answers when its clients are taken to be slow.
 _IDLE_S = 0.05
@@ -355,15 +361,18 @@ class VmmProcess(Monitor):
 
     def _watch_signals(self) -> None:
         for number in (*SIGNAL_STATUS, *_TERMINATE):
-            self._loop.on_signal(number, self._intercept)
+            if number not in _RAISED_BY_FAULTS:
+                self._loop.on_signal(number, self._intercept)
+        self._loop.on_sent(_RAISED_BY_FAULTS, self._intercept)
 
-    def _intercept(self, number: int) -> None:
+    def _intercept(self, number: int, code: int | None = None) -> None:
         name = signal.Signals(number).name.lower()
         if name in self._metrics.counters["signals"]:
             self._metrics.counters["signals"][name] = 1
         elif number == signal.SIGSYS:
             self._metrics.counters["seccomp"]["num_faults"] = 1
-        self._logger.error(f"Shutting down VM after intercepting signal {number}.")
+        shown = "" if code is None else f", code {code}"
+        self._logger.error(f"Shutting down VM after intercepting signal {number}{shown}.")
         if number in _TERMINATE:
             self._signal = number
         else:

@@ -13,7 +13,7 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
     Handler = Callable[[int], None]
@@ -54,6 +54,7 @@ class Loop:
         self._timers: list[Timer] = []
         self._signals: dict[int, tuple[Callable[[int], None], Any]] = {}
         self._signal_pipe: tuple[int, int] | None = None
+        self._sent_pipe: tuple[int, int] | None = None
         self._running = False
 
     def attempt(self, call: Callable[..., object], *arguments: object) -> bool:
@@ -128,6 +129,25 @@ class Loop:
         # The wake-up descriptor gets a byte only for signals that have a Python handler.
         _signal.signal(number, lambda _number, _frame: None)
 
+    def on_sent(self, numbers: Iterable[int], handler: Callable[[int, int], None]) -> None:
+        """Call ``handler`` with number and code (sigaction(2)) when somebody sends the process one of these signals.
+
+        For those that a fault raises, too: a fault ends the process as ever. Of all loops, one can have this.
+        """
+        from crackle.runtime.signals import hear
+
+        reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._sent_pipe = reading, writing
+        hear(writing, numbers)
+
+        def deliver(_events: int) -> None:
+            # Two ints each; a pipe takes and gives them whole.
+            said = memoryview(os.read(reading, 512)).cast("i").tolist()
+            for number, code in zip(said[::2], said[1::2], strict=True):
+                handler(number, code)
+
+        self.watch(reading, deliver, essential=True)
+
     def _deliver_signals(self, _events: int) -> None:
         assert self._signal_pipe is not None
         try:
@@ -182,5 +202,12 @@ class Loop:
             for fd in self._signal_pipe:
                 os.close(fd)
             self._signal_pipe = None
+        if self._sent_pipe is not None:
+            from crackle.runtime.signals import hear_no_more
+
+            hear_no_more()
+            for fd in self._sent_pipe:
+                os.close(fd)
+            self._sent_pipe = None
         self._handlers.clear()
         self._epoll.close()
