@@ -24,8 +24,10 @@ CONTINUE = b"HTTP/1.1 100 \r\nServer: Crackle API\r\nConnection: keep-alive\r\n\
 
 _METHODS = frozenset((b"GET", b"PUT", b"PATCH", b"DELETE"))
 _VERSIONS = frozenset((b"HTTP/1.1", b"HTTP/1.0"))
+_FIELDS = frozenset(("accept-encoding", "connection", "content-length", "expect", "transfer-encoding"))
 _SCHEME = "http://"
 _CRLF = b"\r\n"
+_END = b"\r\n\r\n"
 
 _INVALID = "Invalid request."
 _HEADER = "Invalid header. Reason:"
@@ -109,10 +111,33 @@ class HttpConnection:
     # One part of a request each
 
     def _read_request_line(self) -> bool:
+        if self._read_whole_head():
+            return True
         line = self._line(_INVALID)
-        if not line:
-            # Empty lines before a request are nothing (RFC 9112, 2.2).
-            return line is not None
+        if line:
+            self._take_request_line(line)
+            self._read = self._read_field
+        # Empty lines before a request are nothing (RFC 9112, 2.2).
+        return line is not None
+
+    def _read_whole_head(self) -> bool:
+        """Read request line and header fields where they are all there, as mostly they are."""
+        size = self._received.find(_END) + len(_END)
+        if not len(_END) < size <= MAX_HEAD_SIZE:
+            return False
+        head = bytes(self._received[: size - len(_END)])
+        lines = head.split(_CRLF)
+        if not lines[0] or head.count(b"\n") != len(lines) - 1:
+            return False
+        del self._received[:size]
+        self._searched = 0
+        self._take_request_line(lines[0])
+        for line in lines[1:]:
+            self._take_field(line)
+        self._end_head()
+        return True
+
+    def _take_request_line(self, line: bytes) -> None:
         method, space, rest = line.partition(b" ")
         target, another, version = rest.partition(b" ")
         self.head_only = method == b"HEAD"
@@ -130,8 +155,6 @@ class HttpConnection:
             raise RefusedError("Invalid HTTP Version: Unsupported HTTP version.")
         self._method, self._path = method.decode(), _path_of(uri)
         self._old = version == b"HTTP/1.0"
-        self._read = self._read_field
-        return True
 
     def _read_field(self) -> bool:
         line = self._line(f"{_HEADER} Invalid content length. Header: more than {MAX_HEAD_SIZE} bytes")
@@ -139,7 +162,13 @@ class HttpConnection:
             return False
         if line:
             self._take_field(line)
-        elif self._chunked:
+        else:
+            self._end_head()
+        return True
+
+    def _end_head(self) -> None:
+        """Say what comes now: a body, or nothing."""
+        if self._chunked:
             # Which of them frames the body, client and server may see otherwise (RFC 9112, 6.1).
             if self._length is not None:
                 raise RefusedError(_INVALID)
@@ -152,7 +181,6 @@ class HttpConnection:
             self._ask_for_body()
             self._left = self._length
             self._read = self._read_body
-        return True
 
     def _read_body(self) -> bool:
         if not self._take_body():
@@ -226,7 +254,10 @@ class HttpConnection:
             ) from None
         if not colon:
             raise RefusedError(f"{_HEADER} Header is incorrectly formatted. Key: {name}")
-        key, words = name.strip().lower(), value.strip()
+        key = name.strip().lower()
+        if key not in _FIELDS:
+            return
+        words = value.strip()
         if key == "content-length":
             digits = words.removeprefix("+")
             length = (
@@ -247,7 +278,7 @@ class HttpConnection:
                 self._keep = False
             elif "keep-alive" in options and self._keep is None:
                 self._keep = True
-        elif key == "accept-encoding":
+        else:
             _check_encodings(words)
 
     def _ask_for_body(self) -> None:
