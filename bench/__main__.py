@@ -20,6 +20,7 @@ AREAS = (
     "boot",
     "start",
     "launch",
+    "jail",
     "peers",
     "api",
     "memory",

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 SERIAL_NUMBERS = itertools.count()
 DEFAULT_TIMEOUT = 30.0
+JAILER = "jailer"
 
 
 class MonitorError(Exception):
@@ -31,21 +33,19 @@ class MonitorError(Exception):
 class Monitor:
     """A monitor process with its API socket connected; the guest's console is the process's standard output.
 
-    command: the executable and its own arguments. scratch: a directory for the socket and the log.
+    command: the executable and its own arguments; or a jailer and the executable that it is to name, for a microVM in a
+    jail, into which the files that it is given are linked. scratch: a directory for the socket and the log.
     """
 
     def __init__(self, command: Sequence[str], scratch: Path, *arguments: str) -> None:
         number = next(SERIAL_NUMBERS)
         self.socket_path = scratch / f"api-{os.getpid()}-{number}.sock"
         self.log_path = scratch / f"log-{os.getpid()}-{number}"
-        self.log_path.touch()
-        quiet = ("--log-path", str(self.log_path), "--level", "Error")
+        self._root: Path | None = None
+        line = self._line(command, f"bench-{number}", arguments)
         self.spawned = time.perf_counter()
         self.process = subprocess.Popen(
-            [*command, "--api-sock", str(self.socket_path), "--id", f"bench-{number}", *quiet, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         assert self.process.stdout is not None
         self.console = self.process.stdout.fileno()
@@ -59,6 +59,32 @@ class Monitor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _line(self, command: Sequence[str], name: str, arguments: Sequence[str]) -> list[str]:
+        """The whole command line; what it names is made."""
+        jail = []
+        if Path(command[0]).name.endswith(JAILER):
+            base = self.socket_path.with_name("jails")
+            self._root = base / Path(command[1]).name / name / "root"
+            self._root.mkdir(parents=True)
+            self.socket_path, self.log_path = self._root / "api.sock", self._root / "log"
+            jail = ["--exec-file", command[1], "--uid", "0", "--gid", "0", "--chroot-base-dir", str(base)]
+            command = [command[0], "--id", name, *jail, "--", *command[2:]]
+        self.log_path.touch()
+        own = [] if jail else ["--id", name]
+        quiet = ("--log-path", self._seen(self.log_path), "--level", "Error")
+        return [*command, "--api-sock", self._seen(self.socket_path), *own, *quiet, *arguments]
+
+    def _seen(self, path: Path) -> str:
+        """As the monitor sees it."""
+        return str(path) if self._root is None else path.name
+
+    def _given(self, path: Path) -> str:
+        """The same of a file that is outside, and is to be seen in the jail too."""
+        if self._root is not None:
+            with contextlib.suppress(FileExistsError):
+                os.link(path, self._root / path.name)
+        return self._seen(path)
 
     @property
     def pid(self) -> int:
@@ -76,6 +102,8 @@ class Monitor:
         for path in (self.socket_path, self.log_path):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
+        if self._root is not None:
+            shutil.rmtree(self._root.parent)
 
     def _connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
@@ -152,17 +180,19 @@ class Monitor:
         """
         kernel = GUESTS / f"{guest}.elf" if isinstance(guest, str) else guest
         self.request("PUT", "/machine-config", {"vcpu_count": vcpus, "mem_size_mib": memory_mib})
-        self.request("PUT", "/boot-source", {"kernel_image_path": str(kernel), "boot_args": boot_args})
+        self.request(
+            "PUT", "/boot-source", {"kernel_image_path": self._given(kernel), "boot_args": boot_args}
+        )
         for number, drive in enumerate(drives):
             body: dict[str, object] = {
                 "drive_id": f"drive{number}",
-                "path_on_host": str(drive),
+                "path_on_host": self._given(drive),
                 "is_root_device": False,
                 "is_read_only": False,
                 "io_engine": io_engine,
             }
             if overlay is not None:
-                body["overlay"] = {"path": str(overlay)}
+                body["overlay"] = {"path": self._given(overlay)}
             self.request("PUT", f"/drives/drive{number}", body)
         for interface in network:
             self.request("PUT", f"/network-interfaces/{interface['iface_id']}", interface)
