@@ -77,7 +77,7 @@ def preload_all() -> None:
         (
             *ALWAYS,
             *("crackle.vmm.builder", "crackle.vmm.shell", *_LOADING, *_FORKING, "resource", "termios"),
-            "crackle.runtime.cores",
+            *("crackle.runtime.cores", "crackle.runtime.signals"),
             *(_VHOST_USER, *_BLOCK, _ASYNC, _LIMITER, _NET, "crackle.virtio.net.tap", _VSOCK, *_METADATA),
         )
     )
