@@ -5,6 +5,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -52,7 +53,7 @@ def extensions() -> list[Extension]:
 
 
 class BuildLauncher(build_scripts):
-    """Makes the one script, which is none: `crackle-launch`, a program without libraries, so that it starts at once."""
+    """Makes the scripts, which are none: `crackle-launch` under its two names, without libraries, to start at once."""
 
     def copy_scripts(self):
         """Compile instead, statically where there is a C library for that; twice the list of what was made."""
@@ -70,7 +71,10 @@ class BuildLauncher(build_scripts):
             )
             if done.returncode == 0:
                 break
-        return [str(made)], [str(made)]
+        # Under this name it stands for crackle-jailer.
+        jailer = made.with_name("crackle-launch-jailer")
+        shutil.copy(made, jailer)
+        return [str(made), str(jailer)], [str(made), str(jailer)]
 
 
 setup(

@@ -22,8 +22,8 @@ JAILER = (sys.executable, "-c", "from crackle.cli.jailer import main; main()")
 # Before anything is imported: what is imported once a process is in its jail goes to the file `imports` there.
 RECORDED = """
 import os, sys
-import crackle.jail.entry as entry
-enter = entry.enter
+from crackle.cli import jailer
+enter = jailer.enter
 records = None
 def note(event, arguments):
     if records is not None and event == "import":
@@ -33,7 +33,7 @@ def enter_and_note(*arguments):
     given = enter(*arguments)
     records = os.open("/imports", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     return given
-entry.enter = enter_and_note
+jailer.enter = enter_and_note
 sys.addaudithook(note)
 from crackle.cli.jailer import main; main()
 """
@@ -44,7 +44,6 @@ HERD = """
 import json, os, select, sys
 from crackle.cli import jailer, vmm
 vmm.load()
-import crackle.jail.entry
 waits = sys.argv[1] == "one"
 said = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 def end(pid):

@@ -9,7 +9,7 @@ import _socket
 import os
 import sys
 
-from crackle.cli import end_on_interrupt, vmm
+from crackle.cli import end_on_interrupt, jailer, vmm
 from crackle.cli.vmm import load
 from crackle.errors import ConfigError, CrackleError
 from crackle.runtime.zygote import Zygote, listen, socket_path
@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> None:
         listener,
         vmm.run,
         prepare=vmm.prepare_shell,
+        jail=jailer.run,
         path=path,
         again=again,
         children=children,

@@ -20,14 +20,17 @@ from crackle.runtime.system import close_from, load_unwinder, set_title, title_p
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from crackle.jail.options import Wanted
 
 
-def enter(jail: Wanted, started_us: int) -> list[str]:
+def enter(jail: Wanted, started_us: int, kept: Sequence[int] = ()) -> list[str]:
     """Be in the jail, forked if it is to be a daemon or process 1; the arguments of the monitor in it.
 
-    started_us: when the jailer began, of the monotonic clock. What is wanted later has to be imported before: there is
-    no file of Python in a jail. Only the standard streams stay open. Raises ConfigError, with nothing left behind.
+    started_us: when the jailer began, of the monotonic clock. kept: descriptors that stay open in this process itself,
+    beside the standard streams. What is wanted later has to be imported before: there is no file of Python in a jail.
+    Raises ConfigError, with nothing left behind.
     """
     undo = Undo()
     try:
@@ -37,7 +40,7 @@ def enter(jail: Wanted, started_us: int) -> list[str]:
         undo.run()
         raise
     undo.close()
-    close_from(3)
+    close_from(3, () if jail.daemonize or jail.new_pid_ns else kept)
     arguments = monitor_arguments(jail, started_us, _processor_time(), used)
     # In ps(1) and /proc, as the executable that Firecracker's jailer would have executed.
     line = " ".join((f"/{jail.exec_name}", *arguments))

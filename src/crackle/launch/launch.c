@@ -1,6 +1,6 @@
 /* crackle-launch: has a zygote (docs/zygote.md) start the microVM, and stands in for the process that it becomes.
  *
- * It takes crackle-vmm's command line. The zygote's child learns arguments, environment, signal mask and descriptors from
+ * It takes crackle-vmm's command line, or under a name with "jailer" in it crackle-jailer's. The zygote's child learns arguments, environment, signal mask and descriptors from
  * one message, and everything else (directory, limits, namespaces, cgroup) from this process's /proc. Afterwards this
  * process is what its parent waits for and sends signals to: it passes them on, and ends as the monitor ends. The
  * connection is the monitor's lifeline: when this process is gone, the kernel kills the monitor.
@@ -64,25 +64,25 @@ struct exit_info {
 #define GET_EXIT_INFO _IOWR(0xFF, 11, struct exit_info)
 #define HAS_EXIT ((uint64_t) 1 << 3)
 
+static const char *name = "crackle-vmm";    /* whom it stands for */
 static char message[MESSAGE_MAX];
 static sigset_t mask_before;
 
 /* Becomes the monitor itself: the executable beside this one, or the one on the PATH. */
 static int execute(char **argv, const char *why) {
     static char path[PATH_MAX];
-    static const char name[] = "crackle-vmm";
     if (getenv("CRACKLE_LAUNCH_DEBUG"))
-        dprintf(STDERR_FILENO, "crackle-launch: %s; executing crackle-vmm\n", why);
+        dprintf(STDERR_FILENO, "crackle-launch: %s; executing %s\n", why, name);
     sigprocmask(SIG_SETMASK, &mask_before, NULL);
-    ssize_t length = readlink("/proc/self/exe", path, sizeof path - sizeof name);
+    ssize_t length = readlink("/proc/self/exe", path, sizeof path - 32);
     while (length > 0 && path[length - 1] != '/')
         length--;
     if (length > 0) {
-        memcpy(path + length, name, sizeof name);
+        strcpy(path + length, name);
         execv(path, argv);
     }
     execvp(name, argv);
-    dprintf(STDERR_FILENO, "Error: crackle-launch cannot execute crackle-vmm: %s\n", strerror(errno));
+    dprintf(STDERR_FILENO, "Error: crackle-launch cannot execute %s: %s\n", name, strerror(errno));
     return 1;
 }
 
@@ -183,10 +183,8 @@ static int send_request(int zygote, char **argv) {
 static int receive(int zygote, struct answer *answer, int *fd) {
     struct iovec part = { answer, sizeof *answer };
     _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof(int))];
-    struct msghdr header = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = control };
-    header.msg_controllen = sizeof control;
-    ssize_t got = recvmsg(zygote, &header, MSG_CMSG_CLOEXEC);
-    if (got != sizeof *answer)
+    struct msghdr header = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control };
+    if (recvmsg(zygote, &header, MSG_CMSG_CLOEXEC) != sizeof *answer)
         return 0;
     struct cmsghdr *rights = CMSG_FIRSTHDR(&header);
     if (rights && rights->cmsg_type == SCM_RIGHTS && rights->cmsg_len == CMSG_LEN(sizeof(int)))
@@ -272,11 +270,13 @@ static int end_as(int status) {
 int main(int argc, char **argv) {
     struct answer answer = { 0 };
     const char *why;
-    sigset_t all;
     int pidfd = -1;
+    sigset_t all;
     sigprocmask(SIG_SETMASK, NULL, &mask_before);
     if (argc < 1)
         return 1;
+    name = strstr(basename(argv[0]), "jailer") ? "crackle-jailer" : name;
+    argv[0] = (char *) name;
     if (fill_streams() < 0)
         return execute(argv, "a standard stream is closed and there is no /dev/null");
     if (isatty(STDIN_FILENO))

@@ -68,7 +68,7 @@ def alone(connection: int, kept: Collection[int] = ()) -> int:
 def adopt(
     connection: int, process: int, home: Home, ahead: Ahead | None
 ) -> tuple[int, list[str], Ahead | None]:
-    """Become what the launcher `process` asks for on `connection`, and tell it so; the connection, and the arguments.
+    """Become what the launcher `process` asks for on `connection`, and tell it so; the connection, the command line.
 
     ahead: what there is for it already, the last of the result; given back if the launcher has a use for its numbers.
     To be called in a forked child, with signals blocked. Afterwards they are as the launcher had them, and nothing is
@@ -102,7 +102,7 @@ def adopt(
         if launcher.use_environment(home):
             time.tzset()
         arguments, line = launcher.arguments()
-        set_title(*home.title, line, b"crackle-vmm")
+        set_title(*home.title, line, os.fsencode(arguments[0])[:15])
         launcher.begin(STARTS[0])
         launcher.take_signals()
     except (OSError, ValueError) as error:

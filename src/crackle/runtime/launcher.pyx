@@ -359,12 +359,11 @@ cdef class Launcher:
         return 0
 
     def arguments(self):
-        """The command's, without its name, and as one line with that of the monitor."""
+        """The command's, its name the first, and as one line."""
         cdef const char *text = self.message
         cdef const char *end = text + self.arguments_size
         cdef list found = []
-        text += strlen(text) + 1
-        line = b"crackle-vmm" + (b" " + text[:end - text - 1].replace(b"\0", b" ") if text < end else b"")
+        line = text[:end - text - 1].replace(b"\0", b" ")
         while text < end:
             found.append(PyUnicode_DecodeFSDefault(text))
             text += strlen(text) + 1

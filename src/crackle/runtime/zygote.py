@@ -51,6 +51,9 @@ _LEARN_S = 0.7
 # Seconds after a launcher has come until there is another spare.
 _REFILL_S = 0.05
 
+# What a launcher may stand for instead of crackle-vmm.
+JAILER = "crackle-jailer"
+
 _STOPPING = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP)
 
 # <sys/socket.h>, struct ucred.
@@ -113,7 +116,8 @@ class Zygote:
     """Serves launchers on `listener`, whose file is `path`; without one it is somebody else's, who keeps it.
 
     run: what a child does with its arguments, and with what `prepare` has made for it if it was a spare; its result is
-    the exit status. again: the command with which it executes
+    the exit status. jail: the same for a launcher that stands for crackle-jailer; its second argument is a descriptor
+    that has to stay open for as long as the process is the launcher's. again: the command with which it executes
     itself anew, with the listener under its number and ``--children FD:PID,...`` added, which says who its children are
     and where their launchers are told; that is `children`. spares: how many children are forked ahead of need.
     """
@@ -124,6 +128,7 @@ class Zygote:
         run: Callable[[list[str], Any], int],
         *,
         prepare: Callable[[], Ahead | None] = lambda: None,
+        jail: Callable[[list[str], int], int] = lambda _arguments, _connection: 1,
         path: str | None = None,
         again: Sequence[str] = (),
         children: str = "",
@@ -132,6 +137,7 @@ class Zygote:
         self._listener = listener
         self._run = run
         self._prepare = prepare
+        self._jail = jail
         self._path = path
         self._again = again
         self._loop = Loop(_complain)
@@ -293,8 +299,16 @@ class Zygote:
     def _serve_launcher(self, connection: int, launcher: int, ahead: Ahead | None) -> NoReturn:
         status = 1
         try:
-            connection, arguments, ahead = adopt(connection, launcher, self._home, ahead)
-            status = self._run(arguments, ahead)
+            connection, (name, *arguments), ahead = adopt(connection, launcher, self._home, ahead)
+            own = os.getpid()
+            if name == JAILER:
+                if ahead is not None:
+                    ahead.close()
+                status = self._jail(arguments, connection)
+                if os.getpid() != own:
+                    os._exit(status)  # a daemon, of which no launcher waits to hear
+            else:
+                status = self._run(arguments, ahead)
             _tell(connection, WILL, status=(status & 0xFF) << 8)
         except RefusedError as reason:
             _tell(connection, REFUSES, str(reason))
