@@ -29,11 +29,12 @@ DATA_PATH = {
 def rows(bench: Bench) -> Iterator[Row]:
     """Wall time from the spawn, without a zygote and with one; memory; a guest's speed, with and without both."""
     ours = [str(Path(sys.executable).with_name("crackle-jailer")), bench.ours[0]]
+    launched = [str(Path(sys.executable).with_name("crackle-launch-jailer")), bench.ours[0]]
     contestants: dict[str, Sequence[str]] = {"ours": ours}
     if bench.reference is not None and (jailer := Path(bench.reference[0]).with_name(JAILER)).exists():
         contestants["reference"] = [str(jailer), bench.reference[0]]
     against = f"{bench.reference_name}, jailed"
-    for name, command in (("jail.cold", ours), ("jail", _from_zygote(ours))):
+    for name, command in (("jail.cold", ours), ("jail", launched)):
         ready: dict[str, list[float]] = defaultdict(list)
         output: dict[str, list[float]] = defaultdict(list)
         with zygote(bench.scratch):
@@ -45,7 +46,7 @@ def rows(bench: Bench) -> Iterator[Row]:
         yield paired(f"{name}.api_socket", "ms", ready["ours"], ready["reference"], against, goal)
         yield paired(f"{name}.first_output", "ms", output["ours"], output["reference"], against)
     pss: dict[str, list[float]] = defaultdict(list)
-    for who, each in alternate({"ours": _from_zygote(ours), "reference": [launcher()]}, 3):
+    for who, each in alternate({"ours": launched, "reference": [launcher()]}, 3):
         with zygote(bench.scratch) as pid:
             pss[who].append(_crowd(each, bench.scratch, pid))
     yield paired(
@@ -56,10 +57,6 @@ def rows(bench: Bench) -> Iterator[Row]:
         for row in importlib.import_module(f"bench.{area}").rows(bare):
             if row.name in wanted:
                 yield row._replace(name=f"jail.{row.name.removesuffix('.reference')}", goal=None, met=None)
-
-
-def _from_zygote(command: Sequence[str]) -> list[str]:
-    return [*command]
 
 
 def _crowd(command: Sequence[str], scratch: Path, zygote_pid: int) -> float:
