@@ -74,3 +74,4 @@ def test_crackle_vmm_ends_as_firecracker_does_and_logs_it(
     log = (tmp_path / "log").read_text()
     assert "The guest's kernel has panicked." in log
     assert "The microVM ended (panic): the guest's kernel has panicked" in log
+    assert "Vmm is stopping." in log

@@ -13,6 +13,7 @@ import pytest
 
 from crackle.api.openapi import document
 from crackle.api.routes import ROUTES
+from crackle.jail.options import OPTIONS as JAILER_OPTIONS
 from crackle.monitor.options import OPTIONS
 from crackle.monitor.process import SIGNAL_STATUS
 from crackle.telemetry.names import SECTIONS
@@ -42,6 +43,7 @@ TITLES = (
     "Objects within them",
     "HTTP",
     "Command line",
+    "Jailer's command line",
     "Exit statuses",
     "Signals",
     "Metrics",
@@ -124,6 +126,11 @@ def test_a_field_that_is_not_supported_yet_is_not_yet() -> None:
 
 def test_every_option_is_there_and_no_other() -> None:
     assert [names for names, _, _ in rows("Command line")] == [[f"`--{name}`"] for name in (*OPTIONS, "help")]
+
+
+def test_every_option_of_the_jailer_is_there_and_no_other() -> None:
+    listed = [names for names, _, _ in rows("Jailer's command line")]
+    assert sorted(listed) == sorted([f"`--{name}`"] for name in (*JAILER_OPTIONS, "help"))
 
 
 def test_every_metric_is_there_and_no_other() -> None:

@@ -333,6 +333,7 @@ class VmmProcess(Monitor):
         (self._logger.info if self._status == 0 else self._logger.error)(
             f"The microVM ended ({status.reason}): {status.message}"
         )
+        self._logger.info("Vmm is stopping.")
         self._loop.stop()
 
     def _flush(self) -> None:
