@@ -1,4 +1,4 @@
-"""Compiles the Cython core and the launcher.
+"""Compiles the Cython core, the launcher and the seccomp policy.
 
 `CRACKLE_SANITIZE=address` builds the core with AddressSanitizer for the hostile-guest tests.
 """
@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from setuptools import Extension, setup
 
 # What setuptools has in the place of a module that Python has no more.
 from distutils.command.build_scripts import build_scripts  # isort: skip
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 SANITIZE = os.environ.get("CRACKLE_SANITIZE", "")
@@ -25,7 +27,7 @@ if SANITIZE:
 
 
 # What an extension links beside the C library.
-LIBRARIES = {"crackle.virtio.block.uring": ["uring"]}
+LIBRARIES = {"crackle.virtio.block.uring": ["uring"], "crackle.seccomp.compiler": ["seccomp"]}
 
 
 # What of kvm/ is one architecture's, and compiles on no other.
@@ -50,6 +52,22 @@ def extensions() -> list[Extension]:
         )
         for name, source in named
     ]
+
+
+class BuildCore(build_ext):
+    """And afterwards the seccomp policy, with the compiler that has just been built."""
+
+    def run(self):
+        """A build with a sanitizer has no filters."""
+        super().run()
+        if not SANITIZE:
+            place = ROOT / "src" if self.inplace else Path(self.build_lib).resolve()
+            subprocess.run(
+                [sys.executable, "-m", "crackle.seccomp.build"],
+                env={**os.environ, "PYTHONPATH": str(place)},
+                cwd=place,
+                check=True,
+            )
 
 
 class BuildLauncher(build_scripts):
@@ -79,7 +97,7 @@ class BuildLauncher(build_scripts):
 
 setup(
     scripts=["src/crackle/launch/launch.c"],
-    cmdclass={"build_scripts": BuildLauncher},
+    cmdclass={"build_ext": BuildCore, "build_scripts": BuildLauncher},
     options={"build_ext": {"parallel": os.cpu_count() or 1}},
     ext_modules=cythonize(
         extensions(),

@@ -416,6 +416,27 @@ def test_a_section_that_nobody_knows_is_named_in_the_log(start: Callable[..., Vm
 
 
 def test_an_option_that_would_do_nothing_is_refused(run_to_end: Run) -> None:
-    done = run_to_end("--seccomp-filter", "filter.bpf", "--api-sock", "socket")
+    done = run_to_end("--enable-pci", "--api-sock", "socket")
     assert done.returncode == 1
-    assert "Argument 'seccomp-filter': Crackle does not support seccomp filters yet." in done.stderr
+    assert "Argument 'enable-pci': Crackle does not support PCI yet." in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "Filter file open error: No such file or directory"),
+        (b"\x03\0\0\0vmm", "is no JSON. A policy is given as seccompiler-bin's input"),
+        (b"{}", "Missing thread category: vmm"),
+        (b'{"vmm": 1}', "Filter deserialization failed: "),
+    ],
+)
+def test_a_seccomp_policy_that_means_nothing_is_refused(
+    run_to_end: Run, tmp_path: Path, content: bytes | None, problem: str
+) -> None:
+    path = tmp_path / "filter"
+    if content is not None:
+        path.write_bytes(content)
+    done = run_to_end("--seccomp-filter", str(path), "--api-sock", "socket")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: Seccomp error: ")
+    assert problem in done.stderr

@@ -207,9 +207,9 @@ def test_where_there_are_hardly_any_descriptors_it_says_so(tmp_path: Path, limit
     )
     # The interpreter needs some to begin with: the limit comes when it runs.
     text = (
-        "import resource, sys; from crackle.cli.vmm import run\n"
+        "import resource, sys; from crackle.cli.vmm import main\n"
         f"resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))\n"
-        "sys.exit(run(['--no-api', '--config-file', 'vm.json']))"
+        "sys.argv[1:] = ['--no-api', '--config-file', 'vm.json']; main()"
     )
     assert limit < resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     done = end([sys.executable, "-c", text], cwd=tmp_path)

@@ -10,7 +10,15 @@ import threading
 
 import pytest
 
+from crackle.runtime.filters import use_filters
 from crackle.runtime.threads import STACK_SIZES, Thread
+
+
+@pytest.fixture(autouse=True)
+def unfiltered() -> None:
+    """What runs here is no microVM's, and another test may have had one in this process."""
+    use_filters(None)
+
 
 # Ways to recurse without end through C, as a device written in Python may by mistake.
 RECURSIONS = {

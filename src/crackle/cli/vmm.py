@@ -14,7 +14,9 @@ from crackle.cli import end_on_interrupt
 from crackle.errors import ConfigError, CrackleError, os_reason, reason_of
 from crackle.monitor.options import Options, help_text, parse
 from crackle.runtime.commandline import UsageError
+from crackle.runtime.filters import use_filters
 from crackle.runtime.stream import open_standard_streams
+from crackle.seccomp import default_filters
 from crackle.telemetry.logger import Logger
 from crackle.telemetry.sink import BAD_INPUT, Sink
 from crackle.version import FIRECRACKER_VERSION, VERSION
@@ -22,7 +24,9 @@ from crackle.version import FIRECRACKER_VERSION, VERSION
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket
+    from typing import NoReturn
 
+    from crackle.seccomp import Filters
     from crackle.vmm.shell import Shell
 
 # Exit statuses, as Firecracker's.
@@ -40,9 +44,18 @@ class ExitError(CrackleError):
         self.status = status
 
 
-def main() -> None:
-    """The console script: runs :func:`run` and exits with its status."""
-    sys.exit(run(sys.argv[1:]))
+def main() -> NoReturn:
+    """The console script: runs :func:`run` and exits with its status.
+
+    At once: threads that Python ends when it finalizes load code for that, which no filter allows.
+    """
+    status = EXIT_ERROR
+    try:
+        status = run(sys.argv[1:])
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    finally:
+        os._exit(status)
 
 
 def prepare_shell() -> Shell | None:
@@ -61,12 +74,14 @@ def load() -> None:
     """Import everything that any microVM may want, for a process where nothing can be imported later, or should be."""
     # As _serve does: msgspec would import it where it is installed.
     sys.modules.setdefault("typing_extensions", None)  # type: ignore[arg-type]
-    import crackle.monitor.process  # noqa: F401
+    import crackle.monitor.process
+    import crackle.seccomp.custom  # noqa: F401
     from crackle.api import routes
     from crackle.vmm.preload import preload_all
 
     preload_all()
     routes.make_ready()
+    default_filters()
     if sys.modules["typing_extensions"] is None:
         del sys.modules["typing_extensions"]
 
@@ -141,6 +156,7 @@ def _serve(options: Options, logger: Logger, shell: Shell | None) -> int:
     _configure_logger(options, logger)
     logger.info(f"Running Crackle v{VERSION}")
     metrics_sink = _open_metrics(options)
+    filters = _given_filters(options)
     config_path = options.value("config-file")
     config = None if config_path is None else _read(config_path, "configuration file")
     metadata_path = options.value("metadata")
@@ -157,6 +173,8 @@ def _serve(options: Options, logger: Logger, shell: Shell | None) -> int:
         from crackle.schema.machine import default_machine_config
         from crackle.vmm.shell import Shell
 
+        # Threads that are born from now on have them; this one, when the guest starts.
+        use_filters(None if "no-seccomp" in options else filters or default_filters())
         # Most clients configure and start a machine at once: begin with the default one while the rest is imported.
         if shell is None and config is None:
             shell = Shell(default_machine_config())
@@ -193,10 +211,7 @@ def _snapshot_version(path: str | None) -> str:
 
 
 def _refuse_unsupported(options: Options) -> None:
-    for name, what in (
-        ("enable-pci", "PCI"),
-        ("seccomp-filter", "seccomp filters"),
-    ):
+    for name, what in (("enable-pci", "PCI"),):
         if name in options:
             raise ExitError(f"Argument '{name}': Crackle does not support {what} yet.")
 
@@ -231,6 +246,19 @@ def _open_metrics(options: Options) -> Sink | None:
         return Sink.open(path, f"Could not initialize metrics: {BAD_INPUT}")
     except ConfigError as error:
         raise ExitError(str(error)) from None
+
+
+def _given_filters(options: Options) -> Filters | None:
+    """A policy of the user's."""
+    path = options.value("seccomp-filter")
+    if path is None:
+        return None
+    from crackle.seccomp.custom import read_filters
+
+    try:
+        return read_filters(path)
+    except ConfigError as error:
+        raise ExitError(f"Seccomp error: {error}") from None
 
 
 def _read(path: str, what: str) -> bytes:

@@ -20,7 +20,13 @@ class VcpuBase(Worker):
     def failure(self) -> str | None: ...
     def close(self) -> None: ...
     def start(
-        self, pio: Bus, mmio: Bus, exit_fd: int = -1, paused: bool = False, profile: bool = False
+        self,
+        pio: Bus,
+        mmio: Bus,
+        exit_fd: int = -1,
+        paused: bool = False,
+        profile: bool = False,
+        kind: str = "vcpu",
     ) -> None: ...
     def run_once(
         self,

@@ -218,10 +218,13 @@ cdef class VcpuBase(Worker):
 
     # -- from other threads --------------------------------------------------------------------------------------
 
-    def start(self, Bus pio not None, Bus mmio not None, int exit_fd=-1, bint paused=False, bint profile=False):
+    def start(
+        self, Bus pio not None, Bus mmio not None, int exit_fd=-1, bint paused=False, bint profile=False, str kind="vcpu"
+    ):
         """Start the thread. Exits go to the two buses; `exit_fd`, an eventfd, is written when the guest ends itself.
 
-        paused: come up paused, as after `pause()`. profile: also sum the nanoseconds spent handling exits.
+        paused: come up paused, as after `pause()`. profile: also sum the nanoseconds spent handling exits. kind: of the
+        thread.
         """
         if load_acquire(&self.worker.state) != IS_NEW:
             raise StateError(f"vCPU {self.index} has been started already")
@@ -229,7 +232,7 @@ cdef class VcpuBase(Worker):
             raise StateError(f"vCPU {self.index} is closed")
         self.pio, self.mmio, self.exit_fd, self.profile = pio, mmio, exit_fd, profile
         self.run.immediate_exit = paused
-        start_worker(&self.worker, "vcpu", f"fc_vcpu {self.index}", thread_entry, paused)
+        start_worker(&self.worker, kind, f"fc_vcpu {self.index}", thread_entry, paused)
 
     @property
     def name(self):

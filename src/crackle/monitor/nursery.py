@@ -22,8 +22,10 @@ from crackle.errors import CrackleError
 from crackle.jail.room import enter
 from crackle.monitor.served import ServedProcess
 from crackle.runtime.channel import Channel, descriptors
+from crackle.runtime.filters import set_last_words, use_filters
 from crackle.runtime.system import close_from, set_title
 from crackle.runtime.zygote import Zygote
+from crackle.seccomp import default_filters
 from crackle.snapshot import statefile
 from crackle.snapshot.load import Template
 from crackle.vmm.commands import NOT_STARTED
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 _MESSAGE_MAX = 65536
 _FDS_MAX = 8
 _FIRST = 3
+_STDERR = 2
 
 _wishes = msgspec.msgpack.Decoder(Wish)
 
@@ -99,6 +102,8 @@ class Nursery(Zygote):
             set_title(*self._home.title, b"crackle-vmm --id " + name, b"crackle-vmm")
             if birth.jail is not None and not _enter_jail(birth, birth.jail, commands):
                 os._exit(status)
+            use_filters(default_filters())
+            set_last_words(_STDERR)
             process = ServedProcess(birth, commands, events, (console_in, console_out), template)
             _signal.pthread_sigmask(_signal.SIG_SETMASK, [])
             process.run()
@@ -140,6 +145,7 @@ def main(fd: int) -> None:
     os.setsid()
     nursery = Nursery(_socket.socket(fileno=fd))
     preload_all()
+    default_filters()
     nursery.serve()
 
 

@@ -16,6 +16,7 @@ import msgspec
 from crackle.api.server import ApiServer
 from crackle.errors import CrackleError, KvmError, StateError
 from crackle.runtime import housekeeping
+from crackle.runtime.filters import filtered, set_last_words
 from crackle.runtime.loop import Loop
 from crackle.runtime.terminal import Terminal
 from crackle.schema.codec import decode, explain, unknown_fields
@@ -204,6 +205,7 @@ class VmmProcess(Monitor):
         if "exit-on-failed-load" in options:
             self._controller.on_failed_load = self._end_for_load
         self._watch_signals()
+        logger.on_change = self._prepare_last_words
 
     def run(self) -> int:
         """Serve until the microVM or a signal ends it; the result is the exit status. Raises CrackleError."""
@@ -246,6 +248,7 @@ class VmmProcess(Monitor):
 
     def _leave(self) -> None:
         """In a forked process: close the copies of what is the parent's."""
+        set_last_words()
         if self._server is not None:
             self._server.disown()
         self._loop.close()
@@ -311,7 +314,10 @@ class VmmProcess(Monitor):
         self._logger.info("Successfully started microvm that was configured from one single json")
 
     def _options_of_machine(self) -> BuildOptions:
-        return BuildOptions(boot_timer="boot-timer" in self._options, logger=self._logger)
+        self._prepare_last_words()
+        return BuildOptions(
+            boot_timer="boot-timer" in self._options, logger=self._logger, confines=filtered()
+        )
 
     def _started(self, machine: Machine) -> None:
         super()._started(machine)
@@ -346,6 +352,12 @@ class VmmProcess(Monitor):
             self._metrics.flush()
         except CrackleError as error:
             self._logger.error(str(error))
+        self._prepare_last_words()
+
+    def _prepare_last_words(self) -> None:
+        """What is written if a forbidden system call ends this process, which cannot say then what it has not ready."""
+        if filtered():
+            set_last_words(*self._logger.last_words(), *self._metrics.last_line())
 
     def _report_start(self) -> None:
         counters = self._metrics.counters["api_server"]
@@ -371,6 +383,7 @@ class VmmProcess(Monitor):
         if name in self._metrics.counters["signals"]:
             self._metrics.counters["signals"][name] = 1
         elif number == signal.SIGSYS:
+            # Somebody has sent it: a forbidden call ends the process in `crackle.runtime.filters`.
             self._metrics.counters["seccomp"]["num_faults"] = 1
         shown = "" if code is None else f", code {code}"
         self._logger.error(f"Shutting down VM after intercepting signal {number}{shown}.")
@@ -388,6 +401,7 @@ class VmmProcess(Monitor):
             attempt(self._server.close)
         attempt(self._controller.stop)
         self._loop.close()
+        set_last_words()
         self._metrics.close()
 
 

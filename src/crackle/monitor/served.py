@@ -17,6 +17,7 @@ from crackle.api.routes import ROUTES, schema_of
 from crackle.errors import CrackleError, reason_of
 from crackle.monitor.process import Monitor
 from crackle.runtime.channel import Channel
+from crackle.runtime.filters import filtered
 from crackle.telemetry.logger import OFF, Logger
 from crackle.vmm.commands import RUNNING, Command
 from crackle.vmm.machine import BuildOptions
@@ -113,6 +114,7 @@ class ServedProcess(Monitor):
             console_in=self._console[0],
             console_out=self._console[1],
             console_waits=True,
+            confines=filtered(),
             ends_on_panic=True,
             profile=self._birth.profile,
         )

@@ -1,7 +1,8 @@
 """The one place that starts threads, by kind, and what those that can be paused and stopped have in common.
 
-A kind has a stack size, and here is where a filter of system calls by kind belongs. Every thread has all signals blocked
-but the kick, so that the process's signals reach its main thread, and those that a fault raises in the thread itself.
+A kind has a stack size, and a filter of system calls where the process has said so (`filters.pyx`). Every thread has all
+signals blocked but the kick, so that the process's signals reach its main thread, and those that a fault raises in the
+thread itself.
 
 A *worker* is a native thread that others pause, resume and stop. It looks at `ask` where it can stand still, and `rest`s
 there. How it is brought there is its owner's `kick`: a signal for a vCPU, an eventfd for an I/O loop.
@@ -12,6 +13,8 @@ from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset, strerror
 from posix.unistd cimport getpid
+
+from crackle.runtime.filters cimport expect_thread, filter_set, filters_of, put_on
 
 from crackle.errors import KvmError, StateError
 
@@ -105,15 +108,17 @@ install_kick_handler()
 cdef struct beginning:
     void *(*entry)(void *) noexcept nogil
     void *argument
+    const filter_set *filters
     char name[NAME_SIZE]
 
 
 cdef void *begin(void *argument) noexcept nogil:
-    """The first thing that every thread does; a filter by kind would be put on here."""
+    """The first thing that every thread does."""
     cdef beginning given = (<beginning *> argument)[0]
     free(argument)
     pthread_setname_np(pthread_self(), given.name)
     keep_stack_small()
+    put_on(given.filters, given.name)
     return given.entry(given.argument)
 
 
@@ -126,11 +131,13 @@ cdef int start_thread(pthread_t *thread, str kind, str name, void *(*entry)(void
     if given == NULL:
         raise MemoryError
     memset(given, 0, sizeof(beginning))
-    given.entry, given.argument = entry, argument
+    given.entry, given.argument, given.filters = entry, argument, filters_of(kind)
     for i in range(len(short_name)):
         given.name[i] = <char> short_name[i]
+    expect_thread(given.filters, 1)
     error = create_thread(thread, stack, begin, given)
     if error:
+        expect_thread(given.filters, -1)
         free(given)
         raise KvmError(f"cannot start the thread {name!r}: {strerror(error).decode()}")
     return 0

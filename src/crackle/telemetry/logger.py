@@ -13,6 +13,10 @@ import time
 from crackle.errors import ConfigError
 from crackle.telemetry.sink import Sink
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 DEFAULT_INSTANCE_ID = "anonymous-instance"
 
 OFF, ERROR, WARNING, INFO, DEBUG, TRACE = range(6)
@@ -44,6 +48,10 @@ def instance_id_problem(instance_id: str) -> str | None:
         if character != "-" and not character.isalnum():
             return f"Invalid instance ID: invalid character ({character}) at position {position}."
     return None
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 class Throttle:
@@ -85,6 +93,7 @@ class Logger:
         "instance_id",
         "level",
         "lost",
+        "on_change",
         "throttled",
     )
 
@@ -94,6 +103,8 @@ class Logger:
         self.lost = 0
         # Lines that a throttle held back.
         self.throttled = 0
+        # Called when lines look otherwise, or go elsewhere.
+        self.on_change: Callable[[], None] = _nothing
         self._sink = Sink(fd)
         self._module: str | None = None
         self._show_level = False
@@ -123,6 +134,7 @@ class Logger:
             self._show_origin = show_log_origin
         if module is not None:
             self._module = module
+        self.on_change()
 
     def error(self, message: str) -> None:
         """Something failed."""
@@ -179,6 +191,21 @@ class Logger:
         line = f"{self._stamp}.{now % 1_000_000_000:09} [{self.instance_id}:main{shown}{origin}] {message}\n"
         if not self._sink.write(line.encode(errors="backslashreplace")):
             self.lost += 1
+
+    def last_words(self) -> tuple[int, bytes, bytes, int]:
+        """How a line about a failure is written without any of this.
+
+        Its destination, -1 for none; what is on the left and on the right of the thread's name, behind the time; and
+        that time's offset from UTC in seconds.
+        """
+        shown = f":{_SHOWN[ERROR]}" if self._show_level else ""
+        origin = f":{__file__}:1" if self._show_origin else ""
+        return (
+            self._sink.unwaiting if self.level >= ERROR else -1,
+            f" [{self.instance_id}:".encode(),
+            f"{shown}{origin}] ".encode(errors="backslashreplace"),
+            time.localtime().tm_gmtoff,
+        )
 
     @property
     def file(self) -> int:

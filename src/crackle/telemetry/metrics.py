@@ -97,15 +97,32 @@ class Metrics:
         """
         if self._sink is None:
             return False
-        tree = self.collect() if self._own else _firecrackers(self.collect())
-        line = {"utc_timestamp_ms": time.time_ns() // 1_000_000, **self._extra}
-        for name, section in tree.items():
-            line[name] = section if name in STORED_SECTIONS else _growth(section, self._written.get(name, {}))
-        if not self._sink.write(msgspec.json.encode(line) + b"\n"):
+        tree = self._tree()
+        if not self._sink.write(self._line(tree, self._written)):
             self.counters["logger"]["missed_metrics_count"] += 1
             raise CrackleError("Failed to write metrics: the reader of the metrics file or pipe is behind.")
         self._written = tree
         return True
+
+    def _tree(self) -> Tree:
+        return self.collect() if self._own else _firecrackers(self.collect())
+
+    def _line(self, tree: Tree, before: Tree) -> bytes:
+        line = {"utc_timestamp_ms": time.time_ns() // 1_000_000, **self._extra}
+        for name, section in tree.items():
+            line[name] = section if name in STORED_SECTIONS else _growth(section, before.get(name, {}))
+        return msgspec.json.encode(line) + b"\n"
+
+    def last_line(self) -> tuple[int, bytes]:
+        """The destination, -1 for none, and what to write there when a forbidden system call ends the process.
+
+        That is a line that counts this and nothing else.
+        """
+        if self._sink is None:
+            return -1, b""
+        before = self._written or self._tree()
+        faults = {name: count + 1 for name, count in before["seccomp"].items()}
+        return self._sink.unwaiting, self._line({**before, "seccomp": faults}, before)
 
     def close(self) -> None:
         """Close the destination; idempotent."""

@@ -64,6 +64,16 @@ class Sink:
         return True
 
     @property
+    def unwaiting(self) -> int:
+        """The descriptor, opened now, for whoever can do no more than write to it; -1 where that may wait."""
+        if self._fd < 0:
+            try:
+                self._fd, self._how = borrow(self._borrowed, os.O_WRONLY)
+            except OSError:
+                return -1
+        return self._fd if self._how == OWN else -1
+
+    @property
     def file(self) -> int:
         """The descriptor of what `open` opened; -1 for a borrowed one."""
         return self._fd if self._borrowed < 0 else -1

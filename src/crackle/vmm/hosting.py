@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from crackle.errors import ConfigError
+from crackle.runtime.filters import filtered, use_filters
 from crackle.schema.config import VmConfig
+from crackle.seccomp import FAILS, default_filters
 from crackle.telemetry.logger import OFF, Logger
 from crackle.virtio.custom.base import VirtioDevice
 from crackle.vmm import processes
@@ -56,6 +58,9 @@ class Hosting(NamedTuple):
         """One that knows of no guest yet. console: its descriptors for the machine. source: what it is to load."""
         if self.own_process:
             return self._in_other_process(instance_id, console, source)
+        if not filtered():
+            # Of this process only the threads that are the microVM's; and not those on which the user's Python runs.
+            use_filters(default_filters(FAILS), ends=False)
         builder = _Builder(
             BuildOptions(
                 console_in=console[0],

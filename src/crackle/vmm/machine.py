@@ -15,6 +15,7 @@ from crackle.devices.serial import Serial
 from crackle.errors import ConfigError, CrackleError, KvmError, StateError
 from crackle.kvm import Bus
 from crackle.runtime.clock import MachineClock
+from crackle.runtime.filters import confine
 from crackle.runtime.iothread import IoThread
 from crackle.runtime.ownership import end_dropped, enrol
 from crackle.runtime.system import fork
@@ -67,6 +68,7 @@ class BuildOptions(msgspec.Struct, kw_only=True):
     console_waits: the guest waits for who reads its console, rather than that output is dropped once 64 KiB are kept.
     ends_on_panic: the guest ends when its kernel says that it has panicked, rather than how it ends by itself then.
     profile: also measure how long exits take to handle.
+    confines: the thread that starts the guest may make only the system calls of a main thread from then on.
     devices: devices written in Python, which the guest gets after the configured ones.
     """
 
@@ -77,6 +79,7 @@ class BuildOptions(msgspec.Struct, kw_only=True):
     console_waits: bool = False
     ends_on_panic: bool = False
     profile: bool = False
+    confines: bool = False
     devices: tuple[CustomDevice, ...] = ()
 
 
@@ -220,8 +223,21 @@ class Machine:
             io.start(paused)
         if self.mmds is not None:
             self.mmds.start()
+        confines = self._options.confines
+        # What a device written in Python does when the guest sets it up is its own business.
+        kind = "vcpu" if self._python_io is None else "python"
         for vcpu in self.vcpus:
-            vcpu.start(self.pio, self.mmio, self.exit_fd, paused, profile=self._options.profile)
+            vcpu.start(
+                *(self.pio, self.mmio, self.exit_fd, paused or confines),
+                profile=self._options.profile,
+                kind=kind,
+            )
+        if confines:
+            # Last, so that the other threads have their own filters and not this one's too, and before the guest runs.
+            confine("main")
+            if not paused:
+                for vcpu in self.vcpus:
+                    vcpu.resume()
 
     def stand_by(self) -> None:
         """Have the threads of a machine that was restored, at rest, so that `resume` need not start any.

@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 
     from crackle.schema.config import VmConfig
 
-# For what goes wrong: a request that is no JSON, a guest that fails or stays silent.
+# For what goes wrong: a request that is no JSON, a guest that fails or stays silent. And what is compiled of what a
+# fork wants, because a filter lets no code be loaded any more.
 ALWAYS = (
     "_socket",
     "select",
     "crackle.schema.position",
     "crackle.schema.snapshot",
     "crackle.snapshot.save",
+    "crackle.memory.huge",
     "crackle.vmm.probe",
     f"crackle.arch.{os.uname().machine}.probe",
     "crackle.vmm.silence",

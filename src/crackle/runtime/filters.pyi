@@ -1,0 +1,13 @@
+from collections.abc import Mapping
+
+def use_filters(filters: Mapping[str, tuple[bytes, ...]] | None, ends: bool = True) -> None: ...
+def filtered() -> bool: ...
+def confine(kind: str) -> bool: ...
+def set_last_words(
+    log: int = -1,
+    before: bytes = b"",
+    after: bytes = b"",
+    utc_offset: int = 0,
+    metrics: int = -1,
+    line: bytes = b"",
+) -> None: ...

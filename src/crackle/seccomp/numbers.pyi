@@ -1,0 +1,1 @@
+"""The numbers that a policy has names for: see `build.names`."""
