@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from crackle import MicroVM
+from crackle.runtime.filters import use_filters
 from crackle.schema.codec import decode
 from crackle.schema.config import VmConfig
+from crackle.seccomp import FAILS, default_filters
 from crackle.vmm.builder import build
 from crackle.vmm.machine import BuildOptions
 
@@ -74,6 +76,8 @@ class BareMachine:
         os.set_blocking(self._console, False)
         self._fds = [input_read, self.input, self._console, output_write]
         self.text = ""
+        # As a program with the library has them.
+        use_filters(default_filters(FAILS), ends=False)
         how = BuildOptions(console_in=input_read, console_out=output_write, **options)
         self.machine = build(decode(json.dumps(config).encode(), VmConfig), None, how)
 

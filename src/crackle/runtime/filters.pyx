@@ -258,7 +258,6 @@ def use_filters(filters, bint ends=True):
     """Every thread of a kind that is in `filters`, born from now on, gets those programs; None: no thread gets any.
 
     ends: a forbidden call of theirs raises SIGSYS, which is handled from now on.
-    A build with a sanitizer, whose runtime calls whatever it likes, has no filters.
     """
     global thread_name
     cdef filter_set *found
@@ -288,6 +287,11 @@ cdef sock_fprog *copied(bytes code) except NULL:
     program.filter = <sock_filter *> (program + 1)
     memcpy(program.filter, <const char *> code, len(code))
     return program
+
+
+def possible():
+    """Not in a build with a sanitizer, whose runtime calls whatever it likes."""
+    return not SANITIZED
 
 
 def filtered():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 from crackle.errors import ConfigError, os_reason
+from crackle.runtime.filters import possible
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ def compiled_path() -> str:
 
 
 def default_filters(section: str = ENDS) -> Filters:
-    """The policy's programs by kind of thread. ConfigError when the build has left none."""
+    """The policy's programs by kind of thread. ConfigError when the build has left none where it should have."""
+    if not possible():
+        return {}
     if section not in _found:
         from msgspec import MsgspecError, msgpack
 
