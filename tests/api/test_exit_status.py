@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +18,7 @@ from support.launcher import REAL as VMM
 from support.mounts import with_mounts
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.api.conftest import Vmm
@@ -105,6 +107,62 @@ def test_a_signal_ends_the_first_process_of_a_pid_namespace_too(
     assert f"Shutting down VM after intercepting signal {int(number)}" in log.read_text()
     counted = json.loads(metrics.read_text().splitlines()[-1])["signals"]
     assert counted.get(number.name.lower(), 1) == 1
+
+
+def test_a_broken_pipe_is_logged_and_counted_and_ends_nothing(
+    start: Callable[..., Vmm], kernel: Path, tmp_path: Path
+) -> None:
+    vmm = start("--metrics-path", str(tmp_path / "metrics"), fake=True)
+    assert vmm.request("PUT", "/boot-source", {"kernel_image_path": str(kernel)}).status == 204
+    assert vmm.request("PUT", "/actions", {"action_type": "InstanceStart"}).status == 204
+    vmm.process.send_signal(signal.SIGPIPE)
+    counts = []
+    for _ in range(2):
+        assert vmm.request("PUT", "/actions", {"action_type": "FlushMetrics"}).status == 204
+        counts.append(json.loads((tmp_path / "metrics").read_text().splitlines()[-1])["signals"]["sigpipe"])
+    assert counts in ([1, 0], [0, 1])
+    assert "Received signal 13, code 0." in vmm.log.read_text()
+
+
+@pytest.mark.parametrize("descriptor", [1, None])
+def test_a_log_without_a_reader_is_no_busy_loop(tmp_path: Path, descriptor: int | None) -> None:
+    reading, writing = os.pipe()
+    log = tmp_path / "log"
+    os.mkfifo(log)
+    reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
+    options = [] if descriptor == 1 else ["--log-path", str(log)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "crackle.cli.vmm", "--api-sock", "socket", *options],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=writing if descriptor == 1 else subprocess.DEVNULL,
+    )
+    try:
+        os.close(writing)
+        while not (tmp_path / "socket").exists():
+            assert process.poll() is None
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(tmp_path / "socket"))
+            os.close(reading)
+            os.close(reader)
+            for _ in range(20):
+                client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+            spent = [cpu_time(process.pid)]
+            time.sleep(0.5)
+            spent.append(cpu_time(process.pid))
+        # In clock ticks, of which there are a hundred in a second.
+        assert spent[1] - spent[0] < 10
+    finally:
+        process.kill()
+        process.wait()
+
+
+def cpu_time(pid: int) -> int:
+    """Of the process, in clock ticks."""
+    with open(f"/proc/{pid}/stat") as stat:
+        fields = stat.read().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
 
 
 def test_a_fault_of_the_monitor_ends_it_by_the_signal(tmp_path: Path) -> None:

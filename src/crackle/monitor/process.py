@@ -187,6 +187,8 @@ class VmmProcess(Monitor):
         self._metadata = metadata
         self._status = 0
         self._signal = 0
+        # Log lines that could not be written, when that was last looked at.
+        self._lost = 0
         self._terminal = Terminal(0)
         self._metrics = Metrics(own="own-metrics" in options)
         if metrics_sink is not None:
@@ -376,9 +378,20 @@ class VmmProcess(Monitor):
         for number in (*SIGNAL_STATUS, *_TERMINATE):
             if number not in _RAISED_BY_FAULTS:
                 self._loop.on_signal(number, self._intercept)
-        self._loop.on_sent(_RAISED_BY_FAULTS, self._intercept)
+        self._loop.on_sent((*_RAISED_BY_FAULTS, signal.SIGPIPE), self._intercept)
+
+    def _count_broken_pipe(self, code: int | None) -> None:
+        """Whoever wrote where nobody reads any more knows it; this is for who looks at log and metrics."""
+        self._metrics.counters["signals"]["sigpipe"] += 1
+        # Where it was the log's reader that has gone, a line would be the next cause.
+        before, self._lost = self._lost, self._logger.lost
+        if self._lost == before:
+            self._logger.error(f"Received signal {int(signal.SIGPIPE)}, code {code}.")
 
     def _intercept(self, number: int, code: int | None = None) -> None:
+        if number == signal.SIGPIPE:
+            self._count_broken_pipe(code)
+            return
         name = signal.Signals(number).name.lower()
         if name in self._metrics.counters["signals"]:
             self._metrics.counters["signals"][name] = 1

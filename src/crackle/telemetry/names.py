@@ -67,8 +67,13 @@ SECTIONS = {
 }
 
 # These hold a last value; every other metric counts, and is written as its growth since the last line.
-STORED_SECTIONS = frozenset(("api_server", "latencies_us", "seccomp", "signals", "vmm"))
-STORED_NAMES = frozenset(("min_us", "max_us", "init_time_us", "activate_time_us", "config_change_time_us"))
+STORED_SECTIONS = frozenset(("api_server", "latencies_us", "seccomp", "vmm"))
+STORED_NAMES = frozenset(
+    (
+        *("min_us", "max_us", "init_time_us", "activate_time_us", "config_change_time_us"),
+        *("sigbus", "sighup", "sigill", "sigsegv", "sigxcpu", "sigxfsz"),
+    )
+)
 
 # A device ``x`` of such a kind has a section ``kind_x`` of its own; of the first, the section ``kind`` is their sum.
 SUMMED = ("block", "net", "pmem")
