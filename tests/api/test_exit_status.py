@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -52,6 +53,8 @@ def test_a_signal_ends_crackle_vmm_with_its_status(vmm: Vmm, number: signal.Sign
     assert vmm.request("GET", "/").status == 200
     vmm.process.send_signal(number)
     assert vmm.wait() == status
+    code = ", code 0" if status not in (148, -number) else ""
+    assert f"Shutting down VM after intercepting signal {int(number)}{code}." in vmm.log.read_text()
 
 
 # The first process of a PID namespace, in which a signal without a handler does nothing.
@@ -107,6 +110,25 @@ def test_a_signal_ends_the_first_process_of_a_pid_namespace_too(
     assert f"Shutting down VM after intercepting signal {int(number)}" in log.read_text()
     counted = json.loads(metrics.read_text().splitlines()[-1])["signals"]
     assert counted.get(number.name.lower(), 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "status"), [(resource.RLIMIT_FSIZE, 151), (resource.RLIMIT_CPU, 154)], ids=["bytes", "seconds"]
+)
+def test_a_limit_that_is_reached_ends_it_with_the_status_of_the_table(
+    start: Callable[..., Vmm], tmp_path: Path, limit: int, status: int
+) -> None:
+    vmm = start("--log-path", str(tmp_path / "log"), fake=True)
+    assert vmm.request("GET", "/").status == 200
+    resource.prlimit(vmm.process.pid, limit, (1, resource.RLIM_INFINITY))
+    many = vmm.client.encode("GET", "/vm/config") * 200
+    with contextlib.suppress(OSError, AssertionError):
+        # As many as it takes, of bytes of the log or of time.
+        for _ in range(10_000):
+            vmm.client.send(many)
+            for _ in range(200):
+                vmm.client.receive()
+    assert vmm.wait() == status
 
 
 def test_a_broken_pipe_is_logged_and_counted_and_ends_nothing(

@@ -55,8 +55,17 @@ SIGNAL_STATUS = {
     signal.SIGILL: 157,
 }
 
-# Those of them that are intercepted where somebody has sent them; a fault is the kernel's, core and all.
-_RAISED_BY_FAULTS = (signal.SIGBUS, signal.SIGSEGV, signal.SIGILL)
+# Those of which the log tells the code. Of those that faults raise, only what somebody has sent is intercepted: a fault
+# is the kernel's, core and all.
+_WITH_CODE = (
+    signal.SIGBUS,
+    signal.SIGHUP,
+    signal.SIGILL,
+    signal.SIGPIPE,
+    signal.SIGSEGV,
+    signal.SIGXCPU,
+    signal.SIGXFSZ,
+)
 
 # Seconds after the API answers when its clients are taken to be slow.
 _IDLE_S = 0.05
@@ -376,9 +385,9 @@ class VmmProcess(Monitor):
 
     def _watch_signals(self) -> None:
         for number in (*SIGNAL_STATUS, *_TERMINATE):
-            if number not in _RAISED_BY_FAULTS:
+            if number not in _WITH_CODE:
                 self._loop.on_signal(number, self._intercept)
-        self._loop.on_sent((*_RAISED_BY_FAULTS, signal.SIGPIPE), self._intercept)
+        self._loop.on_sent(_WITH_CODE, self._intercept)
 
     def _count_broken_pipe(self, code: int | None) -> None:
         """Whoever wrote where nobody reads any more knows it; this is for who looks at log and metrics."""

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     Handler = Callable[[int], None]
 
+# The interpreter ignores these itself, whatever its parent wanted.
+_IGNORED_ITSELF = (_signal.SIGPIPE, _signal.SIGXFSZ)
+
 READABLE = select.EPOLLIN
 WRITABLE = select.EPOLLOUT
 
@@ -118,8 +121,7 @@ class Loop:
         A signal that the process was started to ignore (nohup(1), a shell's ``&``) stays ignored.
         """
         before = _signal.getsignal(number)
-        # The interpreter ignores this one itself, whatever its parent wanted.
-        if before == _signal.SIG_IGN and number != _signal.SIGXFSZ and number not in self._signals:
+        if before == _signal.SIG_IGN and number not in (*_IGNORED_ITSELF, *self._signals):
             return
         if self._signal_pipe is None:
             self._signal_pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -132,13 +134,19 @@ class Loop:
     def on_sent(self, numbers: Iterable[int], handler: Callable[[int, int], None]) -> None:
         """Call ``handler`` with number and code (sigaction(2)) when somebody sends the process one of these signals.
 
-        For those that a fault raises, too: a fault ends the process as ever. Of all loops, one can have this.
+        For those that a fault raises, too: a fault ends the process as ever. Of all loops, one can have this. What the
+        process was started to ignore stays ignored.
         """
         from crackle.runtime.signals import hear
 
         reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._sent_pipe = reading, writing
-        hear(writing, numbers)
+        heard = [
+            number
+            for number in numbers
+            if number in _IGNORED_ITSELF or _signal.getsignal(number) != _signal.SIG_IGN
+        ]
+        hear(writing, heard)
 
         def deliver(_events: int) -> None:
             # Two ints each; a pipe takes and gives them whole.

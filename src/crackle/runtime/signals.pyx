@@ -1,7 +1,7 @@
-"""Signals that a fault raises too (SIGBUS, SIGSEGV, SIGILL), where somebody else has sent them (sigaction(2), si_code).
+"""Signals with the code that says where they come from (sigaction(2), si_code), those that a fault raises too among them.
 
-A handler written in Python is of no use for these: it runs when the faulting instruction has been executed again, which is
-never. Here one that was sent is told through a pipe, and one that a fault has raised ends the process as it would have done.
+A handler written in Python is of no use for SIGBUS, SIGSEGV and SIGILL: it runs when the faulting instruction has been executed
+again, which is never. Here one that was sent is told through a pipe, and one that a fault has raised ends the process as it would have done.
 """
 
 import os
@@ -21,8 +21,8 @@ cdef extern from * nogil:
         int32_t said[2] = { number, info->si_code };
         int saved = errno;
         (void) context;
-        /* What the kernel raises has a positive code: as it was before, and again. */
-        if (info->si_code > 0)
+        /* A fault's code is positive: as it was before, and the instruction again. */
+        if (info->si_code > 0 && (number == SIGBUS || number == SIGSEGV || number == SIGILL))
             sigaction(number, &hearing.before[number], NULL);
         else if (write(hearing.fd, said, sizeof(said)) < 0) {
             /* A full pipe tells of enough. */
