@@ -1,7 +1,8 @@
 """Signals with the code that says where they come from (sigaction(2), si_code), those that a fault raises too among them.
 
-A handler written in Python is of no use for SIGBUS, SIGSEGV and SIGILL: it runs when the faulting instruction has been executed
-again, which is never. Here one that was sent is told through a pipe, and one that a fault has raised ends the process as it would have done.
+A handler written in Python is of no use for SIGBUS, SIGSEGV and SIGILL: it runs when the faulting instruction has been
+executed again, which is never. Here one that was sent is told through a pipe, and one that a fault has raised ends the
+process as it would have done.
 """
 
 import os
