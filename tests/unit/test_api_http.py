@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crackle.api.http import CONTINUE, HttpConnection
+from crackle.api.http import CONTINUE, MAX_HEAD_SIZE, HttpConnection
 
 SETTINGS = b"HTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"
 OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n" + SETTINGS
@@ -101,3 +101,60 @@ def test_whether_the_answer_may_have_a_body_is_known_when_a_request_is_refused()
     peer = Peer()
     peer.feed(b"HEAD / HTTP/1.1\r\n\r\n", 4096)
     assert peer.http.head_only
+
+
+# What requests are made of, and what spoils them.
+PIECES = [
+    *(
+        b"GET",
+        b"PUT",
+        b"HEAD",
+        b" ",
+        b"/",
+        b"/a",
+        b"x",
+        b" HTTP/1.1",
+        b" HTTP/1.0",
+        b" HTTP/2.0",
+        b"\r\n",
+        b"\r\n\r\n",
+    ),
+    *(
+        b"\n",
+        b"\r",
+        b":",
+        b"\xff",
+        b"\0",
+        b"A: b\r\n",
+        b"Content-Length: 3\r\n",
+        b"Content-Length: 101\r\n",
+        b"{}{",
+    ),
+    *(
+        b"Transfer-Encoding: chunked\r\n",
+        b"Connection: close\r\n",
+        b"Expect: 100-continue\r\n",
+        b"3\r\n{}{\r\n",
+        b"0\r\n",
+    ),
+    *(
+        b"GET / HTTP/1.1\r\n",
+        b"PUT /a HTTP/1.1\r\n",
+        b"Accept-Encoding: identity;q=0\r\n",
+        b"A: " + b"b" * 9000,
+    ),
+]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=24), st.integers(1, 40))
+def test_what_a_client_sends_means_the_same_in_whatever_pieces_it_comes(
+    pieces: list[bytes], size: int
+) -> None:
+    data = b"".join(pieces)
+    whole, torn = Peer(), Peer()
+    whole.feed(data, len(data) or 1)
+    torn.feed(data, size)
+    assert torn.served == whole.served
+    assert torn.http.refused == whole.http.refused
+    assert torn.http.out == whole.http.out
+    assert len(torn.http._received) <= MAX_HEAD_SIZE
