@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def test_it_sees_its_kernel_and_drives_and_devices_and_has_no_privileges(
         for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
             assert status(vm.pid, kind) == [NONE], kind
         assert status(vm.pid, "NoNewPrivs") == ["1"]
+        assert status(vm.pid, "Seccomp") == ["2"]
         assert status(vm.pid, "Uid") == [str(USER)] * 4
         assert status(vm.pid, "Gid") == [str(GROUP)] * 4
         assert status(vm.pid, "Groups") == []
@@ -112,6 +114,11 @@ def test_network_namespace_cgroup_and_limits(guests: Path, namespace: Any) -> No
             limits = Path(f"/proc/{vm.pid}/limits").read_text().splitlines()
             assert next(line for line in limits if "open files" in line).split()[3:5] == ["500", "500"]
     finally:
+        # Its process may still be ending.
+        deadline = time.monotonic() + PATIENCE
+        while (place / "one" / "tasks").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         for group in (place / "one", place):
             group.rmdir()
 

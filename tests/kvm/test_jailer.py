@@ -212,6 +212,11 @@ def test_a_guest_boots_is_saved_and_loaded_and_nothing_is_imported_in_the_jail(
     drive = {"drive_id": "d", "is_root_device": False, "path_on_host": "/disk"}
     api = boot(one, "count.elf", drives__d=drive)
     one.wait_for("count 3")
+    threads = [task.name for task in Path(f"/proc/{one.pid}/task").iterdir()]
+    assert len(threads) > 2
+    for thread in threads:
+        lines = _lines(f"/proc/{one.pid}/task/{thread}/status")
+        assert {"NoNewPrivs:\t1", "Seccomp:\t2"} <= set(lines), lines
     api.ask("PATCH", "/drives/d", {"drive_id": "d", "path_on_host": "/other"})
     api.ask("PATCH", "/drives/d", {"drive_id": "d", "path_on_host": "/etc/passwd"}, expect=400)
     api.ask("PATCH", "/vm", {"state": "Paused"})

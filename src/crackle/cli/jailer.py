@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import time
 
 from crackle.cli import end_on_interrupt, interrupt_by_exception, vmm
@@ -23,14 +22,15 @@ from crackle.version import FIRECRACKER_VERSION, VERSION
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import NoReturn
 
 EXIT_OK = 0
 EXIT_ERROR = 1
 
 
-def main() -> None:
+def main() -> NoReturn:
     """The console script: runs :func:`run` and exits with its status."""
-    sys.exit(run(sys.argv[1:]))
+    vmm.exit_as(run)
 
 
 def run(arguments: list[str], connection: int | None = None) -> int:

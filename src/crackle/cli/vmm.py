@@ -24,6 +24,7 @@ from crackle.version import FIRECRACKER_VERSION, VERSION
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket
+    from collections.abc import Callable
     from typing import NoReturn
 
     from crackle.seccomp import Filters
@@ -45,13 +46,18 @@ class ExitError(CrackleError):
 
 
 def main() -> NoReturn:
-    """The console script: runs :func:`run` and exits with its status.
+    """The console script: runs :func:`run` and exits with its status."""
+    exit_as(run)
+
+
+def exit_as(program: Callable[[list[str]], int]) -> NoReturn:
+    """Run it with this process's arguments and exit with its status.
 
     At once: threads that Python ends when it finalizes load code for that, which no filter allows.
     """
     status = EXIT_ERROR
     try:
-        status = run(sys.argv[1:])
+        status = program(sys.argv[1:])
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
     finally:
