@@ -67,6 +67,11 @@ def test_seen_from_outside_it_is_the_same(
         one = start()
         assert one.process is not None
         assert one.pid != one.process.pid
+        for each in (plain, one):
+            # It has set itself up when it answers.
+            api = Client(each.root / "api.sock")
+            api.ask("GET", "/", expect=200)
+            api.close()
         assert one.pid in zygote.children()
         assert tree(one.root) == tree(plain.root)
         assert tree(one.root).keys() == {*EMPTY_ROOT, "api.sock"}
