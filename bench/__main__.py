@@ -21,6 +21,7 @@ AREAS = (
     "start",
     "launch",
     "jail",
+    "seccomp",
     "peers",
     "api",
     "memory",

@@ -19,6 +19,7 @@ class Package(NamedTuple):
 NEEDED = {
     "liburing-dev": Package("io_uring, for drives with the Async engine: the core is compiled with it"),
     "libseccomp-dev": Package("filters of system calls: compiles the policy, and those of users"),
+    "strace": Package("which system calls are made, for the test of the seccomp policy", ("strace",)),
     "qemu-system-x86": Package("the emulated host", ("qemu-system-x86_64",)),
     "qemu-system-common": Package("serves disks by vhost-user", ("qemu-storage-daemon",)),
     "acpica-tools": Package("the tests read the ACPI tables with it", ("iasl",)),

@@ -62,11 +62,7 @@ cdef extern from * nogil:
         SIGTERM
         # fcntl(2)
         F_DUPFD_CLOEXEC
-        F_GETFD
-        F_SETFD
         F_GETFL
-        F_SETFL
-        F_OFD_GETLK
         F_OFD_SETLK
         F_ADD_SEALS
         # prlimit(2)
@@ -140,15 +136,8 @@ cdef extern from * nogil:
         # ioctl_tty(2), ioctl_fs
         TCGETS
         TCSETS
-        TCSETSW
-        TCSETSF
         TIOCGPGRP
-        TIOCGWINSZ
         FIONBIO
-        FIOCLEX
-        BLKGETSIZE64
-        BLKSSZGET
         BLKDISCARD
         FICLONE
-        FICLONERANGE
         PROCMAP_QUERY
