@@ -162,7 +162,7 @@ def test_when_the_launcher_is_killed_the_monitor_is_at_once(launch: Callable[...
 def test_when_the_monitor_is_killed_the_launcher_ends_by_the_same_signal(
     launch: Callable[..., Launched], tmp_path: Path
 ) -> None:
-    for number in (signal.SIGKILL, signal.SIGSEGV):
+    for number in (signal.SIGKILL, signal.SIGABRT):
         launched = launch(cwd=tmp_path)
         os.kill(launched.monitor, number)
         assert launched.process.wait(TIMEOUT) == -number

@@ -55,18 +55,6 @@ SIGNAL_STATUS = {
     signal.SIGILL: 157,
 }
 
-# Those of which the log tells the code. Of those that faults raise, only what somebody has sent is intercepted: a fault
-# is the kernel's, core and all.
-_WITH_CODE = (
-    signal.SIGBUS,
-    signal.SIGHUP,
-    signal.SIGILL,
-    signal.SIGPIPE,
-    signal.SIGSEGV,
-    signal.SIGXCPU,
-    signal.SIGXFSZ,
-)
-
 # Seconds after the API answers when its clients are taken to be slow.
 _IDLE_S = 0.05
 
@@ -384,12 +372,9 @@ class VmmProcess(Monitor):
         self._logger.info("API server started.")
 
     def _watch_signals(self) -> None:
-        for number in (*SIGNAL_STATUS, *_TERMINATE):
-            if number not in _WITH_CODE:
-                self._loop.on_signal(number, self._intercept)
-        self._loop.on_sent(_WITH_CODE, self._intercept)
+        self._loop.on_sent((*SIGNAL_STATUS, *_TERMINATE, signal.SIGPIPE), self._intercept)
 
-    def _count_broken_pipe(self, code: int | None) -> None:
+    def _count_broken_pipe(self, code: int) -> None:
         """Whoever wrote where nobody reads any more knows it; this is for who looks at log and metrics."""
         self._metrics.counters["signals"]["sigpipe"] += 1
         # Where it was the log's reader that has gone, a line would be the next cause.
@@ -397,7 +382,7 @@ class VmmProcess(Monitor):
         if self._lost == before:
             self._logger.error(f"Received signal {int(signal.SIGPIPE)}, code {code}.")
 
-    def _intercept(self, number: int, code: int | None = None) -> None:
+    def _intercept(self, number: int, code: int) -> None:
         if number == signal.SIGPIPE:
             self._count_broken_pipe(code)
             return
@@ -407,8 +392,7 @@ class VmmProcess(Monitor):
         elif number == signal.SIGSYS:
             # Somebody has sent it: a forbidden call ends the process in `crackle.runtime.filters`.
             self._metrics.counters["seccomp"]["num_faults"] = 1
-        shown = "" if code is None else f", code {code}"
-        self._logger.error(f"Shutting down VM after intercepting signal {number}{shown}.")
+        self._logger.error(f"Shutting down VM after intercepting signal {number}, code {code}.")
         if number in _TERMINATE:
             self._signal = number
         else:

@@ -51,7 +51,10 @@ cdef extern from * nogil:
         hearing.fd = fd;
         for (int number = 1; fd < 0 && number < NSIG; number++)
             if (hearing.heard[number]) {
-                sigaction(number, &hearing.before[number], NULL);
+                struct sigaction now;
+                /* Whoever has come after us stays. */
+                if (!sigaction(number, NULL, &now) && now.sa_sigaction == hear_signal)
+                    sigaction(number, &hearing.before[number], NULL);
                 hearing.heard[number] = 0;
             }
     }
