@@ -168,7 +168,7 @@ def test_code_in_the_monitor_reaches_nothing_outside(
         script = STAND_IN.replace("@AIMS@", repr({**targets, "process": neighbour.pid}))
         script = script.replace("@PYTHON@", os.path.realpath(sys.executable))
         one.start("--new-pid-ns", "--netns", namespace.path, command=[sys.executable, "-c", script])
-        text = one.wait_for("API server started")
+        text = one.wait_for("read the kernel's log: ")
         tried = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line and "[" not in line)
         assert len(tried) == 31, text
         for name, answer in tried.items():

@@ -128,11 +128,17 @@ class Jailed:
             copy = shutil.copy(file, self.root / file.name)
             os.chown(copy, self.user, self.user + 1000)
 
-    def start(self, *more: str, command: Sequence[str] = JAILER, pass_fds: Sequence[int] = ()) -> Jailed:
-        """Be started, until there is the monitor's API socket, /api.sock."""
+    def start(
+        self, *more: str, command: Sequence[str] = JAILER, pass_fds: Sequence[int] = (), level: str = "Off"
+    ) -> Jailed:
+        """Be started, until there is the monitor's API socket, /api.sock.
+
+        level: of the log, which would come between the letters of a guest.
+        """
         arguments = self.arguments(*more)
         if "--" not in arguments:
             arguments.append("--")
+        arguments += ["--level", level]
         self.process = subprocess.Popen(
             [*command, *arguments, "--api-sock", "api.sock"],
             stdin=subprocess.PIPE,

@@ -51,7 +51,11 @@ def give_back_unchanged(machine: Machine) -> bool:
 
 def _give_back(workers: Sequence[Worker]) -> None:
     """Nobody else may be writing then."""
-    if sum(map(_is_ours, os.listdir("/proc/self/task"))) > 1 + len(workers):
+    try:
+        threads = os.listdir("/proc/self/task")
+    except FileNotFoundError:
+        return  # in a jail, where nobody says who else is there
+    if sum(map(_is_ours, threads)) > 1 + len(workers):
         raise KvmError("another thread is there, which may write to what is given back")
     image.give_back(workers, _MOMENT_US)
 
