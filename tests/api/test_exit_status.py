@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from support.launcher import LAUNCHED
 from support.launcher import REAL as VMM
 from support.mounts import with_mounts
 
@@ -111,6 +112,7 @@ def test_a_signal_ends_the_first_process_of_a_pid_namespace_too(
     assert counted.get(number.name.lower(), 1) == 1
 
 
+@pytest.mark.skipif(LAUNCHED, reason="what is limited or gets the signal is the launcher")
 @pytest.mark.parametrize(
     ("limit", "status"), [(resource.RLIMIT_FSIZE, 151), (resource.RLIMIT_CPU, 154)], ids=["bytes", "seconds"]
 )
@@ -130,6 +132,7 @@ def test_a_limit_that_is_reached_ends_it_with_the_status_of_the_table(
     assert vmm.wait() == status
 
 
+@pytest.mark.skipif(LAUNCHED, reason="what is limited or gets the signal is the launcher")
 def test_a_broken_pipe_is_logged_and_counted_and_ends_nothing(
     start: Callable[..., Vmm], kernel: Path, tmp_path: Path
 ) -> None:
