@@ -204,6 +204,9 @@ class VmmProcess(Monitor):
         if "exit-on-failed-load" in options:
             self._controller.on_failed_load = self._end_for_load
         self._watch_signals()
+        if filtered():
+            # Above the handler that hears what is sent; metrics come before there is a guest.
+            set_last_words(*logger.last_words())
         logger.on_change = self._prepare_last_words
 
     def run(self) -> int:

@@ -35,12 +35,12 @@ def default_filters(section: str = ENDS) -> Filters:
     if not possible():
         return {}
     if section not in _found:
-        from msgspec import MsgspecError, msgpack
+        from msgspec import MsgspecError, json
 
         path = compiled_path()
         try:
             with open(path, "rb", buffering=0) as file:
-                _found.update(msgpack.decode(file.read(), type=dict[str, dict[str, tuple[bytes, ...]]]))
+                _found.update(json.decode(file.read(), type=dict[str, dict[str, tuple[bytes, ...]]]))
         except OSError as error:
             raise ConfigError(
                 f"cannot read the compiled seccomp policy: {os_reason(error)}: {path}; "

@@ -1,11 +1,14 @@
-"""`python -m crackle.seccomp.build`: compiles the policy of this architecture, which the build of the package does."""
+"""`python -m crackle.seccomp.build`: compiles the policy of this architecture, which the build of the package does.
+
+With what Python has: a build has none of the libraries that the package wants.
+"""
 
 from __future__ import annotations
 
+import base64
 import errno
+import json
 from pathlib import Path
-
-import msgspec
 
 from crackle.seccomp import ENDS, FAILS, compiled_path, numbers, policy
 from crackle.seccomp.compiler import TRAP, compile_filter, error_action
@@ -42,4 +45,12 @@ def compile_policy() -> dict[str, dict[str, tuple[bytes, ...]]]:
 
 
 if __name__ == "__main__":
-    Path(compiled_path()).write_bytes(msgspec.msgpack.encode(compile_policy()))
+    compiled = {
+        section: {kind: [base64.b64encode(code).decode() for code in codes] for kind, codes in kinds.items()}
+        for section, kinds in compile_policy().items()
+    }
+    # Whole or not at all: a microVM may be starting.
+    path = Path(compiled_path())
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(compiled, indent=1) + "\n")
+    new.replace(path)
