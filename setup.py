@@ -58,9 +58,9 @@ class BuildCore(build_ext):
     """And afterwards the seccomp policy, with the compiler that has just been built."""
 
     def run(self):
-        """A build with a sanitizer has no filters."""
+        """Not for a build with a sanitizer, which has no filters, nor for an architecture without a policy."""
         super().run()
-        if not SANITIZE:
+        if not SANITIZE and (ROOT / f"src/crackle/seccomp/{os.uname().machine}.policy").exists():
             place = ROOT / "src" if self.inplace else Path(self.build_lib).resolve()
             subprocess.run(
                 [sys.executable, "-m", "crackle.seccomp.build"],
