@@ -14,7 +14,7 @@ from crackle.cli import end_on_interrupt
 from crackle.errors import ConfigError, CrackleError, os_reason, reason_of
 from crackle.monitor.options import Options, help_text, parse
 from crackle.runtime.commandline import UsageError
-from crackle.runtime.filters import use_filters
+from crackle.runtime.filters import set_last_words, use_filters
 from crackle.runtime.stream import open_standard_streams
 from crackle.seccomp import default_filters
 from crackle.telemetry.logger import Logger
@@ -181,6 +181,7 @@ def _serve(options: Options, logger: Logger, shell: Shell | None) -> int:
 
         # Threads that are born from now on have them; this one, when the guest starts.
         use_filters(None if "no-seccomp" in options else filters or default_filters())
+        set_last_words(*logger.last_words())
         # Most clients configure and start a machine at once: begin with the default one while the rest is imported.
         if shell is None and config is None:
             shell = Shell(default_machine_config())

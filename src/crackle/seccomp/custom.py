@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 _CATEGORIES = ("vmm", "api", "vcpu")
 
-# By kind of thread.
+# By kind of thread. Those that make a virtual machine ahead of time are no concern of such a policy, which is for the
+# time from the start of the guest on.
 _SERVED_BY = {
     "main": ("vmm", "api"),
     "vcpu": ("vcpu",),
     "io": ("vmm",),
     "mmds": ("vmm",),
-    "shell": ("vmm", "api"),
     "faults": ("vmm", "api"),
     "reaper": ("vmm", "api"),
 }
