@@ -58,7 +58,12 @@ cdef extern from * nogil:
 
     #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
     #define SANITIZED 1
-    #else
+    #elif defined(__has_feature)    /* clang */
+    #if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+    #define SANITIZED 1
+    #endif
+    #endif
+    #ifndef SANITIZED
     #define SANITIZED 0
     #endif
     """
