@@ -35,7 +35,6 @@ BROAD = (
 )
 
 
-@pytest.mark.beside
 @pytest.mark.timeout(600)
 def test_every_line_of_the_policy_is_needed_by_a_thread_of_its_kind_or_says_that_it_seldom_is(
     guests: Path, tmp_path: Path
