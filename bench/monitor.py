@@ -62,16 +62,29 @@ class Monitor:
 
     def _line(self, command: Sequence[str], name: str, arguments: Sequence[str]) -> list[str]:
         """The whole command line; what it names is made."""
-        jail = []
-        if Path(command[0]).name.endswith(JAILER):
+        command = list(command)
+        # There may be another before it, which executes it.
+        place = next((at for at, word in enumerate(command) if Path(word).name.endswith(JAILER)), None)
+        if place is not None:
+            end = place + 2
             base = self.socket_path.with_name("jails")
-            self._root = base / Path(command[1]).name / name / "root"
+            self._root = base / Path(command[end - 1]).name / name / "root"
             self._root.mkdir(parents=True)
             self.socket_path, self.log_path = self._root / "api.sock", self._root / "log"
-            jail = ["--exec-file", command[1], "--uid", "0", "--gid", "0", "--chroot-base-dir", str(base)]
-            command = [command[0], "--id", name, *jail, "--", *command[2:]]
+            user = ("--uid", "0", "--gid", "0")
+            jail = [
+                "--id",
+                name,
+                "--exec-file",
+                command[end - 1],
+                *user,
+                "--chroot-base-dir",
+                str(base),
+                "--",
+            ]
+            command = [*command[: end - 1], *jail, *command[end:]]
         self.log_path.touch()
-        own = [] if jail else ["--id", name]
+        own = [] if self._root is not None else ["--id", name]
         quiet = ("--log-path", self._seen(self.log_path), "--level", "Error")
         return [*command, "--api-sock", self._seen(self.socket_path), *own, *quiet, *arguments]
 
