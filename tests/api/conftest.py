@@ -121,6 +121,7 @@ class Vmm:
         with self.log.open("wb") as stdout:
             self.process = subprocess.Popen(
                 [*command, "--api-sock", self.socket, *arguments],
+                cwd=directory,  # so that whatever file a request names is there
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=subprocess.STDOUT,
