@@ -35,6 +35,7 @@ BROAD = (
 )
 
 
+@pytest.mark.soak  # under strace guests take ten times as long, and some have deadlines
 @pytest.mark.timeout(600)
 def test_every_line_of_the_policy_is_needed_by_a_thread_of_its_kind_or_says_that_it_seldom_is(
     guests: Path, tmp_path: Path

@@ -244,6 +244,9 @@ def test_what_was_flushed_outlives_a_kill_at_any_moment(base: Path, tmp_path: Pa
 def test_no_more_is_taken_than_the_limit_allows(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "o"
     make(str(path), base=str(base))
+    # Until then the file system may not have decided what it takes.
+    with open(path, "rb") as made:
+        os.fsync(made.fileno())
     limit = path.stat().st_blocks * 512 + 8 * BLOCK
     with OverlaidDisk(base, Overlay(str(path), size_limit=limit)) as disk:
         before = disk.read()

@@ -47,6 +47,8 @@ cdef extern from * nogil:
         O_RDWR
         O_CREAT
         O_TRUNC
+        # newfstatat(2)
+        AT_EMPTY_PATH
         # prctl(2)
         PR_SET_NAME
         PR_SCHED_CORE
@@ -137,6 +139,7 @@ cdef extern from * nogil:
         TCGETS
         TCSETS
         TIOCGPGRP
+        TIOCOUTQ
         FIONBIO
         BLKDISCARD
         FICLONE

@@ -58,7 +58,8 @@ class BackEnd(Target):
             self.use(choices, ours)
         finally:
             theirs.close()
-        assert descriptors() == before
+        # Fewer, where what another test has dropped is being closed meanwhile.
+        assert descriptors() <= before
 
     def use(self, choices: Choices, end: socket.socket) -> None:
         try:
