@@ -24,8 +24,8 @@ documents: setup
 
 # The same again and again: snapshots of busy guests in long chains, and amid kills.
 soak: setup
-	$(BIN)/python -m pytest -s tests/api/test_abuse.py tests/kvm/test_soak.py tests/kvm/test_soak_clones.py tests/kvm/test_seccomp_policy.py tests/linux/test_soak.py \
-	  tests/linux/test_identity.py tests/linux/test_console.py -m soak $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -s tests/api/test_abuse.py tests/kvm/test_soak.py tests/kvm/test_soak_clones.py tests/kvm/test_seccomp_policy.py \
+	  tests/linux/test_soak.py tests/linux/test_identity.py tests/linux/test_console.py -m soak $(PYTEST_ARGS)
 
 setup: build guest-bare guest-kernel $(VENV)/.images
 

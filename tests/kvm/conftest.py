@@ -23,6 +23,7 @@ from crackle.schema.config import VmConfig
 from crackle.seccomp import FAILS, default_filters
 from crackle.vmm.builder import build
 from crackle.vmm.machine import BuildOptions
+from support.jails import Jailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.kvm)
             if missing:
                 item.add_marker(pytest.mark.skip(reason=missing))
+
+
+@pytest.fixture
+def jailed(tmp_path: Path) -> Iterator[Jailed]:
+    """A jail below the test's own directory, not started yet."""
+    base = tmp_path / "jails"
+    base.mkdir()
+    one = Jailed(base)
+    yield one
+    one.end()
 
 
 @pytest.fixture(scope="session")

@@ -35,15 +35,6 @@ def zygote(
 
 
 @pytest.fixture
-def jailed(tmp_path: Path) -> Iterator[Jailed]:
-    base = tmp_path / "jails"
-    base.mkdir()
-    one = Jailed(base)
-    yield one
-    one.end()
-
-
-@pytest.fixture
 def start(jailed: Jailed, zygote: ZygoteProcess) -> Callable[..., Jailed]:
     """Starts the jail by way of the zygote; what the launcher would say if it did not take that is none."""
 

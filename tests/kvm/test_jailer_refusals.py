@@ -47,15 +47,6 @@ needs_v1 = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def jailed(tmp_path: Path) -> Iterator[Jailed]:
-    base = tmp_path / "jails"
-    base.mkdir()
-    one = Jailed(base)
-    yield one
-    one.end()
-
-
 @pytest.fixture(scope="module")
 def herd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Herd]:
     with Herd(tmp_path_factory.mktemp("herd") / "said", one_at_a_time=True) as herd:

@@ -16,6 +16,8 @@ from crackle.cli.report import Row, print_json, print_table, read
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from crackle.cli.report import State
+
 # Parameters of the kernel's command line that switch mitigations off (Documentation/admin-guide/kernel-parameters.txt).
 _SWITCHES = (
     *(
@@ -51,41 +53,46 @@ _NOBODY = "-1"
 _NO_LIMIT = 1 << 62
 
 
+def _judged(
+    area: str, name: str, wrong: bool, bad: str, good: str, advice: str, state: State = "problem"
+) -> Row:
+    """A row of what is `wrong`, with what to do; or of what is `good`, and then there is nothing to do."""
+    return Row(area, name, bad, state, advice) if wrong else Row(area, name, good, "ok")
+
+
 def _processor(root: str) -> Iterator[Row]:
     smt = read(f"{root}/sys/devices/system/cpu/smt/active") == "1"
-    yield Row(
+    yield _judged(
         "processor",
         "SMT",
-        "on: the threads of a core have its caches in common" if smt else "off",
-        "problem" if smt else "ok",
-        "boot with nosmt, or let microVMs share no core: crackle-vmm --core-scheduling" if smt else "",
+        smt,
+        "on: the threads of a core have its caches in common",
+        "off",
+        "boot with nosmt, or let microVMs share no core: crackle-vmm --core-scheduling",
     )
     directory = f"{root}/sys/devices/system/cpu/vulnerabilities"
     names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
-    vulnerable = [name for name in names if "vulnerable" in (read(f"{directory}/{name}") or "").lower()]
+    known = {name: read(f"{directory}/{name}") or "" for name in names}
+    vulnerable = [name for name, state in known.items() if "vulnerable" in state.lower()]
     for name in vulnerable:
+        advice = "newer microcode and kernel, mitigations on"
+        yield Row("processor", name, known[name], "problem", advice)
+    if known:
+        rest = len(known) - len(vulnerable)
         yield Row(
-            "processor",
-            name,
-            read(f"{directory}/{name}") or "",
-            "problem",
-            "newer microcode and kernel, mitigations on",
-        )
-    if names:
-        rest = len(names) - len(vulnerable)
-        yield Row(
-            "processor", "vulnerabilities", f"{rest} of {len(names)} known ones absent or mitigated", "ok"
+            "processor", "vulnerabilities", f"{rest} of {len(known)} known ones absent or mitigated", "ok"
         )
     else:
         yield Row("processor", "vulnerabilities", "the kernel does not tell", "missing", "a newer kernel")
     words = (read(f"{root}/proc/cmdline") or "").split()
     off = [word for word in words if word in _SWITCHES or word.startswith("mitigations=off")]
-    yield Row(
+    yield _judged(
         "processor",
         "mitigations",
-        f"switched off: {' '.join(off)}" if off else "none is switched off",
-        "problem" if off else "ok",
-        "take that from the kernel's command line" if off else "",
+        bool(off),
+        f"switched off: {' '.join(off)}",
+        "none is switched off",
+        "take that from the kernel's command line",
     )
 
 
@@ -103,50 +110,56 @@ def _kvm(root: str) -> Iterator[Row]:
         yield Row("kvm", "/dev/kvm", "not there", "problem", "load kvm_intel or kvm_amd")
         return
     anybody = bool(mode & (stat.S_IWOTH | stat.S_IROTH))
-    yield Row(
+    yield _judged(
         "kvm",
         "/dev/kvm",
-        "open to any user" if anybody else f"mode {mode & 0o777:o}",
-        "missing" if anybody else "ok",
-        "chmod 660, the group being that of your microVMs" if anybody else "",
+        anybody,
+        "open to any user",
+        f"mode {mode & 0o777:o}",
+        "chmod 660, the group being that of your microVMs",
+        "missing",
     )
 
 
 def _memory(root: str) -> Iterator[Row]:
     merging = read(f"{root}/sys/kernel/mm/ksm/run") == "1"
-    yield Row(
+    yield _judged(
         "memory",
         "same-page merging",
-        "on: a guest can find out what another's memory holds" if merging else "off",
-        "problem" if merging else "ok",
-        "echo 2 > /sys/kernel/mm/ksm/run" if merging else "",
+        merging,
+        "on: a guest can find out what another's memory holds",
+        "off",
+        "echo 2 > /sys/kernel/mm/ksm/run",
     )
     swaps = [line.split()[0] for line in (read(f"{root}/proc/swaps") or "").splitlines()[1:]]
     plain = [path for path in swaps if not _stays_secret(root, path)]
-    yield Row(
+    yield _judged(
         "memory",
         "swap",
-        f"guest memory can get to {' '.join(plain)}"
-        if plain
-        else "none, or none that keeps secrets readable",
-        "problem" if plain else "ok",
-        "swapoff, or encrypt it" if plain else "",
+        bool(plain),
+        f"guest memory can get to {' '.join(plain)}",
+        "none, or none that keeps secrets readable",
+        "swapoff, or encrypt it",
     )
     dumps = read(f"{root}/proc/sys/fs/suid_dumpable") == "1"
-    yield Row(
+    yield _judged(
         "memory",
         "core dumps",
-        "of processes that have changed user too" if dumps else "not of processes that have changed user",
-        "missing" if dumps else "ok",
-        "echo 0 > /proc/sys/fs/suid_dumpable" if dumps else "",
+        dumps,
+        "of processes that have changed user too",
+        "not of processes that have changed user",
+        "echo 0 > /proc/sys/fs/suid_dumpable",
+        "missing",
     )
     faults = read(f"{root}/proc/sys/vm/unprivileged_userfaultfd") == "1"
-    yield Row(
+    yield _judged(
         "memory",
         "userfaultfd",
-        "any process may stop the kernel at a page of its own" if faults else "for the privileged only",
-        "missing" if faults else "ok",
-        "echo 0 > /proc/sys/vm/unprivileged_userfaultfd; the jail has /dev/userfaultfd" if faults else "",
+        faults,
+        "any process may stop the kernel at a page of its own",
+        "for the privileged only",
+        "echo 0 > /proc/sys/vm/unprivileged_userfaultfd; the jail has /dev/userfaultfd",
+        "missing",
     )
 
 
@@ -180,13 +193,15 @@ def _control_groups(root: str) -> Iterator[Row]:
     else:
         there = {line.split()[0] for line in (read(f"{root}/proc/cgroups") or "#").splitlines()}
         lacking = [name for name, first in _CONTROLLERS.items() if first not in there]
-    value = f"version {1 if unified is None else 2}" + (f", without {', '.join(lacking)}" if lacking else "")
-    yield Row(
+    version = f"version {1 if unified is None else 2}"
+    yield _judged(
         "limits",
         "cgroup controllers",
-        value,
-        "missing" if lacking else "ok",
-        "switch them on, to bound what a microVM takes from others" if lacking else "",
+        bool(lacking),
+        f"{version}, without {', '.join(lacking)}",
+        version,
+        "switch them on, to bound what a microVM takes from others",
+        "missing",
     )
 
 

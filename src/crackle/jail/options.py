@@ -8,7 +8,7 @@ import stat
 from crackle.errors import ConfigError
 from crackle.jail.cgroups import Plan, check_parent, plan
 from crackle.jail.undo import step
-from crackle.runtime.commandline import UsageError, pairs
+from crackle.runtime.commandline import UsageError, help_lines, pairs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -213,14 +213,6 @@ def _number(text: str, bits: int) -> int | None:
 
 def help_text() -> str:
     """What ``--help`` prints."""
-    names = {
-        name: f"  --{name}" + (f" <{value}>" if value else "") for name, (value, _, _) in OPTIONS.items()
-    }
-    width = max(map(len, names.values())) + 3
-    lines = [
-        f"{names[name]:<{width}}{text}" + (f" [default: {default}]" if default else "")
-        for name, (_, default, text) in OPTIONS.items()
-    ]
+    lines = help_lines(OPTIONS)
     lines.insert(len(REQUIRED), "\noptions:")
-    end = "Arguments after -- are crackle-vmm's."
-    return "\n".join(("required:", *lines, f"{'  -h, --help':<{width}}Show this help and exit.", "", end))
+    return "\n".join(("required:", *lines, "", "Arguments after -- are crackle-vmm's."))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crackle.runtime.commandline import UsageError, pairs
+from crackle.runtime.commandline import UsageError, help_lines, pairs
 from crackle.telemetry.logger import DEFAULT_INSTANCE_ID, instance_id_problem
 
 TYPE_CHECKING = False
@@ -106,12 +106,4 @@ def _check(options: Options) -> None:
 
 def help_text() -> str:
     """What ``--help`` prints."""
-    names = {
-        name: f"  --{name}" + (f" <{value}>" if value else "") for name, (value, _, _) in OPTIONS.items()
-    }
-    width = max(map(len, names.values())) + 3
-    lines = [
-        f"{names[name]:<{width}}{text}" + (f" [default: {default}]" if default else "")
-        for name, (_, default, text) in OPTIONS.items()
-    ]
-    return "\n".join(("options:", *lines, f"{'  -h, --help':<{width}}Show this help and exit."))
+    return "\n".join(("options:", *help_lines(OPTIONS)))

@@ -9,7 +9,7 @@ from crackle.errors import CrackleError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
 
 class UsageError(CrackleError):
@@ -44,3 +44,19 @@ def pairs(
         if value is None or value.startswith("--"):
             raise UsageError(f"The argument '{name}' requires a value, but none was supplied.")
         yield name, value
+
+
+def help_lines(options: Mapping[str, tuple[str | None, str | None, str]]) -> list[str]:
+    """A line of help for each option and, the last, for ``--help``.
+
+    options: by name what the value is called (None for a switch), the default and the help.
+    """
+    names = {
+        name: f"  --{name}" + (f" <{value}>" if value else "") for name, (value, _, _) in options.items()
+    }
+    width = max(map(len, names.values())) + 3
+    lines = [
+        f"{names[name]:<{width}}{text}" + (f" [default: {default}]" if default else "")
+        for name, (_, default, text) in options.items()
+    ]
+    return [*lines, f"{'  -h, --help':<{width}}Show this help and exit."]
