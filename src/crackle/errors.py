@@ -78,3 +78,21 @@ class context:  # noqa: N801 - reads as a statement
             error.args = (f"{self._words}: {error}{self._end}",)
         elif error is not None and (reason := reason_of(error)) is not None:
             raise ConfigError(f"{self._words}: {reason}{self._end}") from error
+
+
+class step:  # noqa: N801 - reads as a statement
+    """Says what was being done, and to which file, when the host refuses it; other errors pass as they are."""
+
+    __slots__ = ("_end", "_words")
+
+    def __init__(self, words: str, path: str | None = None) -> None:
+        self._words = words
+        self._end = "" if path is None else f": {path}"
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        # A path with a NUL is a ValueError.
+        if isinstance(error, (OSError, ValueError)):
+            raise ConfigError(f"{self._words}: {os_reason(error)}{self._end}") from None

@@ -190,12 +190,7 @@ class Links:
             raise friendly(error) from None
         try:
             self.write(name, mark)
-            # The host's own announcements on it would wake up every guest.
-            with (
-                contextlib.suppress(OSError),
-                open(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6", "w") as file,
-            ):
-                file.write("1")
+            silence(name)
         except BaseException:
             self.remove(name)
             raise
@@ -210,6 +205,15 @@ class Links:
 def _text(name: str | bytes | None) -> str:
     """A name that somebody gave: pyroute2 gives bytes where they are not UTF-8."""
     return name.decode(errors="replace") if isinstance(name, bytes) else name or ""
+
+
+def silence(name: str) -> None:
+    """Have the host announce nothing on an interface: that would wake up every guest."""
+    with (
+        contextlib.suppress(OSError),
+        open(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6", "w") as file,
+    ):
+        file.write("1")
 
 
 def friendly(error: NetlinkError | OSError) -> ConfigError:

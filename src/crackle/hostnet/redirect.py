@@ -6,16 +6,15 @@ guest has that interface's addresses, and nobody on the way needs to know. In th
 
 from __future__ import annotations
 
-import contextlib
 import errno
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from crackle.errors import ConfigError
 from crackle.hostnet.host import check_tun
-from crackle.hostnet.links import friendly
+from crackle.hostnet.links import friendly, silence
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -84,15 +83,11 @@ class Redirects:
             name = next(free for number in range(_TAPS) if (free := f"tap{number}") not in names)
         elif name in names:
             raise ConfigError(f"there is an interface {name} already")
-        self._do("link", "add", ifname=name, kind="tuntap", mode="tap", uid=uid, gid=gid)
+        self._route.link("add", ifname=name, kind="tuntap", mode="tap", uid=uid, gid=gid)
         try:
             number = self._route.link_lookup(ifname=name)[0]
-            self._do("link", "set", index=number, ifalias=mark, mtu=of.mtu, state="up")
-            with (
-                contextlib.suppress(OSError),
-                open(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6", "w") as file,
-            ):
-                file.write("1")
+            self._route.link("set", index=number, ifalias=mark, mtu=of.mtu, state="up")
+            silence(name)
             for source, to in ((of.number, number), (number, of.number)):
                 self._redirect(source, to)
             tap = self.find(name)
@@ -107,8 +102,8 @@ class Redirects:
         """Take the TAP device away, and what `of` does for it. What is gone already is no fault."""
         for number in self._route.link_lookup(ifname=name):
             if of is not None and self._leads(of.number) == number:
-                self._do("tc", "del", "ingress", index=of.number, handle=_INGRESS)
-            self._do("link", "del", index=number)
+                self._route.tc("del", "ingress", index=of.number, handle=_INGRESS)
+            self._route.link("del", index=number)
 
     def leads_to(self, source: Interface, to: Interface) -> bool:
         """Whether what `source` receives is sent by `to`."""
@@ -118,12 +113,11 @@ class Redirects:
         if self._leads(source) is not None:
             raise ConfigError(f"interface {source} is redirected already")
         try:
-            self._do("tc", "add", "ingress", index=source, handle=_INGRESS)
+            self._route.tc("add", "ingress", index=source, handle=_INGRESS)
         except NetlinkError as error:
             if error.code != errno.EEXIST:
                 raise
-        self._do(
-            "tc",
+        self._route.tc(
             "add-filter",
             "u32",
             index=source,
@@ -146,6 +140,3 @@ class Redirects:
                 if mirred is not None:
                     return int(mirred["ifindex"])
         return None
-
-    def _do(self, what: str, *words: str, **options: Any) -> None:
-        getattr(self._route, what)(*words, **options)

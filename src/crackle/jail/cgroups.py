@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 
-from crackle.errors import ConfigError, os_reason
-from crackle.jail.undo import Undo, step
+from crackle.errors import ConfigError, os_reason, step
+from crackle.jail.undo import Undo
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

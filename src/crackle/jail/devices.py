@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import stat
 
-from crackle.jail.undo import Undo, step
+from crackle.errors import step
+from crackle.jail.undo import Undo
 
 # Documentation/admin-guide/devices.txt; that of userfaultfd is given out at run time.
 _MISC = 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 
+from crackle.errors import step
 from crackle.jail.folder import Folder
 from crackle.jail.namespaces import (
     daemonize,
@@ -15,7 +16,7 @@ from crackle.jail.namespaces import (
     mount_on_itself,
 )
 from crackle.jail.privileges import drop, set_limits
-from crackle.jail.undo import Undo, step
+from crackle.jail.undo import Undo
 from crackle.runtime.system import close_from, load_unwinder, set_title, title_place
 
 TYPE_CHECKING = False

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import stat
 
-from crackle.errors import ConfigError
+from crackle.errors import ConfigError, step
 from crackle.jail.devices import make_devices
-from crackle.jail.undo import Undo, step
+from crackle.jail.undo import Undo
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

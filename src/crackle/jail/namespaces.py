@@ -5,8 +5,7 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]  # the signal module makes enums of everything
 import os
 
-from crackle.errors import ConfigError
-from crackle.jail.undo import step
+from crackle.errors import ConfigError, step
 from crackle.runtime.system import (
     CLONE_NEWNET,
     CLONE_NEWNS,

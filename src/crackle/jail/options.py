@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import stat
 
-from crackle.errors import ConfigError
+from crackle.errors import ConfigError, step
 from crackle.jail.cgroups import Plan, check_parent, plan
-from crackle.jail.undo import step
 from crackle.runtime.commandline import UsageError, help_lines, pairs
 
 TYPE_CHECKING = False

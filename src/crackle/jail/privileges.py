@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from crackle.jail.undo import step
+from crackle.errors import step
 from crackle.runtime.system import drop_capabilities, empty_bounding_set, forbid_dumps, set_no_new_privs
 
 

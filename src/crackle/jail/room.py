@@ -10,12 +10,12 @@ import os
 import stat
 import time
 
-from crackle.errors import ConfigError
+from crackle.errors import ConfigError, step
 from crackle.jail.cgroups import check_parent, plan
 from crackle.jail.devices import make_devices
 from crackle.jail.namespaces import enter_root, join_network, leave_mounts
 from crackle.jail.privileges import drop, set_limits
-from crackle.jail.undo import Undo, step
+from crackle.jail.undo import Undo
 from crackle.runtime.system import attach_tree, clone_tree, load_unwinder, make_tmpfs
 
 TYPE_CHECKING = False

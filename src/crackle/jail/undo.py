@@ -1,31 +1,13 @@
-"""What a refusal takes back, and how one is worded."""
+"""What a refusal takes back."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 
-from crackle.errors import ConfigError, os_reason
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-
-class step:  # noqa: N801 - reads as a statement
-    """One thing that the host may refuse: ConfigError, "Failed to ..." and what the system said."""
-
-    __slots__ = ("_words",)
-
-    def __init__(self, words: str) -> None:
-        self._words = words
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, (OSError, ValueError)):
-            raise ConfigError(f"{self._words}: {os_reason(error)}") from None
 
 
 class Undo:

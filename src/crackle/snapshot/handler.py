@@ -20,13 +20,12 @@ from threading import Condition
 
 import msgspec
 
-from crackle.errors import ConfigError, KvmError, os_reason
+from crackle.errors import ConfigError, KvmError, os_reason, step
 from crackle.memory.pager import WINDOW, Pager
 from crackle.runtime.channel import descriptors
 from crackle.runtime.threads import Thread
 from crackle.snapshot import workingset
 from crackle.snapshot.handover import Mapping
-from crackle.snapshot.pair import step
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

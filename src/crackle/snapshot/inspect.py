@@ -10,12 +10,12 @@ from types import MappingProxyType
 
 import msgspec
 
-from crackle.errors import ConfigError, context
+from crackle.errors import ConfigError, context, step
 from crackle.memory.dump import copy_data
 from crackle.schema.snapshot import DriveOverride, NetworkOverride, SnapshotLoad, VsockOverride
 from crackle.snapshot import statefile
 from crackle.snapshot.overrides import override
-from crackle.snapshot.pair import read_state, step
+from crackle.snapshot.pair import read_state
 from crackle.telemetry.logger import instance_id_problem
 
 TYPE_CHECKING = False

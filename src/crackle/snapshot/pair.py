@@ -16,7 +16,7 @@ import os
 import stat
 from binascii import crc32
 
-from crackle.errors import ConfigError, context, os_reason
+from crackle.errors import ConfigError, context, step
 from crackle.memory.dump import copy_data
 from crackle.snapshot import statefile
 
@@ -32,21 +32,6 @@ _HEX = frozenset("0123456789abcdef")
 
 # How often a pair is looked for that is being replaced meanwhile.
 _ATTEMPTS = 3
-
-
-class step:  # noqa: N801 - reads as a statement
-    """Says what was being done to which file, when the host refuses it."""
-
-    def __init__(self, what: str, path: str) -> None:
-        self._what, self._path = what, path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        # A path with a NUL is a ValueError.
-        if isinstance(error, OSError | ValueError):
-            raise ConfigError(f"{self._what}: {os_reason(error)}: {self._path}") from None
 
 
 class Pair:
