@@ -156,6 +156,7 @@ def test_closing_gives_mapping_and_descriptor_back() -> None:
         with open("/proc/self/maps") as maps:
             return sum("guest-memory" in line for line in maps)
 
+    gc.collect()  # what earlier tests have left to it
     before = fds()
     with GuestMemory([(0, LOW), (HIGH, LOW)], backing="memfd") as memory:
         assert mapped() == 2
@@ -194,6 +195,7 @@ def test_a_wrong_layout_is_refused(layout: list[tuple[int, int]], why: str) -> N
 
 
 def test_what_the_host_cannot_give_is_refused_and_nothing_is_left() -> None:
+    gc.collect()  # what earlier tests have left to it
     before = fds()
     with pytest.raises(ConfigError, match="unknown memory backing 'floppy': expected one of anonymous"):
         GuestMemory([(0, LOW)], backing="floppy")
