@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from crackle.schema.config import VmConfig as VmConfig
     from crackle.schema.drive import Drive as Drive
     from crackle.schema.drive import Overlay as Overlay
+    from crackle.schema.entropy import EntropyDevice as EntropyDevice
     from crackle.schema.jail import Jail as Jail
     from crackle.schema.mmds import MmdsConfig as MmdsConfig
     from crackle.schema.net import NetworkInterface as NetworkInterface
@@ -51,6 +52,7 @@ _MODULE_OF = {
     "Console": "crackle.vmm.console",
     "CrackleError": "crackle.errors",
     "Drive": "crackle.schema.drive",
+    "EntropyDevice": "crackle.schema.entropy",
     "ExitStatus": "crackle.vmm.machine",
     "GuestError": "crackle.errors",
     "Jail": "crackle.schema.jail",

@@ -292,7 +292,6 @@ def test_an_unknown_path_with_a_body(vmm: Vmm, method: str, fault: str) -> None:
 LATER = [
     ("PUT", "/cpu-config", {}),
     ("PUT", "/balloon", {"amount_mib": 1, "deflate_on_oom": True}),
-    ("PUT", "/entropy", {}),
     ("PUT", "/pmem/p", {"id": "p", "path_on_host": "/dev/null"}),
     ("PUT", "/hotplug/memory", {"total_size_mib": 1024}),
 ]

@@ -267,7 +267,7 @@ def test_what_the_api_shows_is_a_configuration_file(
         ({"machine-config": {"cpus": 1}}, "unknown field `cpus`"),
         ({"logger": {"log_path": "/none/log"}}, "Logger error: Failed to open target file"),
         ({"metrics": {"metrics_path": "/none/m"}}, "Metrics error: Cannot initialize the metrics system"),
-        ({"entropy": {}}, "Crackle does not support the entropy device yet."),
+        ({"cpu-config": {}}, "Crackle does not support CPU templates yet."),
         ({"vsock": {"guest_cid": 3, "uds_path": "/none/v"}}, "Vsock device error: Cannot create backend"),
         (
             {"boot-source": {"kernel_image_path": "/dev/null", "boot_args": "unbootable"}},

@@ -13,6 +13,7 @@ import pytest
 from crackle import (
     ConfigError,
     Drive,
+    EntropyDevice,
     MicroVM,
     MmdsConfig,
     NetworkInterface,
@@ -91,6 +92,10 @@ LIKE_THE_API: dict[str, tuple[dict[str, Any], tuple[str, dict[str, Any]]]] = {
         {"vsock": Vsock("3", "v.sock")},  # type: ignore[arg-type]
         ("/vsock", {"guest_cid": "3", "uds_path": "v.sock"}),
     ),
+    "a limit of an entropy device as text": (
+        {"entropy": EntropyDevice(RateLimiter(TokenBucket("1", 2)))},  # type: ignore[arg-type]
+        ("/entropy", {"rate_limiter": {"bandwidth": {"size": "1", "refill_time": 2}}}),
+    ),
     "a version of its own": (
         {"mmds": MmdsConfig(["eth0"], "V3")},  # type: ignore[arg-type]
         ("/mmds/config", {"network_interfaces": ["eth0"], "version": "V3"}),
@@ -115,6 +120,10 @@ OF_THE_LIBRARY: dict[str, tuple[dict[str, Any], str]] = {
     "a kernel that is no path": ({"kernel": 5}, "kernel must be a path, not 5"),
     "an open disk": ({"rootfs": 0}, "rootfs must be a path, not 0"),
     "a drive that is no path": ({"drives": ["disk", 5]}, "drives[1] must be a path, not 5"),
+    "an entropy device that is none": (
+        {"entropy": 5},
+        "entropy must be True, False or a crackle.EntropyDevice",
+    ),
     "a vsock that is no path": ({"vsock": 5}, "vsock must be a path, not 5"),
     "a console that is no pair": ({"console": 0}, "console must be the descriptors (input, output)"),
     "a console that is no numbers": ({"console": ("in", "out")}, "console must be the descriptors"),

@@ -127,6 +127,8 @@ def configure(client: Client, directory: Path, guests: Path, kinds: set[str], ba
         client.ask(
             "PUT", "/drives/user", {"drive_id": "user", "is_root_device": False, "socket": backend.path}
         )
+    if "entropy" in kinds:
+        client.ask("PUT", "/entropy", {"rate_limiter": ops})
     if "vsock" in kinds:
         client.ask("PUT", "/vsock", {"guest_cid": 3, "uds_path": str(directory / "v.sock")})
     if "net" in kinds:
@@ -190,9 +192,10 @@ KINDS = [
     {"Async", "logger"},
     {"vhost-user"},
     {"vsock"},
+    {"entropy"},
     {"net"},
     {"net", "mmds"},
-    {"logger", "metrics", "Sync", "Async", "vhost-user", "vsock", "net", "mmds"},
+    {"logger", "metrics", "Sync", "Async", "vhost-user", "vsock", "entropy", "net", "mmds"},
 ]
 
 

@@ -86,8 +86,8 @@ def test_the_root_disk_may_have_an_overlay_in_a_file_or_in_memory() -> None:
         ('{"drives": []}', "boot-source"),
         ('{"drives": [], "boot-source": {"kernel_image_path": "k"}, "logger": {"log_path": "l"}}', "logger"),
         (
-            '{"drives": [], "boot-source": {"kernel_image_path": "k"}, "entropy": {}}',
-            "entropy",
+            '{"drives": [], "boot-source": {"kernel_image_path": "k"}, "cpu-config": {}}',
+            "cpu-config",
         ),
     ],
 )

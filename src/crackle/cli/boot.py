@@ -35,7 +35,6 @@ _NOT_HERE = (
     "metrics",
     "balloon",
     "cpu_config",
-    "entropy",
     "memory_hotplug",
     "pmem",
 )
@@ -63,6 +62,7 @@ class Wanted(msgspec.Struct, kw_only=True):
     read_only: bool = False
     overlay: str | None = None
     vsock: str | None = None
+    entropy: bool = False
     metadata: str | None = None
     config: str | None = None
     jail: str | None = None
@@ -82,6 +82,7 @@ def options(wanted: Wanted) -> dict[str, Any]:
         "memory": wanted.memory,
         "boot_args": wanted.boot_args,
         "vsock": wanted.vsock,
+        "entropy": wanted.entropy or None,
     }
     found |= {name: value for name, value in given.items() if value is not None}
     if wanted.rootfs is not None:
@@ -162,6 +163,7 @@ def _arguments(config: VmConfig) -> dict[str, Any]:
         "drives": config.drives,
         "interfaces": config.network_interfaces,
         "vsock": config.vsock,
+        "entropy": config.entropy or False,
         "mmds": config.mmds_config,
     }
     if source.boot_args is not None:

@@ -97,6 +97,9 @@ def run(
     vsock: Annotated[
         str | None, typer.Option(metavar="PATH", help="Unix socket that leads to the guest's vsock ports.")
     ] = None,
+    entropy: Annotated[
+        bool, typer.Option("--entropy", help="Give the guest the host's random numbers, as /dev/hwrng.")
+    ] = False,
     metadata: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="JSON file that the guest finds at 169.254.169.254; with --net."),
@@ -149,6 +152,7 @@ def run(
         read_only=read_only,
         overlay=overlay,
         vsock=vsock,
+        entropy=entropy,
         metadata=metadata,
         config=config,
         jail=jail,

@@ -66,3 +66,5 @@ cdef extern from "<linux/virtio_mmio.h>" nogil:
 cdef extern from "<linux/virtio_ids.h>" nogil:
     enum:
         VIRTIO_ID_BLOCK
+        VIRTIO_ID_RNG
+        VIRTIO_ID_BALLOON

@@ -16,6 +16,7 @@ from crackle.errors import ConfigError, reason_of
 from crackle.schema.boot import BootSource
 from crackle.schema.codec import check_id, made, validated
 from crackle.schema.drive import Drive, DriveUpdate, Overlay
+from crackle.schema.entropy import EntropyDevice
 from crackle.schema.jail import Jail
 from crackle.schema.machine import MachineConfig
 from crackle.schema.mmds import MmdsConfig
@@ -34,6 +35,7 @@ _ABOUT = {
     NetworkInterface: "Network config error",
     NetworkInterfaceUpdate: "Network config error",
     Vsock: "Vsock config error",
+    EntropyDevice: "Entropy device error",
     MmdsConfig: "MMMDS config error",  # as clients know it
     Jail: "Jail error",
     SnapshotCreate: "Create snapshot error",
@@ -159,6 +161,15 @@ def interfaces_of(interfaces: object) -> list[NetworkInterface]:
         else make(NetworkInterface, iface_id=f"eth{index}", host_dev_name=interface)
         for index, interface in enumerate(given)
     ]
+
+
+def entropy_of(value: object) -> EntropyDevice | None:
+    """The entropy device, if there is to be one."""
+    if isinstance(value, EntropyDevice):
+        return checked(value)
+    if not isinstance(value, bool):
+        raise ConfigError(f"entropy must be True, False or a crackle.EntropyDevice, not {value!r}")
+    return EntropyDevice() if value else None
 
 
 def devices_of(devices: object) -> tuple[VirtioDevice, ...]:

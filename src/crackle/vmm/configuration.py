@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         BootSource,
         Drive,
         DriveUpdate,
+        EntropyDevice,
         MachineConfig,
         MachineConfigUpdate,
         MmdsConfig,
@@ -205,6 +206,11 @@ class Configuration:
             (i for i, other in enumerate(section) if getattr(other, how.id_field) == name), len(section)
         )
         section[at : at + 1] = [complete]
+
+    def put_entropy(self, entropy: EntropyDevice) -> None:
+        with context("Entropy device error"):
+            limiter = self._limits(entropy.rate_limiter)
+        self.config.entropy = msgspec.structs.replace(entropy, rate_limiter=limiter)
 
     def put_serial(self, serial: Serial) -> None:
         self.config.serial = serial

@@ -19,13 +19,21 @@ if TYPE_CHECKING:
     from typing import Any
 
     from crackle.memory import GuestMemory
-    from crackle.schema import Drive, DriveUpdate, NetworkInterface, NetworkInterfaceUpdate, VmConfig
+    from crackle.schema import (
+        Drive,
+        DriveUpdate,
+        EntropyDevice,
+        NetworkInterface,
+        NetworkInterfaceUpdate,
+        VmConfig,
+    )
     from crackle.schema import Vsock as VsockResource
     from crackle.virtio.block.backing import Backing
     from crackle.virtio.block.device import Block
     from crackle.virtio.device import VirtioDevice
     from crackle.virtio.net.device import Net
     from crackle.virtio.net.tap import Tap
+    from crackle.virtio.rng.device import Rng
     from crackle.virtio.vhost_user.block import VhostUserBlock
     from crackle.virtio.vhost_user.protocol import VhostUser
     from crackle.virtio.vsock.device import Vsock
@@ -154,6 +162,13 @@ def check_vsock(vsock: VsockResource, warn: Callable[[str], None]) -> VsockResou
     return complete
 
 
+def make_entropy(memory: GuestMemory, entropy: EntropyDevice) -> Rng:
+    """ConfigError when its limits cannot be."""
+    from crackle.virtio.rng.device import Rng
+
+    return Rng(memory, limiter=entropy.rate_limiter)
+
+
 class Resource(msgspec.Struct, frozen=True, kw_only=True):
     """How a device is configured: its requests, its section of the configuration file, its commands.
 
@@ -265,13 +280,13 @@ KINDS = {
         )
     ),
     "entropy": Kind(
+        make_entropy,
         resource=Resource(
             name="entropy",
             body=schema.EntropyDevice,
             section="entropy",
             path="entropy",
-            missing="the entropy device",
-        )
+        ),
     ),
     "pmem": Kind(
         resource=Resource(

@@ -20,6 +20,7 @@ from crackle.runtime.ownership import end_dropped, enrol
 from crackle.schema.boot import BootSource
 from crackle.schema.config import VmConfig
 from crackle.schema.drive import Drive, DriveUpdate, Overlay
+from crackle.schema.entropy import EntropyDevice
 from crackle.schema.jail import Jail
 from crackle.schema.machine import HugePages, MachineConfig
 from crackle.schema.mmds import MmdsConfig
@@ -38,6 +39,7 @@ from crackle.vmm.arguments import (
     document_of,
     drive_overrides,
     drives_of,
+    entropy_of,
     interfaces_of,
     jail_of,
     make,
@@ -76,6 +78,7 @@ class MicroVM:
     metadata: a JSON document that the guest finds at http://169.254.169.254 on every interface, opening a session first
     (MMDS version 2); `mmds`, a `MmdsConfig`, says so otherwise. Either is enough; `self.metadata` changes the document,
     which has at most `metadata_limit` bytes.
+    entropy: give the guest the host's random numbers, /dev/hwrng; an `EntropyDevice` limits how many.
     devices: virtio devices written in Python, instances of subclasses of `crackle.VirtioDevice`.
     boot_args: the kernel command line; the default puts the console on the serial port.
     cpus: 1 to 32, two to a core with `smt`. memory: in MiB, backed as `huge_pages` says: "None", "Transparent", or "2M"
@@ -110,6 +113,7 @@ class MicroVM:
         metadata: Any = None,
         mmds: MmdsConfig | None = None,
         metadata_limit: int = DEFAULT_METADATA_LIMIT,
+        entropy: bool | EntropyDevice = False,
         devices: Sequence[VirtioDevice] = (),
         overlay: str | os.PathLike[str] | Overlay | None = None,
         read_only: bool = False,
@@ -150,7 +154,7 @@ class MicroVM:
             boot_args=boot_args,
         )
         disks, cards = drives_of(rootfs, drives, read_only, overlay), interfaces_of(interfaces)
-        custom = devices_of(devices)
+        custom, randomness = devices_of(devices), entropy_of(entropy)
         if vsock is not None:
             if isinstance(vsock, Vsock):
                 vsock = checked(vsock)
@@ -176,6 +180,8 @@ class MicroVM:
                 self._order("put_network", card)
             if vsock is not None:
                 self._order("put_vsock", vsock)
+            if randomness is not None:
+                self._order("put_entropy", randomness)
             if mmds is not None:
                 self._order("put_mmds_config", mmds)
             if metadata is not None:

@@ -54,6 +54,7 @@ _ASYNC = "crackle.virtio.block.uring"
 _LIMITER = "crackle.ratelimit.limiter"
 _NET = "crackle.virtio.net.device"
 _VSOCK = "crackle.virtio.vsock.device"
+_RNG = "crackle.virtio.rng.device"
 _METADATA = ("crackle.mmds.store", "crackle.mmds.service")
 
 
@@ -80,7 +81,17 @@ def preload_all() -> None:
             *ALWAYS,
             *("crackle.vmm.builder", "crackle.vmm.shell", *_LOADING, *_FORKING, "resource", "termios"),
             *("crackle.runtime.cores", "crackle.runtime.signals"),
-            *(_VHOST_USER, *_BLOCK, _ASYNC, _LIMITER, _NET, "crackle.virtio.net.tap", _VSOCK, *_METADATA),
+            *(
+                _VHOST_USER,
+                *_BLOCK,
+                _ASYNC,
+                _LIMITER,
+                _NET,
+                "crackle.virtio.net.tap",
+                _VSOCK,
+                _RNG,
+                *_METADATA,
+            ),
         )
     )
     from crackle.arch import platform
@@ -123,5 +134,7 @@ def _configured(config: VmConfig | None) -> Iterator[str]:
         yield from (_NET, _LIMITER)
     if config.vsock is not None:
         yield _VSOCK
+    if config.entropy is not None:
+        yield from (_RNG, _LIMITER)
     if config.mmds_config is not None:
         yield from _METADATA

@@ -33,6 +33,7 @@ NAMES = {
             for part in ("device", "receive", "mux", "streams", "host", "listener", "credit", "table")
         ),
     ),
+    "rng": Name("rng:Entropy", ("virtio.rng.device",)),
     "vhost": Name("vhost:BackEnd", ("virtio.vhost_user.protocol",), python=True),
     "python": Name("custom:Python", ("virtio.custom.device",)),
     "mmds": Name("mmds:Frames", ("mmds.packet", "mmds.stack", "mmds.tcp"), python=True),

@@ -1,0 +1,1 @@
+"""virtio-rng: the host's random numbers for the guest."""
