@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 
 from crackle import ConfigError, Jail, MicroVM
-from support.jails import EMPTY_ROOT, NONE, tree
+from support.jails import DEVICES, check_confined, files, until_gone
 
 from .conftest import PATIENCE
 
@@ -21,23 +20,10 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes jails: needs ro
 
 USER, GROUP = 60_700, 61_700
 JAIL = Jail(uid=USER, gid=GROUP)
-DEVICES = {path: mode for path, mode in EMPTY_ROOT.items() if mode & 0o170000 == 0o020000}
-
-
-def status(pid: int, name: str) -> list[str]:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(line.split()[1:] for line in lines if line.startswith(f"{name}:"))
 
 
 def mounts(pid: int) -> list[str]:
     return [line.split()[4] for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
-
-
-def files(pid: int) -> dict[str, int]:
-    """All but folders, in its root."""
-    return {
-        path: mode for path, mode in tree(Path(f"/proc/{pid}/root")).items() if mode & 0o170000 != 0o040000
-    }
 
 
 def test_it_sees_its_kernel_and_drives_and_devices_and_has_no_privileges(
@@ -54,13 +40,7 @@ def test_it_sees_its_kernel_and_drives_and_devices_and_has_no_privileges(
         assert files(vm.pid) == {**DEVICES, **expected}
         assert sorted(mounts(vm.pid)) == sorted(["/", str(kernel), str(disk)])
         assert os.readlink(f"/proc/{vm.pid}/cwd") == os.getcwd()
-        for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
-            assert status(vm.pid, kind) == [NONE], kind
-        assert status(vm.pid, "NoNewPrivs") == ["1"]
-        assert status(vm.pid, "Seccomp") == ["2"]
-        assert status(vm.pid, "Uid") == [str(USER)] * 4
-        assert status(vm.pid, "Gid") == [str(GROUP)] * 4
-        assert status(vm.pid, "Groups") == []
+        check_confined(vm.pid, USER, GROUP)
         assert os.stat(f"/proc/{vm.pid}/root").st_uid == 0
         # What the program names later is not there.
         with pytest.raises(ConfigError, match="No such file or directory"):
@@ -115,12 +95,7 @@ def test_network_namespace_cgroup_and_limits(guests: Path, namespace: Any) -> No
             assert next(line for line in limits if "open files" in line).split()[3:5] == ["500", "500"]
     finally:
         # Its process may still be ending.
-        deadline = time.monotonic() + PATIENCE
-        while (place / "one" / "tasks").read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        for group in (place / "one", place):
-            group.rmdir()
+        until_gone(place)
 
 
 @pytest.mark.parametrize(

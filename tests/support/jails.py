@@ -93,6 +93,50 @@ def tree(root: Path) -> dict[str, int]:
     return {str(path.relative_to(root)): path.lstat().st_mode for path in sorted(root.rglob("*"))}
 
 
+DEVICES = {path: mode for path, mode in EMPTY_ROOT.items() if stat.S_ISCHR(mode)}
+
+
+def files(pid: int) -> dict[str, int]:
+    """All but folders in a process's root."""
+    return {path: mode for path, mode in tree(Path(f"/proc/{pid}/root")).items() if not stat.S_ISDIR(mode)}
+
+
+def status(pid: int, name: str, thread: int | None = None) -> list[str]:
+    """A line of /proc/PID/status, or of a thread of it."""
+    place = f"/proc/{pid}" if thread is None else f"/proc/{pid}/task/{thread}"
+    lines = Path(f"{place}/status").read_text().splitlines()
+    return next(line.split()[1:] for line in lines if line.startswith(f"{name}:"))
+
+
+def check_confined(pid: int, user: int, group: int, *, filtered: bool = True) -> None:
+    """Every thread of it is that user's, has no privileges, can get none, and asks the kernel for what it may.
+
+    filtered: or will, once its guest runs.
+    """
+    threads = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    for thread in threads:
+        for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+            assert status(pid, kind, thread) == [NONE], kind
+        assert status(pid, "NoNewPrivs", thread) == ["1"]
+        assert status(pid, "Uid", thread) == [str(user)] * 4
+        assert status(pid, "Gid", thread) == [str(group)] * 4
+        assert status(pid, "Groups", thread) == []
+        if filtered:
+            assert status(pid, "Seccomp", thread) == ["2"], thread
+    assert len(threads) > 1 or not filtered
+    assert os.readlink(f"/proc/{pid}/ns/mnt") != os.readlink("/proc/self/ns/mnt")
+    assert os.stat(f"/proc/{pid}/root").st_dev != os.stat("/").st_dev
+
+
+def until_gone(*places: Path) -> None:
+    """Wait until a cgroup is taken away, which is when nobody is in it any more."""
+    deadline = time.monotonic() + PATIENCE
+    for place in places:
+        while place.exists():
+            assert time.monotonic() < deadline, f"{place} is still there"
+            select.select([], [], [], 0.01)
+
+
 def descriptors(pid: int) -> list[str]:
     """What each descriptor of a process is open on, without the numbers of inodes."""
     folder = f"/proc/{pid}/fd"

@@ -107,18 +107,24 @@ def options(wanted: Wanted) -> dict[str, Any]:
 
 
 def _jail(text: str, vsock: Vsock | str | None) -> Jail:
-    """Of a user and a group, which has the user's number if none is given; it sees the folder of vsock's socket."""
+    """Of a user and a group; it sees the folder of vsock's socket."""
     from crackle.schema.jail import Jail
 
+    user, group = parse_user(text)
+    path = vsock if vsock is None or isinstance(vsock, str) else vsock.uds_path
+    paths = () if path is None else (os.path.dirname(os.path.abspath(path)),)
+    return Jail(uid=user, gid=group, paths=paths)
+
+
+def parse_user(text: str) -> tuple[int, int]:
+    """The numbers of a user and a group, which is the user's if none is given, as --jail has them."""
     user, colon, group = text.partition(":")
     ids = [user, group if colon else user]
     if not all(each.isascii() and each.isdecimal() for each in ids):
         raise ConfigError(
             f"{text!r} is no user that --jail knows: give its number, as in 20000 or 20000:20000."
         )
-    path = vsock if vsock is None or isinstance(vsock, str) else vsock.uds_path
-    paths = () if path is None else (os.path.dirname(os.path.abspath(path)),)
-    return Jail(uid=int(ids[0]), gid=int(ids[1]), paths=paths)
+    return int(ids[0]), int(ids[1])
 
 
 def _read(path: str) -> bytes:

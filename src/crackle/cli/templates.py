@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ import typer
 from crackle.errors import ConfigError
 
 if TYPE_CHECKING:
+    from crackle.schema import jail as schema
     from crackle.vmm.identity import CloneOptions
 
 Snapshot = Annotated[Path, typer.Argument(metavar="SNAPSHOT", help="Directory of the snapshot.")]
@@ -46,6 +48,13 @@ Handler = Annotated[
     Path | None,
     typer.Option(metavar="PATH", help="Socket of a page-fault handler, as of `crackle snapshot serve`."),
 ]
+Jail = Annotated[
+    str | None,
+    typer.Option(
+        metavar="USER[:GROUP]",
+        help="Run each clone in a jail: a process of this user and group, numbers to which that of the clone is added.",
+    ),
+]
 
 
 def options_of(
@@ -57,19 +66,20 @@ def options_of(
     vsock: Vsock = None,
     metadata: Metadata = None,
     handler: Handler = None,
+    jail: Jail = None,
 ) -> CloneOptions:
     """What `Snapshot.clone` wants, of what was typed. ConfigError for what cannot be meant."""
     import json
 
     from crackle.errors import os_reason
-    from crackle.schema import drive as schema
+    from crackle.schema.drive import Overlay as Layer
 
     options: CloneOptions = {
         "interfaces": pairs("--tap", tap),
         "macs": pairs("--mac", mac),
         "drives": pairs("--drive", drive),
         "overlays": {
-            name: schema.Overlay(memory=True) if where == "memory" else where
+            name: Layer(memory=True) if where == "memory" else where
             for name, where in pairs("--overlay", overlay).items()
         },
     }
@@ -79,6 +89,8 @@ def options_of(
         options["vsock"] = vsock
     if handler is not None:
         options["handler"] = handler
+    if jail is not None:
+        options["jail"] = _jail(jail, [vsock, *(where for _, where in pairs("--overlay", overlay).items())])
     if metadata is not None:
         try:
             options["metadata"] = json.loads(metadata.read_bytes())
@@ -87,6 +99,17 @@ def options_of(
         except ValueError as error:
             raise ConfigError(f"the metadata is no JSON: {error}: {metadata}") from None
     return options
+
+
+def _jail(text: str, files: Sequence[str | None]) -> Callable[[int], schema.Jail]:
+    """What makes the jail of each clone, which sees the folders in which these files are to be made."""
+    from crackle.cli.boot import parse_user
+    from crackle.schema import jail as schema
+
+    user, group = parse_user(text)
+    made = (file for file in files if file not in (None, "memory"))
+    paths = tuple({os.path.dirname(os.path.abspath(str(file))) for file in made})
+    return lambda index: schema.Jail(uid=user + index, gid=group + index, paths=paths)
 
 
 def for_clones(*, without: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -101,6 +101,28 @@ def below(layer: Layer) -> str:
     return os.path.join(os.path.dirname(os.path.realpath(layer.path)), layer.header.under.path)
 
 
+def files_of(path: str) -> list[str]:
+    """The overlay at `path` and those below it, as far as they are there, for who has to have them seen elsewhere.
+
+    Whether they belong together is not looked at. ConfigError for one that is no overlay.
+    """
+    found: list[str] = []
+    while len(found) < MAX_DEPTH and path not in found:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            break  # it is to be made, or whoever wants it will say that it is missing
+        try:
+            under = read_header(fd, path).under
+        finally:
+            os.close(fd)
+        found.append(path)
+        if under.overlay is None:
+            break
+        path = os.path.join(os.path.dirname(os.path.realpath(path)), under.path)
+    return found
+
+
 def header_at(layer: Layer, new: str) -> Header:
     """The header for a copy of an overlay at `new`: of the same contents, and what is below it named from there."""
     header = read_header(layer.backing.fd, layer.path)

@@ -54,6 +54,14 @@ class Plan:
         for group in self._groups:
             self._enter(group, undo)
 
+    def makes(self) -> list[str]:
+        """The directories of the groups that `join` makes where they are not there, and of those around them."""
+        return [
+            place
+            for group in ([] if self._moves else self._groups)
+            for place in (*list(_above(group))[1:], f"{group.mount}/{group.path}")
+        ]
+
     def _enter(self, group: Group, undo: Undo) -> None:
         members = _MEMBERS[self._version]
         before = _present(self._version, group.controller)
@@ -183,12 +191,25 @@ def _make(mount: str, path: str, undo: Undo) -> None:
         parent, place = place, f"{place}/{name}"
         with step(f"Failed to create directory {place}"):
             try:
-                os.mkdir(place)
+                _mkdir(place, mount)
             except FileExistsError:
                 continue
             # Afterwards, from within the jail, there is no such path.
             fd = undo.hold(os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         _undo_making(fd, name, undo)
+
+
+def _mkdir(place: str, mount: str) -> None:
+    try:
+        os.mkdir(place)
+    except FileNotFoundError:
+        # The one around it has just been taken away, with the last jail in it.
+        above = os.path.dirname(place)
+        if above == mount:
+            raise
+        with contextlib.suppress(FileExistsError):
+            _mkdir(above, mount)
+        os.mkdir(place)
 
 
 def _undo_making(parent: int, name: str, undo: Undo) -> None:

@@ -19,9 +19,11 @@ import sys
 import msgspec
 
 from crackle.errors import CrackleError
+from crackle.jail.remains import Remains
 from crackle.jail.room import enter
 from crackle.monitor.served import ServedProcess
 from crackle.runtime.channel import Channel, descriptors
+from crackle.runtime.child import fork_child
 from crackle.runtime.filters import set_last_words, use_filters
 from crackle.runtime.system import close_from, set_title
 from crackle.runtime.zygote import Zygote
@@ -53,6 +55,7 @@ class Nursery(Zygote):
     def __init__(self, master: _socket.socket) -> None:
         super().__init__(master, lambda _arguments, _ahead: 1)
         self._templates: dict[int, Template] = {}
+        self._remains = Remains()
 
     def _accept(self, _events: int) -> None:
         space = _socket.CMSG_SPACE(_FDS_MAX * 4)
@@ -79,10 +82,29 @@ class Nursery(Zygote):
                 os.close(fd)
 
     def _bear(self, birth: Birth, fds: list[int]) -> None:
+        own = [] if birth.jail is None else self._remains.expect(birth.jail, birth.instance_id)
         pid = self._fork(self._be_served, birth, fds)
         if pid is not None:
+            self._remains.note(pid, own)
             # The events' socket is how its program learns of its end.
             self._attend(pid, _socket.socket(fileno=fds.pop(1)))
+
+    def _ended(self, pid: int) -> None:
+        super()._ended(pid)
+        self._remains.clear(self._loop, pid)
+
+    def serve(self) -> None:
+        """Until the program ends, or has had enough. What jails leave is taken away afterwards, by another process."""
+        super().serve()
+        if self._remains:
+            with contextlib.suppress(OSError):
+                fork_child(self._be_last)
+
+    def _be_last(self) -> NoReturn:
+        # The program is to see the ends of its sockets.
+        close_from(0)
+        self._remains.clear_all()
+        os._exit(0)
 
     def _be_served(self, birth: Birth, fds: list[int]) -> NoReturn:
         status = 1

@@ -7,7 +7,7 @@ One mechanism checks both: a resource made in Python goes through the schema as 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -130,14 +130,34 @@ def overlay_of(value: object, what: str) -> Overlay:
     return checked(value) if isinstance(value, Overlay) else Overlay(path_of(value, what))
 
 
-def jail_of(jail: object, *seen: str | None) -> Jail | None:
-    """The jail, if there is to be one, in which these paths are seen, too."""
+def jail_of(jail: object, seen: Callable[[], Iterable[str | None]]) -> Jail | None:
+    """The jail, if there is to be one, in which the paths that `seen` says are seen, too."""
     if jail is None:
         return None
     if not isinstance(jail, Jail):
         raise ConfigError(f"jail must be a crackle.Jail, not {jail!r}")
     paths = [path_of(path, "a path of the jail") for path in jail.paths]
-    return checked(msgspec.structs.replace(jail, paths=(*paths, *filter(None, seen))))
+    return checked(msgspec.structs.replace(jail, paths=(*paths, *filter(None, seen()))))
+
+
+def files_of(drives: Iterable[Drive], overrides: Iterable[DriveOverride] = ()) -> Iterator[str]:
+    """The files that these disks are made of, as `overrides` have them, as far as they are there already."""
+    other = {each.drive_id: each for each in overrides}
+    for drive in drives:
+        given = other.get(drive.drive_id)
+        path = drive.path_on_host if given is None or given.path_on_host is None else given.path_on_host
+        if path is not None:
+            yield path
+        overlays = [
+            None if drive.overlay is msgspec.UNSET else drive.overlay,
+            None if given is None else given.overlay,
+        ]
+        for overlay in overlays:
+            for layer in () if overlay is None else (overlay.path, overlay.over):
+                if layer is not None:
+                    from crackle.disk.chain import files_of as layers_of
+
+                    yield from layers_of(layer)
 
 
 def drive_overrides(drives: Mapping[str, object], overlays: Mapping[str, object]) -> list[DriveOverride]:

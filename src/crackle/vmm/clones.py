@@ -86,7 +86,10 @@ class Snapshot(Closing):
         callable that gives one, where the guest has a metadata service. in_process: they run in this process.
         devices: a callable that gives new instances of those written in Python, which takes `in_process`. console: a
         callable that gives (input, output) descriptors, as for `MicroVM`. handler: the socket of a page-fault handler
-        that gives the memory. The rest as for `MicroVM.restore`.
+        that gives the memory. jail: a `Jail`, or a callable that gives one, as each should have a user of its own; its
+        paths, netns and parent_cgroup are templates. Each clone has its own, in which it sees its drives and their
+        overlays; the folders of vsock sockets and of overlays that are to be made have to be in `paths`. The rest as
+        for `MicroVM.restore`.
 
         When one cannot be had, none is: ConfigError says why.
         """

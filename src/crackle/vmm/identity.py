@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
 
+import msgspec
 from msgspec import UNSET
 
 from crackle.errors import ConfigError
 from crackle.schema.config import VmConfig
 from crackle.schema.drive import Drive, Overlay
+from crackle.schema.jail import Jail
 from crackle.schema.snapshot import SnapshotHugePages, SnapshotLoad
 from crackle.vmm.arguments import (
     backend_of,
@@ -23,6 +25,8 @@ from crackle.vmm.arguments import (
     console_of,
     devices_of,
     document_of,
+    files_of,
+    jail_of,
     make,
     overlay_of,
     path_of,
@@ -61,6 +65,7 @@ class CloneOptions(TypedDict, total=False):
     clock_realtime: bool
     profile: bool
     in_process: bool
+    jail: Jail | Callable[[int], Jail]
 
 
 class Identity(NamedTuple):
@@ -129,6 +134,8 @@ class Identities:
                     f'as in drives={{"{drive.drive_id}": "disk{{index}}.img"}}, or in '
                     f'overlays={{"{drive.drive_id}": "{{id}}.overlay"}}'
                 )
+        if "jail" in self._options and self._options.get("in_process", False):
+            raise ConfigError("a microVM in a jail has a process of its own: leave out jail or in_process")
         for option in ("vsock", "cid"):
             if option in self._options and config.vsock is None:
                 raise ConfigError(f"{option}: the snapshot has no vsock device")
@@ -142,6 +149,7 @@ class Identities:
         console = options.get("console")
         metadata = options.get("metadata")
         devices = options.get("devices")
+        request = self._request(index, identifier)
         hosting = Hosting(
             None if console is None else console_of(console(index)),
             options.get("console_limit", DEFAULT_LIMIT),
@@ -150,16 +158,34 @@ class Identities:
             options.get("metadata_limit", DEFAULT_METADATA_LIMIT),
             options.get("profile", False),
             not options.get("in_process", False),
+            self._jail(index, identifier, request),
         )
         check_rest(identifier, hosting.metadata_limit, None, profile=hosting.profile)
         if callable(metadata):
             metadata = metadata(index)
         return Identity(
             identifier,
-            self._request(index, identifier),
+            request,
             None if metadata is None else document_of(metadata),
             hosting,
         )
+
+    def _jail(self, index: int, identifier: str, request: SnapshotLoad) -> Jail | None:
+        jail = self._options.get("jail")
+        if callable(jail):
+            jail = jail(index)
+        if not isinstance(jail, Jail):
+            return jail_of(jail, tuple)
+        own = msgspec.structs.replace(
+            jail,
+            paths=tuple(_text(path, index, identifier) for path in jail.paths),
+            netns=_text(jail.netns, index, identifier),
+            parent_cgroup=_text(jail.parent_cgroup, index, identifier),
+        )
+        handler = self._options.get("handler")
+        # The memory file, and the state where there is one, come as descriptors; a handler wants to know which it is.
+        read = () if handler is None else (self._paths[0], path_of(handler, "handler"))
+        return jail_of(own, lambda: (*read, *files_of(self._config.drives, request.drive_overrides)))
 
     def _request(self, index: int, identifier: str) -> SnapshotLoad:
         state, memory = self._paths

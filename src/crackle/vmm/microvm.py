@@ -28,6 +28,7 @@ from crackle.schema.net import NetworkInterface, NetworkInterfaceUpdate
 from crackle.schema.rate_limiter import RateLimiter
 from crackle.schema.snapshot import SnapshotCreate, SnapshotHugePages, SnapshotLoad
 from crackle.schema.vsock import Vsock
+from crackle.snapshot.pair import read
 from crackle.telemetry.logger import DEFAULT_INSTANCE_ID, Logger
 from crackle.virtio.custom.base import VirtioDevice
 from crackle.vmm.arguments import (
@@ -40,6 +41,7 @@ from crackle.vmm.arguments import (
     drive_overrides,
     drives_of,
     entropy_of,
+    files_of,
     interfaces_of,
     jail_of,
     make,
@@ -165,9 +167,7 @@ class MicroVM:
             mmds = mmds or MmdsConfig([card.iface_id for card in cards], "V2")
         if mmds is not None:
             mmds = checked(mmds)
-        confined = jail_of(
-            jail, source.kernel_image_path, source.initrd_path, *(disk.path_on_host for disk in disks)
-        )
+        confined = jail_of(jail, lambda: (source.kernel_image_path, source.initrd_path, *files_of(disks)))
         apart = own_process or confined is not None
         hosting = Hosting(console, console_limit, custom, logger, metadata_limit, profile, apart, confined)
         self._set_up(instance_id, hosting)
@@ -251,9 +251,11 @@ class MicroVM:
             metadata = document_of(metadata)
         confined = jail_of(
             jail,
-            state_path,
-            memory_path if handler is None else path_of(handler, "handler"),
-            *(os.fsdecode(each) for each in drives.values()),
+            lambda: (
+                state_path,
+                memory_path if handler is None else path_of(handler, "handler"),
+                *files_of(read(state_path).config.drives, request.drive_overrides),
+            ),
         )
         apart = own_process or confined is not None
         hosting = Hosting(console, console_limit, custom, logger, metadata_limit, profile, apart, confined)

@@ -20,10 +20,10 @@ def warm(snapshot: Snapshot, seconds: float, options: CloneOptions) -> int:
     """As `Snapshot.warm`, which says what it is."""
     if not seconds > 0:
         raise ConfigError(f"a snapshot is warmed for some seconds, not {seconds!r}")
-    for name in ("handler", "in_process"):
+    for name in ("handler", "in_process", "jail"):
         if name in options:
             raise ConfigError(
-                f"{name}: a snapshot is warmed by a handler here, and a microVM in another process"
+                f"{name}: a snapshot is warmed by a handler here, and a microVM in another process, in no jail"
             )
     drives, overlays = options.get("drives", {}), options.get("overlays", {})
     options["overlays"] = {
