@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
 import socket
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ from crackle.errors import ConfigError, CrackleError, os_reason
 # Seconds for an answer, and seconds more for each clone.
 _PATIENCE_S = 30.0
 _PATIENCE_EACH_S = 0.5
+
+# <sys/socket.h>, struct ucred.
+_CREDENTIALS = struct.Struct("=3i")
 
 
 class _Connection(http.client.HTTPConnection):
@@ -26,6 +31,47 @@ class _Connection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
         self.sock.connect(str(self._path))
+
+
+class _Place:
+    """Where the microVM with the API at `path` is: its root may be a jail's, whose files have other names in it."""
+
+    def __init__(self, path: Path) -> None:
+        self._root = ""
+        with contextlib.suppress(OSError):
+            root = os.stat(f"/proc/{_server(path)}/root")
+            folders = [str(folder) for folder in path.resolve().parents]
+            self._root = next(
+                (folder for folder in folders if os.path.samestat(root, os.stat(folder))), ""
+            ).rstrip("/")
+
+    def inside(self, path: str) -> str:
+        """The microVM's name of a file of ours. ConfigError when it cannot see it."""
+        # Relative to this directory, whatever the monitor's is.
+        path = os.path.abspath(path)
+        if not self._root:
+            return path
+        folder, name = os.path.split(path)
+        real = os.path.join(os.path.realpath(folder), name)
+        if not real.startswith(f"{self._root}/"):
+            raise ConfigError(f"{path} is not in the jail of the microVM, which sees what is in {self._root}")
+        return real.removeprefix(self._root)
+
+    def outside(self, clone: dict[str, Any]) -> dict[str, Any]:
+        """A clone of the answer as it is seen from here."""
+        if not self._root:
+            return clone
+        path = self._root + os.path.normpath(f"/{clone['api_sock'].lstrip('/')}")
+        return {**clone, "api_sock": path, "pid": _server(Path(path))}
+
+
+def _server(path: Path) -> int:
+    """The process that listens there. OSError."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid: int = _CREDENTIALS.unpack(found)[0]
+    return pid
 
 
 def ask(path: Path, request: str, body: Any, timeout: float) -> Any:
@@ -63,39 +109,39 @@ def fork(
     names, api_sock, vsock, console: templates, with {index} for the clone's number and {id} for its name. drives,
     overlays, taps: likewise, by the name of the drive or interface.
     """
+    place = _Place(path)
+
+    def named(template: str, index: int, name: str) -> str:
+        return place.inside(_filled(template, index, name))
+
     clones = []
     for index in range(count):
         name = f"clone-{os.urandom(8).hex()}" if names is None else _filled(names, index, "")
         clone: dict[str, Any] = {
             "id": name,
-            "api_sock": _path(api_sock or str(path.with_name("{id}.sock")), index, name),
-            "serial_out_path": None if console is None else _path(console, index, name),
+            "api_sock": named(api_sock or str(path.with_name("{id}.sock")), index, name),
+            "serial_out_path": None if console is None else named(console, index, name),
             "drive_overrides": [
-                {"drive_id": drive, "path_on_host": _path(file, index, name)}
+                {"drive_id": drive, "path_on_host": named(file, index, name)}
                 for drive, file in drives.items()
             ]
             + [
-                {"drive_id": drive, "overlay": _overlay(file, index, name)}
+                {
+                    "drive_id": drive,
+                    "overlay": {"memory": True} if file == "memory" else {"path": named(file, index, name)},
+                }
                 for drive, file in overlays.items()
             ],
             "network_overrides": [
                 {"iface_id": interface, "host_dev_name": _filled(tap, index, name)}
                 for interface, tap in taps.items()
             ],
-            "vsock_override": None if vsock is None else {"uds_path": _path(vsock, index, name)},
+            "vsock_override": None if vsock is None else {"uds_path": named(vsock, index, name)},
         }
         clones.append({field: value for field, value in clone.items() if value})
-    return ask(path, "/vm/fork", {"clones": clones}, _PATIENCE_S + _PATIENCE_EACH_S * count)
+    answer = ask(path, "/vm/fork", {"clones": clones}, _PATIENCE_S + _PATIENCE_EACH_S * count)
+    return {**answer, "clones": [place.outside(clone) for clone in answer["clones"]]}
 
 
 def _filled(template: str, index: int, name: str) -> str:
     return template.replace("{index}", str(index)).replace("{id}", name)
-
-
-def _overlay(template: str, index: int, name: str) -> dict[str, object]:
-    return {"memory": True} if template == "memory" else {"path": _path(template, index, name)}
-
-
-def _path(template: str, index: int, name: str) -> str:
-    # Relative to this directory, whatever the monitor's is.
-    return os.path.abspath(_filled(template, index, name))

@@ -20,7 +20,8 @@ import msgspec
 from crackle.api.listener import listen
 from crackle.errors import CrackleError, reason_of
 from crackle.monitor.process import VmmProcess
-from crackle.runtime.system import close_from, set_title
+from crackle.runtime.stream import leave_standard_streams
+from crackle.runtime.system import close_from, set_title, title_place
 from crackle.telemetry.logger import OFF, Logger
 from crackle.telemetry.sink import BAD_INPUT, Sink
 from crackle.vmm.shell import Shell
@@ -82,9 +83,7 @@ class Cloner:
         _default_signals()
         self._leave()
         self._logger.rename(clone.id or "")
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        for stream in range(3):
-            os.dup2(null, stream)
+        leave_standard_streams()
         files = {region.fd for region in heritage.memory.regions}
         kept = {0, 1, 2, self._logger.file, *files, *self._own(index), *line.descriptors}
         close_from(0, [fd for fd in kept if fd >= 0])
@@ -175,6 +174,12 @@ class ServedCloner(Cloner):
         return 0
 
 
+def leave_clones_to_the_kernel() -> None:
+    """In process 1 of a namespace, whose children clones are when the template has ended: nobody waits for them."""
+    if os.getpid() == 1:
+        _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN)
+
+
 def _remove_overlays(clone: Clone, line: Line) -> None:
     """Those that were made for a clone that is not to be: none of them was there before."""
     if not line.open:
@@ -195,11 +200,7 @@ def _default_signals() -> None:
 def _set_title(line: bytes) -> None:
     """Be listed so, as far as there is room where the parent's arguments are."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        with open("/proc/self/stat", "rb") as stat:
-            fields = stat.read().rpartition(b")")[2].split()
-        # arg_start and arg_end (proc(5), 48 and 49; the list begins with the third).
-        start, end = int(fields[45]), int(fields[46])
-        set_title(start, end - start, line, b"crackle-vmm")
+        set_title(*title_place(environment=False), line, b"crackle-vmm")
 
 
 def _depth() -> int:

@@ -244,8 +244,9 @@ class VmmProcess(Monitor):
         return self._ending()
 
     def _cloner(self) -> MonitorCloner:
-        from crackle.monitor.clone import MonitorCloner
+        from crackle.monitor.clone import MonitorCloner, leave_clones_to_the_kernel
 
+        leave_clones_to_the_kernel()
         return MonitorCloner(self._options, self._logger, self._leave)
 
     def _leave(self) -> None:

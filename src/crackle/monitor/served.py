@@ -98,8 +98,9 @@ class ServedProcess(Monitor):
             self._loop.close()
 
     def _cloner(self) -> ServedCloner:
-        from crackle.monitor.clone import ServedCloner
+        from crackle.monitor.clone import ServedCloner, leave_clones_to_the_kernel
 
+        leave_clones_to_the_kernel()
         return ServedCloner(self._birth, self._lent, self._leave)
 
     def _leave(self) -> None:

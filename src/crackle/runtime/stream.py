@@ -124,6 +124,22 @@ def open_standard_streams() -> None:
             _fill(fd)
 
 
+def leave_standard_streams() -> None:
+    """Have /dev/null instead of what they are, or where there is none what `open_standard_streams` finds. OSError."""
+    try:
+        ends = [os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)] * 3
+    except FileNotFoundError:
+        nothing, first = os.pipe()
+        last, refusing = os.pipe()
+        os.close(first)
+        os.close(last)
+        ends = [nothing, refusing, refusing]
+    for fd, end in enumerate(ends):
+        os.dup2(end, fd)
+    for end in {*ends} - {0, 1, 2}:
+        os.close(end)
+
+
 def _fill(fd: int) -> None:
     """/dev/null, or where there is none a pipe without another end: nothing to read, and what is written is refused."""
     try:

@@ -256,12 +256,21 @@ def copy_scheduling(int pid):
         checked(set_io_priority(<int> priority))
 
 
-def title_place():
-    """Where the kernel finds this process's arguments and, right behind, its environment: address and size."""
-    with open("/proc/self/stat", "rb", buffering=0) as file:
-        # arg_start and env_end (proc(5), stat 48 and 51; the list begins with the third).
-        fields = file.readall().rpartition(b")")[2].split()
-    return int(fields[45]), int(fields[48]) - int(fields[45])
+_title = None
+
+
+def title_place(bint environment=True):
+    """Where the kernel finds this process's arguments and, right behind, its environment: address and size.
+
+    Without `environment` that of the arguments. Who has asked once, or its parent, may ask where there is no /proc.
+    """
+    global _title
+    if _title is None:
+        with open("/proc/self/stat", "rb", buffering=0) as file:
+            # arg_start, arg_end and env_end (proc(5), stat 48, 49 and 51; the list begins with the third).
+            fields = file.readall().rpartition(b")")[2].split()
+        _title = int(fields[45]), int(fields[46]), int(fields[48])
+    return _title[0], _title[2 if environment else 1] - _title[0]
 
 
 def set_title(size_t place, size_t size, bytes line not None, bytes name not None):
