@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from crackle import ConfigError, Jail, MicroVM
-from support.jails import DEVICES, check_confined, files, until_gone
+from crackle import ConfigError, GuestError, Jail, MicroVM
+from support.jails import DEVICES, check_confined, files, status, until_gone
 
 from .conftest import PATIENCE
+from .test_own_process import gone
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes jails: needs root")
 
@@ -96,6 +98,41 @@ def test_network_namespace_cgroup_and_limits(guests: Path, namespace: Any) -> No
     finally:
         # Its process may still be ending.
         until_gone(place)
+
+
+def test_it_is_process_1_of_a_namespace_of_its_own(guests: Path) -> None:
+    jail = Jail(uid=USER, gid=GROUP, new_pid_ns=True)
+    with MicroVM(guests / "count.elf", boot_args="", memory=32, jail=jail) as vm:
+        vm.console.expect("count 3\n", PATIENCE)
+        # Its number here is the one outside.
+        assert status(vm.pid, "NSpid") == [str(vm.pid), "1"]
+        check_confined(vm.pid, USER, GROUP)
+        (clone,) = vm.fork(1)
+        clone.console.expect(r"count \d+\n", PATIENCE)
+        assert status(clone.pid, "NSpid")[0] == str(clone.pid)
+        assert os.readlink(f"/proc/{clone.pid}/ns/pid") == os.readlink(f"/proc/{vm.pid}/ns/pid")
+        check_confined(clone.pid, USER, GROUP)
+        clone.stop()
+        (clone,) = vm.fork(1)
+        clone.console.expect(r"count \d+\n", PATIENCE)
+        # The next microVM of this program is where the program is.
+        with MicroVM(guests / "count.elf", boot_args="", memory=32, jail=JAIL) as other:
+            other.console.expect("count 3\n", PATIENCE)
+            assert status(other.pid, "NSpid") == [str(other.pid)]
+    assert gone(vm.pid)
+    # As the kernel has it.
+    assert gone(clone.pid)
+    assert clone.exit_status is not None
+    clone.stop()
+
+
+def test_one_that_is_process_1_can_be_killed_and_said_to_be(guests: Path) -> None:
+    jail = Jail(uid=USER, gid=GROUP, new_pid_ns=True)
+    with MicroVM(guests / "count.elf", boot_args="", memory=32, jail=jail) as vm:
+        vm.console.expect("count 3\n", PATIENCE)
+        os.kill(vm.pid, signal.SIGKILL)
+        with pytest.raises(GuestError, match="killed by signal 9"):
+            vm.wait(PATIENCE)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # the signal module makes enums of everything
+import contextlib
 import os
 
 from crackle.errors import ConfigError, step
@@ -21,7 +22,7 @@ from crackle.runtime.system import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 def leave_mounts() -> None:
@@ -87,6 +88,23 @@ def daemonize(null: int) -> None:
                 os.setsid()
     for fd in range(3):
         os.dup2(null, fd)
+
+
+@contextlib.contextmanager
+def new_processes() -> Iterator[None]:
+    """What is forked meanwhile is process 1 of a namespace of its own, and the forker's child. Raises ConfigError."""
+    with step("Failed to make a process namespace"):
+        own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            unshare(CLONE_NEWPID)
+        except BaseException:
+            os.close(own)
+            raise
+    try:
+        yield
+    finally:
+        join_namespace(own, CLONE_NEWPID)
+        os.close(own)
 
 
 def enter_processes(write_pid: Callable[[int], object]) -> None:

@@ -19,6 +19,7 @@ import sys
 import msgspec
 
 from crackle.errors import CrackleError
+from crackle.jail.namespaces import new_processes
 from crackle.jail.remains import Remains
 from crackle.jail.room import enter
 from crackle.monitor.served import ServedProcess
@@ -83,7 +84,15 @@ class Nursery(Zygote):
 
     def _bear(self, birth: Birth, fds: list[int]) -> None:
         own = [] if birth.jail is None else self._remains.expect(birth.jail, birth.instance_id)
-        pid = self._fork(self._be_served, birth, fds)
+        if birth.jail is not None and birth.jail.new_pid_ns:
+            try:
+                with new_processes():
+                    pid = self._fork(self._be_served, birth, fds)
+            except CrackleError as error:
+                _refuse(_socket.socket(fileno=fds.pop(0)), error)
+                return
+        else:
+            pid = self._fork(self._be_served, birth, fds)
         if pid is not None:
             self._remains.note(pid, own)
             # The events' socket is how its program learns of its end.
@@ -150,9 +159,14 @@ def _enter_jail(birth: Birth, jail: Jail, commands: _socket.socket) -> bool:
     try:
         enter(jail, birth.instance_id, birth.directory)
     except CrackleError as error:
-        Channel(commands).send(encode(Answer(NOT_STARTED, NOTHING, type(error).__name__, str(error))))
+        _refuse(commands, error)
         return False
     return True
+
+
+def _refuse(commands: _socket.socket, error: CrackleError) -> None:
+    with contextlib.suppress(OSError):
+        Channel(commands).send(encode(Answer(NOT_STARTED, NOTHING, type(error).__name__, str(error))))
 
 
 def main(fd: int) -> None:

@@ -85,8 +85,7 @@ class ServedProcess(Monitor):
         try:
             if not begin():
                 return
-            hello = msgspec.Raw(encode(os.getpid()))
-            self._channel.send(encode(Answer(self._controller.state, hello)))
+            self._channel.send(encode(Answer(self._controller.state, NOTHING)))
             self._loop.run()
         except (BrokenPipeError, ConnectionResetError):
             return  # it did not wait for that

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # Bytes of the frame, and how many descriptors are its own.
 _HEAD = struct.Struct("=II")
 _CHUNK = 65536
+# <sys/socket.h>, struct ucred.
+_CREDENTIALS = struct.Struct("=3i")
 
 # Bytes of a frame, so that nobody has the other keep more.
 FRAME_MAX = 64 << 20
@@ -48,12 +50,19 @@ def descriptors(control: Sequence[tuple[int, int, bytes]]) -> list[int]:
 class Channel:
     """One end. Owns its socket and what has come and nobody has taken, until `close`. One thread at a time.
 
-    takes_descriptors: whether those that the other end sends are received; else the kernel closes them.
+    takes_descriptors: whether those that the other end sends are received; else the kernel closes them. knows_sender:
+    whether the kernel is to say which process sends, by the number that it has here; then that is `sender`.
     """
 
-    def __init__(self, socket: _socket.socket, *, takes_descriptors: bool = False) -> None:
+    def __init__(
+        self, socket: _socket.socket, *, takes_descriptors: bool = False, knows_sender: bool = False
+    ) -> None:
         self._socket = socket
         self._space = _socket.CMSG_SPACE(_FDS_MAX * 4) if takes_descriptors else 0
+        self.sender = 0
+        if knows_sender:
+            socket.setsockopt(_socket.SOL_SOCKET, _socket.SO_PASSCRED, 1)
+            self._space += _socket.CMSG_SPACE(_CREDENTIALS.size)
         self._bytes = bytearray()
         self._fds: list[int] = []
 
@@ -76,6 +85,9 @@ class Channel:
             return False
         self._bytes += data
         self._fds += descriptors(control)
+        for level, kind, credentials in control:
+            if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_CREDENTIALS):
+                self.sender = _CREDENTIALS.unpack(credentials)[0]
         return bool(data)
 
     def take(self) -> tuple[bytes, list[int]] | None:

@@ -20,7 +20,8 @@ class Jail(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True
     netns: file of the network namespace that it joins.
     cgroups: what files of its cgroup are to say, each "FILE=VALUE", in the hierarchies of `cgroup_version`, 1 or 2;
     its cgroup is `parent_cgroup`/<instance_id>. file_size: most bytes of a file that it writes. no_file: most
-    descriptors that it has open.
+    descriptors that it has open. new_pid_ns: it is process 1 of a process namespace of its own, and its live forks,
+    which are in it too, end with it.
     """
 
     uid: Id
@@ -32,3 +33,4 @@ class Jail(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True
     parent_cgroup: str = "crackle"
     file_size: U64 | None = None
     no_file: U64 = 2048
+    new_pid_ns: bool = False

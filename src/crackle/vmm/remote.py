@@ -48,7 +48,6 @@ _RESULTS: Mapping[str, Any] = {
     "get_machine": MachineConfig,
     "get_version": Version,
     "get_metrics": dict[str, dict[str, Any]],
-    HELLO: int,
     "fork": Forked,
 }
 # These make the machine.
@@ -73,7 +72,7 @@ class Link:
 
     def __init__(self) -> None:
         commands, theirs = pair()
-        self.commands = Channel(commands)
+        self.commands = Channel(commands, knows_sender=True)
         try:
             self.events, events = pair(_socket.SOCK_SEQPACKET)
         except BaseException:
@@ -269,7 +268,8 @@ class RemoteController:
         if name == "get_config":
             self._config = result
         elif name == HELLO:
-            self._pid = result
+            # Not what it says: it may be in another process namespace, and taken over.
+            self._pid = self._link.commands.sender
         return result
 
     def _check_alive(self) -> None:

@@ -66,7 +66,7 @@ LEND = "lend"
 # Those, where there is no console -1.
 Lent = tuple[int, int, int, int]
 
-# The first answer, which nobody has asked for: the number of the process.
+# The first answer, which nobody has asked for: the process is there, and the kernel says which it is.
 HELLO = "hello"
 
 # What comes before an ExitStatus among the events, beside a zygote's `runtime.inherit.ENDED`.
