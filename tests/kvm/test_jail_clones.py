@@ -144,7 +144,9 @@ def test_when_one_cannot_be_jailed_there_is_none(echoing: Path, parent_cgroup: s
     with Snapshot(echoing) as snapshot:
         with pytest.raises(ConfigError, match="Failed to show /no/such in the jail: No such file"):
             snapshot.clone(4, jail=jail)
-        with pytest.raises(ConfigError, match="leave out jail or in_process"):
+        with pytest.raises(
+            ConfigError, match="jail is for a microVM in a process of its own: leave out in_p"
+        ):
             snapshot.clone(1, jail=own, in_process=True)
         with pytest.raises(ConfigError, match=r"jail must be a crackle\.Jail, not 'me'"):
             snapshot.clone(1, jail="me")  # type: ignore[arg-type]

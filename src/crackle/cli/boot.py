@@ -66,6 +66,7 @@ class Wanted(msgspec.Struct, kw_only=True):
     metadata: str | None = None
     config: str | None = None
     jail: str | None = None
+    core_scheduling: bool = False
 
 
 def options(wanted: Wanted) -> dict[str, Any]:
@@ -101,6 +102,8 @@ def options(wanted: Wanted) -> dict[str, Any]:
         found["metadata"] = _json(wanted.metadata)
     if wanted.jail is not None:
         found["jail"] = _jail(wanted.jail, found.get("vsock"))
+    if wanted.core_scheduling:
+        found["core_scheduling"] = True
     if "kernel" not in found:
         raise ConfigError("There is no kernel: give one, or a configuration file with --config.")
     return found
@@ -193,6 +196,12 @@ def make(
     """The microVM, not started yet. Raises CrackleError."""
     from crackle import MicroVM
 
+    if "jail" not in arguments and arguments.get("core_scheduling"):
+        # This process is the microVM's.
+        from crackle.runtime.cores import share_no_core
+
+        share_no_core()
+        arguments = {name: value for name, value in arguments.items() if name != "core_scheduling"}
     interfaces = [*arguments.get("interfaces", ()), *interfaces]
     return MicroVM(**arguments | {"interfaces": interfaces}, console=console)
 

@@ -131,6 +131,7 @@ def run(
             help="Run the guest in a jail: a process of this user, a number, that sees kernel and disks and no more.",
         ),
     ] = None,
+    core_scheduling: templates.CoreScheduling = False,
 ) -> None:
     """Boot a microVM with its console on this terminal. Ctrl-] asks it to shut down; twice pulls the plug.
 
@@ -156,6 +157,7 @@ def run(
         metadata=metadata,
         config=config,
         jail=jail,
+        core_scheduling=core_scheduling,
     )
     if jail is not None and api_sock is not None:
         raise ConfigError(

@@ -107,7 +107,7 @@ def serve(
 
 
 @app.command()
-@templates.for_clones(without=("identifier", "mac", "handler", "jail"))
+@templates.for_clones(without=("identifier", "mac", "handler", "jail", "core_scheduling"))
 def warm(
     snapshot: templates.Snapshot,
     seconds: Annotated[float, typer.Option(min=0.001, help="How long the guest runs.")] = 10.0,

@@ -55,6 +55,12 @@ Jail = Annotated[
         help="Run each clone in a jail: a process of this user and group, numbers to which that of the clone is added.",
     ),
 ]
+CoreScheduling = Annotated[
+    bool,
+    typer.Option(
+        "--core-scheduling", help="Share no core with other processes where cores have several threads."
+    ),
+]
 
 
 def options_of(
@@ -67,6 +73,7 @@ def options_of(
     metadata: Metadata = None,
     handler: Handler = None,
     jail: Jail = None,
+    core_scheduling: CoreScheduling = False,
 ) -> CloneOptions:
     """What `Snapshot.clone` wants, of what was typed. ConfigError for what cannot be meant."""
     import json
@@ -89,6 +96,8 @@ def options_of(
         options["vsock"] = vsock
     if handler is not None:
         options["handler"] = handler
+    if core_scheduling:
+        options["core_scheduling"] = True
     if jail is not None:
         options["jail"] = _jail(jail, [vsock, *(where for _, where in pairs("--overlay", overlay).items())])
     if metadata is not None:

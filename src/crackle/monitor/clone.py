@@ -159,6 +159,10 @@ class ServedCloner(Cloner):
     def _run(self, heritage: Heritage, clone: Clone, line: Line, shell: Shell) -> int:
         from crackle.monitor.served import ServedProcess
 
+        if self._birth.core_scheduling:
+            from crackle.runtime.cores import share_no_core
+
+            share_no_core()
         commands, events, *console = self._lent[self._index]
         birth = msgspec.structs.replace(self._birth, instance_id=clone.id or "")
         process = ServedProcess(

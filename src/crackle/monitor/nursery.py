@@ -25,6 +25,7 @@ from crackle.jail.room import enter
 from crackle.monitor.served import ServedProcess
 from crackle.runtime.channel import Channel, descriptors
 from crackle.runtime.child import fork_child
+from crackle.runtime.cores import share_no_core
 from crackle.runtime.filters import set_last_words, use_filters
 from crackle.runtime.system import close_from, set_title
 from crackle.runtime.zygote import Zygote
@@ -39,8 +40,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import NoReturn
-
-    from crackle.schema.jail import Jail
 
 _MESSAGE_MAX = 65536
 _FDS_MAX = 8
@@ -131,7 +130,7 @@ class Nursery(Zygote):
                 os.chdir(birth.directory)
             name = os.fsencode(birth.instance_id)
             set_title(*self._home.title, b"crackle-vmm --id " + name, b"crackle-vmm")
-            if birth.jail is not None and not _enter_jail(birth, birth.jail, commands):
+            if not _confine(birth, commands):
                 os._exit(status)
             use_filters(default_filters())
             set_last_words(_STDERR)
@@ -154,10 +153,13 @@ def _keep_only(fds: Sequence[int]) -> list[int]:
     return kept
 
 
-def _enter_jail(birth: Birth, jail: Jail, commands: _socket.socket) -> bool:
-    """Whether it could be had; if not, its program is told why."""
+def _confine(birth: Birth, commands: _socket.socket) -> bool:
+    """Whether this process could be where it is to be; if not, its program is told why."""
     try:
-        enter(jail, birth.instance_id, birth.directory)
+        if birth.core_scheduling:
+            share_no_core()
+        if birth.jail is not None:
+            enter(birth.jail, birth.instance_id, birth.directory)
     except CrackleError as error:
         _refuse(commands, error)
         return False

@@ -88,8 +88,8 @@ class Snapshot(Closing):
         callable that gives (input, output) descriptors, as for `MicroVM`. handler: the socket of a page-fault handler
         that gives the memory. jail: a `Jail`, or a callable that gives one, as each should have a user of its own; its
         paths, netns and parent_cgroup are templates. Each clone has its own, in which it sees its drives and their
-        overlays; the folders of vsock sockets and of overlays that are to be made have to be in `paths`. The rest as
-        for `MicroVM.restore`.
+        overlays; the folders of vsock sockets and of overlays that are to be made have to be in `paths`. The rest,
+        core_scheduling among it, as for `MicroVM.restore`.
 
         When one cannot be had, none is: ConfigError says why.
         """

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # What a clone of a snapshot may have otherwise, and one that goes on at once may not.
 _NOT_NOW = (
-    *("devices", "in_process", "metadata_limit", "profile", "jail"),
+    *("devices", "in_process", "metadata_limit", "profile", "jail", "core_scheduling"),
     *("handler", "huge_pages", "track_dirty_pages", "clock_realtime"),
 )
 

@@ -43,6 +43,7 @@ class Hosting(NamedTuple):
     profile: bool
     own_process: bool
     jail: Jail | None = None
+    core_scheduling: bool = False
 
     def check(self) -> None:
         """ConfigError for what a process of its own cannot have."""
@@ -101,6 +102,7 @@ class Hosting(NamedTuple):
                 profile=self.profile,
                 snapshot=None if source is None else source.key,
                 jail=self.jail,
+                core_scheduling=self.core_scheduling,
             )
             processes.ask(birth, [*link.theirs, *(fd for fd in console if fd >= 0)], source)
         except BaseException:

@@ -66,6 +66,7 @@ class CloneOptions(TypedDict, total=False):
     profile: bool
     in_process: bool
     jail: Jail | Callable[[int], Jail]
+    core_scheduling: bool
 
 
 class Identity(NamedTuple):
@@ -134,8 +135,9 @@ class Identities:
                     f'as in drives={{"{drive.drive_id}": "disk{{index}}.img"}}, or in '
                     f'overlays={{"{drive.drive_id}": "{{id}}.overlay"}}'
                 )
-        if "jail" in self._options and self._options.get("in_process", False):
-            raise ConfigError("a microVM in a jail has a process of its own: leave out jail or in_process")
+        for option in ("jail", "core_scheduling"):
+            if self._options.get(option) and self._options.get("in_process", False):
+                raise ConfigError(f"{option} is for a microVM in a process of its own: leave out in_process")
         for option in ("vsock", "cid"):
             if option in self._options and config.vsock is None:
                 raise ConfigError(f"{option}: the snapshot has no vsock device")
@@ -159,8 +161,15 @@ class Identities:
             options.get("profile", False),
             not options.get("in_process", False),
             self._jail(index, identifier, request),
+            options.get("core_scheduling", False),
         )
-        check_rest(identifier, hosting.metadata_limit, None, profile=hosting.profile)
+        check_rest(
+            identifier,
+            hosting.metadata_limit,
+            None,
+            profile=hosting.profile,
+            core_scheduling=hosting.core_scheduling,
+        )
         if callable(metadata):
             metadata = metadata(index)
         return Identity(

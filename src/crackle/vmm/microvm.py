@@ -91,6 +91,8 @@ class MicroVM:
     own_process: the guest runs in a process of its own, forked from a warm one, which is kept for that from the first
     time on; it ends with this one. Devices written in Python and a logger are this process's, and cannot be given then.
     jail: a `Jail`, which that process enters before anything else, so that it is `own_process` in any case.
+    core_scheduling: `own_process` too, and where cores have several threads, nobody else runs on one at a time with the
+    microVM; ConfigError where the kernel cannot do that.
 
     As a context manager it starts the guest on entry and stops it on exit. Raises ConfigError when what is asked for
     cannot be had, with the API's words, and KvmError when the host cannot run it.
@@ -132,6 +134,7 @@ class MicroVM:
         profile: bool = False,
         own_process: bool = False,
         jail: Jail | None = None,
+        core_scheduling: bool = False,
     ) -> None:
         check_rest(
             instance_id,
@@ -140,6 +143,7 @@ class MicroVM:
             read_only=read_only,
             profile=profile,
             own_process=own_process,
+            core_scheduling=core_scheduling,
         )
         machine = make(
             MachineConfig,
@@ -168,8 +172,17 @@ class MicroVM:
         if mmds is not None:
             mmds = checked(mmds)
         confined = jail_of(jail, lambda: (source.kernel_image_path, source.initrd_path, *files_of(disks)))
-        apart = own_process or confined is not None
-        hosting = Hosting(console, console_limit, custom, logger, metadata_limit, profile, apart, confined)
+        hosting = Hosting(
+            console,
+            console_limit,
+            custom,
+            logger,
+            metadata_limit,
+            profile,
+            own_process or confined is not None or core_scheduling,
+            confined,
+            core_scheduling,
+        )
         self._set_up(instance_id, hosting)
         try:
             self._order("put_machine", machine)
@@ -215,6 +228,7 @@ class MicroVM:
         profile: bool = False,
         own_process: bool = False,
         jail: Jail | None = None,
+        core_scheduling: bool = False,
     ) -> MicroVM:
         """The microVM of a snapshot, which goes on where that was taken; or is paused there, without `resume`.
 
@@ -231,7 +245,13 @@ class MicroVM:
         `MicroVM`. Raises ConfigError, with what is wrong, when there is no such snapshot or this host cannot run it.
         """
         check_rest(
-            instance_id, metadata_limit, logger, resume=resume, profile=profile, own_process=own_process
+            instance_id,
+            metadata_limit,
+            logger,
+            resume=resume,
+            profile=profile,
+            own_process=own_process,
+            core_scheduling=core_scheduling,
         )
         state_path, memory_path = pair_of(path, memory)
         request = make(
@@ -257,8 +277,17 @@ class MicroVM:
                 *files_of(read(state_path).config.drives, request.drive_overrides),
             ),
         )
-        apart = own_process or confined is not None
-        hosting = Hosting(console, console_limit, custom, logger, metadata_limit, profile, apart, confined)
+        hosting = Hosting(
+            console,
+            console_limit,
+            custom,
+            logger,
+            metadata_limit,
+            profile,
+            own_process or confined is not None or core_scheduling,
+            confined,
+            core_scheduling,
+        )
         vm = cls.begin_load(instance_id, hosting, request, metadata)
         vm.finish_load(resume=resume)
         return vm
