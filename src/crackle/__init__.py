@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from crackle.errors import StateError as StateError
     from crackle.errors import TooLargeError as TooLargeError
     from crackle.schema.config import VmConfig as VmConfig
+    from crackle.schema.cpu import CpuConfig as CpuConfig
     from crackle.schema.drive import Drive as Drive
     from crackle.schema.drive import Overlay as Overlay
     from crackle.schema.entropy import EntropyDevice as EntropyDevice
@@ -50,6 +51,7 @@ _MODULE_OF = {
     "CapacityError": "crackle.errors",
     "ConfigError": "crackle.errors",
     "Console": "crackle.vmm.console",
+    "CpuConfig": "crackle.schema.cpu",
     "CrackleError": "crackle.errors",
     "Drive": "crackle.schema.drive",
     "EntropyDevice": "crackle.schema.entropy",

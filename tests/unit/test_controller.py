@@ -349,11 +349,24 @@ def test_a_refused_machine_leaves_the_one_before(bench: Bench) -> None:
     assert bench.do("get_machine") == schema.MachineConfig(2, 256)
 
 
-def test_cpu_templates_are_not_supported_yet_except_none(bench: Bench) -> None:
-    with pytest.raises(ConfigError, match="does not support CPU templates yet"):
-        bench.do("put_machine", schema.MachineConfig(1, 128, cpu_template="T2"))
+def test_the_cpu_template_that_came_last_is_used(bench: Bench) -> None:
+    template = schema.CpuConfig(kvm_capabilities=["1"])
+    bench.do("put_machine", schema.MachineConfig(1, 128, cpu_template="T2"))
+    bench.do("put_cpu_config", template)
+    assert bench.do("get_machine").cpu_template is msgspec.UNSET
+    assert bench.controller.config.cpu_config == template
+    bench.do("patch_machine", schema.MachineConfigUpdate(mem_size_mib=256))
+    assert bench.controller.config.cpu_config == template
+    bench.do("patch_machine", schema.MachineConfigUpdate(cpu_template="T2A"))
+    assert bench.do("get_machine").cpu_template == "T2A"
+    assert bench.controller.config.cpu_config is None
     bench.do("put_machine", schema.MachineConfig(1, 128, cpu_template="None"))
     assert bench.do("get_machine").cpu_template is msgspec.UNSET
+
+
+def test_custom_templates_are_not_reported(bench: Bench) -> None:
+    bench.do("put_cpu_config", schema.CpuConfig(kvm_capabilities=["1"]))
+    assert bench.do("get_config").cpu_config is None
 
 
 # Boot source

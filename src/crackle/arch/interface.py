@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from crackle.kvm import Bus, Kvm, Vcpu, Vm
     from crackle.memory import GuestMemory
     from crackle.runtime.iothread import IoThread
+    from crackle.schema.cpu import CpuConfig
 
     class Host(Protocol):
         """What a board is plugged into: the machine, as far as it concerns it."""
@@ -94,6 +95,14 @@ if TYPE_CHECKING:
 
         def prepare_vcpus(self, kvm: Kvm, vcpus: Sequence[Vcpu], *, smt: bool) -> None:
             """Give the vCPUs all of their state that needs no kernel yet. smt: two to a core."""
+
+        def use_template(
+            self, kvm: Kvm, vcpus: Sequence[Vcpu], *, smt: bool, name: str | None, custom: CpuConfig | None
+        ) -> None:
+            """Have vCPUs that are prepared, and have not run, show their guest what a CPU template leaves.
+
+            The one of that name, or a custom one, or none. ConfigError where it is not for this host.
+            """
 
         def make_board(
             self,

@@ -34,7 +34,6 @@ _NOT_HERE = (
     "logger",
     "metrics",
     "balloon",
-    "cpu_config",
     "memory_hotplug",
     "pmem",
 )
@@ -67,6 +66,7 @@ class Wanted(msgspec.Struct, kw_only=True):
     config: str | None = None
     jail: str | None = None
     core_scheduling: bool = False
+    cpu_template: str | None = None
 
 
 def options(wanted: Wanted) -> dict[str, Any]:
@@ -84,6 +84,7 @@ def options(wanted: Wanted) -> dict[str, Any]:
         "boot_args": wanted.boot_args,
         "vsock": wanted.vsock,
         "entropy": wanted.entropy or None,
+        "cpu_template": wanted.cpu_template,
     }
     found |= {name: value for name, value in given.items() if value is not None}
     if wanted.rootfs is not None:
@@ -178,15 +179,16 @@ def _arguments(config: VmConfig) -> dict[str, Any]:
     if source.boot_args is not None:
         found["boot_args"] = source.boot_args
     if machine is not None:
-        if machine.cpu_template not in (None, "None", msgspec.UNSET):
-            raise ConfigError("crackle run has no CPU templates: leave cpu_template out.")
         found |= {
             "cpus": machine.vcpu_count,
             "memory": machine.mem_size_mib,
             "smt": machine.smt,
             "huge_pages": machine.huge_pages,
+            "cpu_template": machine.cpu_template or None,
             "track_dirty_pages": machine.track_dirty_pages,
         }
+    if config.cpu_config is not None:
+        found["cpu_template"] = config.cpu_config
     return found
 
 

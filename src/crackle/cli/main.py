@@ -79,6 +79,12 @@ def run(
         str | None,
         typer.Option(metavar="SIZE", help="Guest memory: 512 (MiB), 512M, 2G.", show_default="256M"),
     ] = None,
+    cpu_template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE", help="What the guest sees of its processor: T2A, or a file with a template."
+        ),
+    ] = None,
     boot_args: Annotated[str | None, typer.Option(help="Kernel command line instead of the default.")] = None,
     append: Annotated[
         list[str] | None,
@@ -158,6 +164,7 @@ def run(
         config=config,
         jail=jail,
         core_scheduling=core_scheduling,
+        cpu_template=cpu_template,
     )
     if jail is not None and api_sock is not None:
         raise ConfigError(

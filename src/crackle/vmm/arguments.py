@@ -8,28 +8,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import msgspec
 
 from crackle.errors import ConfigError, reason_of
 from crackle.schema.boot import BootSource
 from crackle.schema.codec import check_id, made, validated
+from crackle.schema.cpu import CpuConfig
 from crackle.schema.drive import Drive, DriveUpdate, Overlay
 from crackle.schema.entropy import EntropyDevice
 from crackle.schema.jail import Jail
-from crackle.schema.machine import MachineConfig
+from crackle.schema.machine import CpuTemplate, MachineConfig
 from crackle.schema.mmds import MmdsConfig
 from crackle.schema.net import NetworkInterface, NetworkInterfaceUpdate
 from crackle.schema.snapshot import DriveOverride, SnapshotCreate, SnapshotLoad
 from crackle.schema.vsock import Vsock
 from crackle.telemetry.logger import Logger, instance_id_problem
 from crackle.virtio.custom.base import VirtioDevice
+from crackle.vmm.files import read_template
 
 # How the API begins what it says of each kind of resource.
 _ABOUT = {
     MachineConfig: "Machine config error",
     BootSource: "Boot source error",
+    CpuConfig: "CPU template error",
     Drive: "Drive config error",
     DriveUpdate: "Drive config error",
     NetworkInterface: "Network config error",
@@ -128,6 +131,16 @@ def drives_of(rootfs: object, drives: object, read_only: bool, overlay: object =
 def overlay_of(value: object, what: str) -> Overlay:
     """The overlay at a path, if it is not one already."""
     return checked(value) if isinstance(value, Overlay) else Overlay(path_of(value, what))
+
+
+def template_of(template: object) -> tuple[str | None, CpuConfig | None]:
+    """The name of a static CPU template, or a custom one: itself, or out of a file."""
+    if template is None:
+        return None, None
+    if isinstance(template, CpuConfig):
+        return None, checked(template)
+    path = path_of(template, "cpu_template")
+    return (path, None) if path in get_args(CpuTemplate) else (None, read_template(path))
 
 
 def jail_of(jail: object, seen: Callable[[], Iterable[str | None]]) -> Jail | None:

@@ -44,6 +44,7 @@ def build(
     """
     machine = _bare(config, shell, options)
     try:
+        _use_template(machine, config)
         _furnish(machine, config, options, held or {})
     except BaseException:
         machine.stop()
@@ -96,6 +97,17 @@ def _bare(config: VmConfig, shell: Shell | None, options: BuildOptions) -> Machi
     if options.logger is not None and (why := huge_pages_missing(machine.memory.backing)):
         options.logger.warning(f"Guest memory gets no transparent huge pages: {why}.")
     return machine
+
+
+def _use_template(machine: Machine, config: VmConfig) -> None:
+    """Which of the two is configured: each takes the place of the other."""
+    described, custom = config.machine_config, config.cpu_config
+    assert described is not None, "the controller fills it in"
+    assert not isinstance(custom, str), "a file has been read where its name was given"
+    name, kvm = described.cpu_template or None, machine.parts.kvm
+    if name is not None or custom is not None:
+        assert kvm is not None
+        platform.use_template(kvm, machine.vcpus, smt=described.smt, name=name, custom=custom)
 
 
 def _furnish(

@@ -79,14 +79,9 @@ for _resource in RESOURCES:
         ALLOWED[f"delete_{_resource.name}"] = _AFTER
 
 
-def _has(name: str, *values: object) -> Callable[[Any], bool]:
-    """Whether the field is given, or is one of ``values`` where there are some."""
-
-    def check(resource: Any) -> bool:
-        value = getattr(resource, name)
-        return value in values if values else value is not None
-
-    return check
+def _has(name: str) -> Callable[[Any], bool]:
+    """Whether the field is given."""
+    return lambda resource: getattr(resource, name) is not None
 
 
 # Devices come and go while the guest runs by PCI alone, which there is not yet.
@@ -95,9 +90,6 @@ _HOTPLUG = frozenset(f"put_{_resource.name}" for _resource in RESOURCES if _reso
 
 # What answers "not supported yet": command, condition on its resource (None: always), and what it is called.
 NOT_YET: tuple[tuple[str, Callable[[Any], bool] | None, str], ...] = (
-    ("put_machine", _has("cpu_template", "C3", "T2", "T2S", "T2CL", "T2A"), "CPU templates"),
-    ("patch_machine", _has("cpu_template", "C3", "T2", "T2S", "T2CL", "T2A"), "CPU templates"),
-    ("put_cpu_config", None, "CPU templates"),
     ("delete_drive", None, "removing drives"),
     ("delete_network", None, "removing network interfaces"),
     ("put_serial", _has("rate_limiter"), "rate limiters of the serial console"),

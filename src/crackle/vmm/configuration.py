@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from crackle.schema import (
         BootSource,
+        CpuConfig,
         Drive,
         DriveUpdate,
         EntropyDevice,
@@ -104,8 +105,17 @@ class Configuration:
             wanted = updated(self.config.machine_config, update)
             _check_tracking(wanted.track_dirty_pages, self.config.shares_memory)
             self.config.machine_config = wanted
+            if update.cpu_template not in (None, msgspec.UNSET):
+                self.config.cpu_config = None
 
     patch_machine = put_machine
+
+    def put_cpu_config(self, template: CpuConfig) -> None:
+        """It takes the place of a static template, and that of it: the last one is used."""
+        machine = self.config.machine_config
+        assert machine is not None
+        self.config.machine_config = msgspec.structs.replace(machine, cpu_template=msgspec.UNSET)
+        self.config.cpu_config = template
 
     def put_boot_source(self, source: BootSource) -> None:
         with context("Boot source error"):

@@ -21,6 +21,7 @@ from crackle.version import FIRECRACKER_VERSION, VERSION
 from crackle.vmm.commands import NOT_STARTED, PAUSED, RUNNING, STOPPED, Command, check_state, check_supported
 from crackle.vmm.configuration import Configuration, merge
 from crackle.vmm.devices import KINDS, PATCHES, RESOURCES
+from crackle.vmm.files import read_template
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -224,9 +225,9 @@ class Controller:
         return self.config.machine_config
 
     def _get_config(self) -> VmConfig:
-        # Host-side outputs are not part of what the guest is made of, and the API does not report them.
+        # Host-side outputs are not part of what the guest is made of, and the API does not report them; nor templates.
         shown: VmConfig = msgspec.structs.replace(
-            self.config, logger=None, metrics=None, serial=msgspec.UNSET
+            self.config, logger=None, metrics=None, serial=msgspec.UNSET, cpu_config=None
         )
         return shown
 
@@ -529,11 +530,14 @@ class _metadata_context(context):  # noqa: N801 - reads as a statement
 
 def commands_of(config: VmConfig) -> list[Command]:
     """The commands that a configuration file stands for, outputs first so that the others are logged."""
+    template = config.cpu_config
+    if isinstance(template, str):
+        template = read_template(template)
     sections: list[tuple[str, Any]] = [
         ("put_logger", config.logger),
         ("put_metrics", config.metrics),
         ("put_machine", config.machine_config),
-        ("put_cpu_config", config.cpu_config),
+        ("put_cpu_config", template),
         ("put_boot_source", config.boot_source),
         *((f"put_{kind.name}", resource) for kind in RESOURCES for resource in kind.of(config)),
         ("put_mmds_config", config.mmds_config),

@@ -18,7 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from crackle.schema import Drive
+    from crackle.schema import CpuConfig, Drive
     from crackle.virtio.block.backing import Backing
 
 _IN_USE = (
@@ -45,6 +45,22 @@ class BootFile:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def read_template(path: str) -> CpuConfig:
+    """The CPU template that a file holds. ConfigError when it cannot be read, or is none."""
+    from crackle.schema.codec import decode, explain
+    from crackle.schema.cpu import CpuConfig
+
+    try:
+        with open(path, "rb", buffering=0) as file:
+            text = file.readall()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The CPU template cannot be read: {os_reason(error)}: {path}") from None
+    try:
+        return decode(text, CpuConfig)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path} is no CPU template: {explain(error, CpuConfig, text)}") from None
 
 
 def open_disk(

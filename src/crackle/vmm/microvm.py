@@ -19,6 +19,7 @@ from crackle.errors import CrackleError, GuestError, StateError
 from crackle.runtime.ownership import end_dropped, enrol
 from crackle.schema.boot import BootSource
 from crackle.schema.config import VmConfig
+from crackle.schema.cpu import CpuConfig
 from crackle.schema.drive import Drive, DriveUpdate, Overlay
 from crackle.schema.entropy import EntropyDevice
 from crackle.schema.jail import Jail
@@ -48,6 +49,7 @@ from crackle.vmm.arguments import (
     overlay_of,
     pair_of,
     path_of,
+    template_of,
 )
 from crackle.vmm.commands import ALLOWED, NOT_STARTED, PAUSED, Command
 from crackle.vmm.console import DEFAULT_LIMIT, Console
@@ -84,7 +86,9 @@ class MicroVM:
     devices: virtio devices written in Python, instances of subclasses of `crackle.VirtioDevice`.
     boot_args: the kernel command line; the default puts the console on the serial port.
     cpus: 1 to 32, two to a core with `smt`. memory: in MiB, backed as `huge_pages` says: "None", "Transparent", or "2M"
-    out of those the host has reserved. track_dirty_pages: note which pages are written, for differential snapshots.
+    out of those the host has reserved. cpu_template: what the guest sees of its processor: the name of a static
+    template ("T2A"), the path of a custom one, or a `CpuConfig`. track_dirty_pages: note which pages are written, for
+    differential snapshots.
     console: (input, output) descriptors of the guest's serial port, -1 for none; by default `self.console` holds it,
     and keeps the last `console_limit` bytes of output.
     logger: what the controller logs to; by default nothing is logged.
@@ -126,6 +130,7 @@ class MicroVM:
         memory: int = 128,
         smt: bool = False,
         huge_pages: HugePages = "None",
+        cpu_template: str | os.PathLike[str] | CpuConfig | None = None,
         track_dirty_pages: bool = False,
         instance_id: str = DEFAULT_INSTANCE_ID,
         console: tuple[int, int] | None = None,
@@ -145,6 +150,7 @@ class MicroVM:
             own_process=own_process,
             core_scheduling=core_scheduling,
         )
+        static, custom_cpu = template_of(cpu_template)
         machine = make(
             MachineConfig,
             vcpu_count=cpus,
@@ -152,6 +158,7 @@ class MicroVM:
             smt=smt,
             track_dirty_pages=track_dirty_pages,
             huge_pages=huge_pages,
+            cpu_template=static,
         )
         source = make(
             BootSource,
@@ -186,6 +193,8 @@ class MicroVM:
         self._set_up(instance_id, hosting)
         try:
             self._order("put_machine", machine)
+            if custom_cpu is not None:
+                self._order("put_cpu_config", custom_cpu)
             self._order("put_boot_source", source)
             for disk in disks:
                 self._order("put_drive", disk)

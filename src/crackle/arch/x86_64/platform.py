@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from crackle.arch.x86_64.kernel import LoadedKernel
     from crackle.kvm import Kvm, Vcpu, Vm
     from crackle.memory import GuestMemory
+    from crackle.schema.cpu import CpuConfig
 
 __all__ = [
     "CMDLINE_MAX_SIZE",
@@ -55,6 +56,7 @@ __all__ = [
     "rewind_vm",
     "save_vcpu",
     "save_vm",
+    "use_template",
 ]
 
 DEVICE_WINDOWS = range(layout.VIRTIO_MMIO_START, layout.VIRTIO_MMIO_LAST + 1, layout.MMIO_WINDOW_SIZE)
@@ -88,6 +90,21 @@ def prepare_vcpus(kvm: Kvm, vcpus: Sequence[Vcpu], *, smt: bool) -> None:
     cpuid, msrs = kvm.supported_cpuid(), frozenset(kvm.msr_index_list())
     for index, vcpu in enumerate(vcpus):
         prepare_vcpu(vcpu, index=index, count=len(vcpus), smt=smt, supported_cpuid=cpuid, supported_msrs=msrs)
+
+
+def use_template(
+    kvm: Kvm, vcpus: Sequence[Vcpu], *, smt: bool, name: str | None, custom: CpuConfig | None
+) -> None:
+    """Have vCPUs that are prepared show their guest what a template leaves: a static one, or one of its own."""
+    from crackle.arch.x86_64 import template
+
+    if name is None:
+        if custom is not None:
+            template.apply(template.custom(custom), kvm, vcpus, smt=smt)
+        return
+    from crackle.arch.x86_64.static_templates import named
+
+    template.apply(named(name, kvm.supported_cpuid()), kvm, vcpus, smt=smt)
 
 
 def make_ready() -> None:
