@@ -78,6 +78,19 @@ def test_the_root_disk_may_have_an_overlay_in_a_file_or_in_memory() -> None:
         boot.options(boot.Wanted(kernel="vmlinux", overlay="o"))
 
 
+def test_a_cpu_template_is_a_name_or_a_file_or_in_the_configuration_file(tmp_path: Path) -> None:
+    assert boot.options(boot.Wanted(kernel="vmlinux", cpu_template="T2A"))["cpu_template"] == "T2A"
+    file = tmp_path / "config.json"
+    rest = '"drives": [], "boot-source": {"kernel_image_path": "k"}'
+    file.write_text(f'{{{rest}, "cpu-config": {{"kvm_capabilities": ["1"]}}}}')
+    assert boot.options(boot.Wanted(config=str(file)))["cpu_template"].kvm_capabilities == ["1"]
+    machine = '{"vcpu_count": 1, "mem_size_mib": 64, "cpu_template": "T2"}'
+    file.write_text(f'{{{rest}, "machine-config": {machine}}}')
+    assert boot.options(boot.Wanted(config=str(file)))["cpu_template"] == "T2"
+    found = boot.options(boot.Wanted(config=str(file), cpu_template="other.json"))
+    assert found["cpu_template"] == "other.json"
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -86,8 +99,8 @@ def test_the_root_disk_may_have_an_overlay_in_a_file_or_in_memory() -> None:
         ('{"drives": []}', "boot-source"),
         ('{"drives": [], "boot-source": {"kernel_image_path": "k"}, "logger": {"log_path": "l"}}', "logger"),
         (
-            '{"drives": [], "boot-source": {"kernel_image_path": "k"}, "cpu-config": {}}',
-            "cpu-config",
+            '{"drives": [], "boot-source": {"kernel_image_path": "k"}, "memory-hotplug": {"total_size_mib": 1024}}',
+            "memory-hotplug",
         ),
     ],
 )
