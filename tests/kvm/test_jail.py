@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 
 from crackle import ConfigError, GuestError, Jail, MicroVM
-from support.jails import DEVICES, check_confined, files, status, until_gone
+from support.jails import DEVICES, OWN, check_confined, descriptors, files, status, until_gone
+from support.launcher import own_kib
 
 from .conftest import PATIENCE
 from .test_own_process import gone
@@ -49,6 +51,23 @@ def test_it_sees_its_kernel_and_drives_and_devices_and_has_no_privileges(
             vm.update_drive("drive0", "/etc/passwd")
 
 
+def test_it_gives_back_what_only_its_start_needed_and_has_open_what_that_takes(guests: Path) -> None:
+    free, jailed = (
+        MicroVM(guests / "count.elf", boot_args="", memory=32, own_process=True, jail=jail)
+        for jail in (None, JAIL)
+    )
+    waiting = own_kib(jailed.pid)
+    with jailed, free:
+        for vm in (free, jailed):
+            vm.console.expect("count 2\n", PATIENCE)
+        assert descriptors(jailed.pid) == sorted([*descriptors(free.pid), *OWN])
+        deadline = time.monotonic() + PATIENCE
+        while own_kib(jailed.pid) > 0.7 * waiting:
+            assert time.monotonic() < deadline, (waiting, own_kib(jailed.pid))
+            time.sleep(0.05)
+        jailed.console.expect(r"count \d+\n", PATIENCE)
+
+
 def test_relative_paths_are_the_programs(
     guests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,8 +88,9 @@ def test_snapshots_are_written_and_loaded_in_folders_that_it_sees(guests: Path, 
         vm.pause()
         with pytest.raises(ConfigError, match="No such file or directory"):
             vm.snapshot(tmp_path / "elsewhere")
-        os.makedirs(folder / "one")
-        os.chown(folder / "one", USER, GROUP)
+        for name in ("one", "two"):
+            os.makedirs(folder / name)
+            os.chown(folder / name, USER, GROUP)
         vm.snapshot(folder / "one")
     assert (folder / "one" / "state").stat().st_uid == USER
     with MicroVM.restore(folder / "one", jail=JAIL) as vm:
@@ -78,6 +98,11 @@ def test_snapshots_are_written_and_loaded_in_folders_that_it_sees(guests: Path, 
         assert set(files(vm.pid)) - set(DEVICES) == {
             str(folder / "one" / name)[1:] for name in ("state", "memory")
         }
+    with MicroVM.restore(folder / "one", jail=seeing) as vm:
+        vm.console.expect("count 6\n", PATIENCE)
+        # What is as it was loaded is known there, too, without tracking.
+        vm.snapshot(folder / "two", differential=True)
+    assert (folder / "two" / "memory").stat().st_blocks < (folder / "one" / "memory").stat().st_blocks
 
 
 def test_network_namespace_cgroup_and_limits(guests: Path, namespace: Any) -> None:

@@ -21,8 +21,9 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes jails: needs ro
 # What it wants is loaded before: that much better off it is than code in a monitor. The environment is lost, so what it
 # aims at is in the script. The monitor that it is in starts afterwards all the same.
 STAND_IN = """
-import ctypes, errno, os, resource, socket, stat, sys
+import ctypes, errno, os, resource, socket, stat, struct, sys
 from crackle.cli import jailer, vmm
+from crackle.runtime.mappings import kept_open
 
 libc = ctypes.CDLL(None, use_errno=True)
 AIMS = @AIMS@
@@ -59,6 +60,13 @@ def leave():
         return os.listdir(".")
     raise OSError(errno.ENOTDIR, "")
 
+def see_frames():
+    # What it has open of /proc: does that say where in the host's memory a page of its own is?
+    (entry,) = struct.unpack("=Q", os.pread(kept_open()[1], 8, ctypes.addressof(ROOM) // 4096 * 8))
+    if entry >> 63 and not entry & (1 << 55) - 1:
+        raise OSError(errno.EPERM, "")
+    return hex(entry)
+
 def climb():
     for _ in range(64):
         os.chdir("..")
@@ -75,6 +83,8 @@ TRIES = {
     "open by climbing": climb,
     "open by descriptor": leave,
     "open by handle": lambda: call("open_by_handle_at", -100, HANDLE, 0),
+    "open beside a descriptor": lambda: os.open("../1/status", os.O_RDONLY, dir_fd=kept_open()[0]),
+    "see frames of memory": see_frames,
     "open /proc": lambda: os.listdir("/proc"),
     "make a device": lambda: os.mknod("/disk", stat.S_IFBLK | 0o600, os.makedev(8, 0)),
     "execute": lambda: os.execv("/bin/sh", ["sh"]),
@@ -128,7 +138,7 @@ REFUSED = {
     ),
     **dict.fromkeys(["trace", "seize", "trace its parent", "read memory", "signal", "open a process"], "ESRCH"),
     **dict.fromkeys(["connect to an abstract socket", "connect to a port"], "ECONNREFUSED"),
-    "open by descriptor": "ENOTDIR",
+    **dict.fromkeys(["open by descriptor", "open beside a descriptor"], "ENOTDIR"),
 }  # fmt: skip
 
 
@@ -170,7 +180,7 @@ def test_code_in_the_monitor_reaches_nothing_outside(
         one.start("--new-pid-ns", "--netns", namespace.path, command=[sys.executable, "-c", script])
         text = one.wait_for("read the kernel's log: ")
         tried = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line and "[" not in line)
-        assert len(tried) == 31, text
+        assert len(tried) == 33, text
         for name, answer in tried.items():
             assert answer.startswith(REFUSED.get(name, "EPERM")), f"{name}: {answer}"
         assert neighbour.poll() is None

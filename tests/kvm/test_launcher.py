@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tests.kvm.conftest import PATIENCE, Client, Process, configuration
 
-from support.launcher import LAUNCHER, ZygoteProcess
+from support.launcher import LAUNCHER, ZygoteProcess, own_kib
 from support.network import Namespace
 
 pytestmark = pytest.mark.skipif(not LAUNCHER.exists(), reason="`make build` makes crackle-launch")
@@ -65,17 +65,6 @@ def test_a_guest_with_every_device_starts_where_the_launcher_is(
         process.kill()
         process.communicate()
         assert zygote.end() == ""
-
-
-def own_kib(child: int) -> int:
-    """Of the zygote's memory, what that child has copies of (proc(5), smaps)."""
-    found, counted = 0, False
-    for line in Path(f"/proc/{child}/smaps").read_text().splitlines():
-        if "-" in line.split()[0]:
-            counted = "memfd:crackle-zygote" in line
-        elif counted and line.startswith("Anonymous:"):
-            found += int(line.split()[1])
-    return found
 
 
 def faults(child: int) -> int:

@@ -25,6 +25,7 @@ BROAD = (
     "test_bare_vhost_user.py::test_vmm_process_serves_the_guest_its_disk",
     "test_bare_console.py",
     "test_own_process.py::test_it_is_the_same_object",
+    "test_jail.py::test_it_gives_back_what_only_its_start_needed_and_has_open_what_that_takes",
     "test_fork.py::test_each_has_its_vsock_and_its_disk",
     "test_fork.py::test_requests_in_flight_are_done_once_by_each[Async]",
     "test_fork.py::test_each_has_its_interface",

@@ -137,10 +137,15 @@ def until_gone(*places: Path) -> None:
             select.select([], [], [], 0.01)
 
 
+OWN = ["/PID/maps", "/PID/pagemap"]
+"""What a process in a jail has open beside what it has open without one: of its own /proc."""
+
+
 def descriptors(pid: int) -> list[str]:
-    """What each descriptor of a process is open on, without the numbers of inodes."""
+    """What each descriptor of a process is open on, without the numbers of inodes and its own."""
     folder = f"/proc/{pid}/fd"
-    return sorted(os.readlink(f"{folder}/{fd}").partition(":[")[0] for fd in os.listdir(folder))
+    links = (os.readlink(f"{folder}/{fd}").partition(":[")[0] for fd in os.listdir(folder))
+    return sorted(link.replace(f"/{pid}/", "/PID/") for link in links)
 
 
 class Jailed:

@@ -35,6 +35,34 @@ def test_the_kernel_says_of_each_mapping_what_its_text_says() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_files_of_proc_that_are_kept_open_say_the_same_and_nothing_of_a_forked_process() -> None:
+    script = """
+import mmap, os
+from crackle.runtime import mappings
+proc = os.open("/proc", os.O_PATH)
+named = mappings.list_all()
+mappings.keep_open(proc)
+os.close(proc)
+assert [os.readlink(f"/proc/self/fd/{fd}") for fd in mappings.kept_open()] == [
+    f"/proc/{os.getpid()}/{name}" for name in ("maps", "pagemap")
+]
+asked = mappings.list_all()
+mappings.as_before_6_11()
+lists = [named, asked, mappings.list_all(), mappings.list_all()]
+for each in lists:
+    assert len(each) > 20 and len(set(each) & set(named)) > len(each) - 8, set(each) ^ set(named)
+pid = os.fork()
+if not pid:
+    more = mmap.mmap(-1, 123 << 20)
+    assert mappings.kept_open() == []
+    assert 123 << 20 in [end - start for start, end, *_ in mappings.list_all()]
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_process_is_smaller_afterwards_and_still_works() -> None:
     script = (
         "import json, decimal; from crackle.runtime.mappings import trim_heap, unmap_code\n"

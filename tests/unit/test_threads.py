@@ -111,6 +111,52 @@ def test_a_thread_nobody_waits_for_ends_and_lets_go_of_what_it_ran() -> None:
     assert len(os.listdir("/proc/self/task")) <= before
 
 
+def test_those_that_are_there_are_counted_until_the_kernel_has_none_of_them() -> None:
+    script = """
+import _thread, os, time
+from crackle.runtime.census import living
+from crackle.runtime.threads import Thread
+
+def start(count):
+    gate = _thread.allocate_lock()
+    gate.acquire()
+    def wait():
+        with gate:
+            pass
+    return gate, [Thread("python", wait) for _ in range(count)]
+
+def end(gate, threads):
+    gate.release()
+    for thread in threads:
+        thread.join()
+
+assert living() == 0
+few = start(5)
+assert living() == 5 == len(os.listdir("/proc/self/task")) - 1
+pid = os.fork()
+if not pid:
+    # The threads are not here.
+    assert living() == 0
+    start(2)
+    assert living() == 2
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0 and living() == 5
+end(*few)
+until = time.monotonic() + 30
+while living():
+    assert time.monotonic() < until
+few = start(7)
+assert living() == 7
+many = start(125)
+assert living() > 128
+end(*few)
+end(*many)
+assert living() > 128       # nobody can say any more
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_thread_that_cannot_be_had_is_an_error_with_a_reason() -> None:
     script = """
 import resource

@@ -15,8 +15,9 @@ from crackle.jail.namespaces import (
     leave_mounts,
     mount_on_itself,
 )
-from crackle.jail.privileges import drop, set_limits
+from crackle.jail.privileges import drop, open_proc, set_limits
 from crackle.jail.undo import Undo
+from crackle.runtime.mappings import kept_open
 from crackle.runtime.system import close_from, load_unwinder, set_title, title_place
 
 TYPE_CHECKING = False
@@ -41,7 +42,7 @@ def enter(jail: Wanted, started_us: int, kept: Sequence[int] = ()) -> list[str]:
         undo.run()
         raise
     undo.close()
-    close_from(3, () if jail.daemonize or jail.new_pid_ns else kept)
+    close_from(3, (*(() if jail.daemonize or jail.new_pid_ns else kept), *kept_open()))
     arguments = monitor_arguments(jail, started_us, _processor_time(), used)
     # In ps(1) and /proc, as the executable that Firecracker's jailer would have executed.
     line = " ".join((f"/{jail.exec_name}", *arguments))
@@ -75,6 +76,7 @@ def _enter(jail: Wanted, undo: Undo) -> int:
     if jail.daemonize:
         with step("Failed to open /dev/null"):
             null = undo.hold(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+    proc = open_proc(undo)
     folder.furnish()
     folder.make_pid_file()
     enter_root(undo.hold(mount_on_itself(folder.root)))
@@ -89,7 +91,7 @@ def _enter(jail: Wanted, undo: Undo) -> int:
         enter_processes(folder.write_pid)
     else:
         folder.write_pid(os.getpid())
-    drop(jail.uid, jail.gid)
+    drop(jail.uid, jail.gid, proc)
     return used
 
 

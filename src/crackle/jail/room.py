@@ -14,7 +14,7 @@ from crackle.errors import ConfigError, step
 from crackle.jail.cgroups import check_parent, plan
 from crackle.jail.devices import make_devices
 from crackle.jail.namespaces import enter_root, join_network, leave_mounts
-from crackle.jail.privileges import drop, set_limits
+from crackle.jail.privileges import drop, open_proc, set_limits
 from crackle.jail.undo import Undo
 from crackle.runtime.system import attach_tree, clone_tree, load_unwinder, make_tmpfs
 
@@ -46,12 +46,13 @@ def enter(jail: Jail, name: str, directory: str) -> None:
             join_network(jail.netns)
         if cgroups is not None:
             cgroups.join(undo)
+        proc = open_proc(undo)
         enter_root(root)
         with step(f"Failed to change current directory to {directory}"):
             os.chdir(directory)
         time.tzset()
         set_limits(jail.file_size, jail.no_file)
-        drop(jail.uid, jail.gid)
+        drop(jail.uid, jail.gid, proc)
     except BaseException:
         undo.run()
         raise

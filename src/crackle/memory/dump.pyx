@@ -3,7 +3,7 @@
 A page that nobody has touched, or that is all zeros, stays a hole. What a restored guest has not changed is copied from the
 memory file that it came from, within the kernel; what it has goes from its memory, in runs as long as they come. All of it
 runs without the GIL. /proc/self/pagemap says which pages are there (Documentation/admin-guide/mm/pagemap.rst); where there
-is none, as in a jail, each page is looked at.
+is none, each page is looked at.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
@@ -11,12 +11,12 @@ from libc.errno cimport EINTR, ENXIO, errno
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
-from posix.fcntl cimport O_RDONLY, open
 from posix.unistd cimport close, lseek
 
 from crackle.includes.io cimport pread, pwrite
 from crackle.memory.guest cimport GuestMemory
 from crackle.memory.region cimport PAGE_SHIFT, PAGE_SIZE, Region
+from crackle.runtime.mappings cimport open_pagemap
 
 import os
 
@@ -26,9 +26,6 @@ cdef extern from "<unistd.h>" nogil:
         SEEK_DATA
         SEEK_HOLE
     ssize_t copy_file_range(int from_fd, long *from_offset, int to_fd, long *to_offset, size_t size, unsigned int flags)
-
-cdef extern from "<fcntl.h>" nogil:
-    int O_CLOEXEC
 
 cdef enum:
     # Pages looked at together: 32 MiB of guest memory
@@ -335,7 +332,7 @@ cdef source *new_source() except NULL:
     cdef source *s = <source *> malloc(sizeof(source))
     if s == NULL:
         raise MemoryError
-    s.pagemap = open(b"/proc/self/pagemap", O_RDONLY | O_CLOEXEC)
+    s.pagemap = open_pagemap()
     return s
 
 

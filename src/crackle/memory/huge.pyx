@@ -7,17 +7,14 @@ would copy what a fork has shared.
 """
 
 from libc.stdint cimport uint64_t, uintptr_t
-from posix.fcntl cimport O_RDONLY, open
 from posix.unistd cimport close
 
 from crackle.includes.io cimport pread
 from crackle.memory.guest cimport GuestMemory
 from crackle.memory.region cimport HUGE_PAGE_SIZE, PAGE_SHIFT, PAGE_SIZE, Region
+from crackle.runtime.mappings cimport open_pagemap
 from crackle.runtime.threads cimport now_ns
 
-
-cdef extern from "<fcntl.h>" nogil:
-    int O_CLOEXEC
 
 cdef extern from * nogil:
     """
@@ -66,7 +63,7 @@ cdef bint is_worth_it(int pagemap, uintptr_t address) noexcept nogil:
 def gather_pages(GuestMemory memory not None, double seconds):
     """Make huge pages of anonymous guest memory, as far as that helps and the time goes; how many ranges are huge now.
 
-    Those that nothing was to be done for are not counted. 0 where the kernel cannot, or where there is no /proc.
+    Those that nothing was to be done for are not counted. 0 where the kernel cannot, or tells of no pages.
     """
     cdef Region region
     cdef uint64_t until = now_ns() + <uint64_t> (seconds * 1e9)
@@ -74,7 +71,7 @@ def gather_pages(GuestMemory memory not None, double seconds):
     cdef int done = 0, pagemap
     if memory.backing == "file":
         return 0
-    pagemap = open(b"/proc/self/pagemap", O_RDONLY | O_CLOEXEC)
+    pagemap = open_pagemap()
     if pagemap < 0:
         return 0
     for region in memory.regions:

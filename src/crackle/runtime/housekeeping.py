@@ -6,10 +6,9 @@ processes share; that they are mapped here, and counted here, is what `give_back
 
 from __future__ import annotations
 
-import os
-
 from crackle.errors import KvmError
 from crackle.runtime import image
+from crackle.runtime.census import living
 from crackle.runtime.mappings import trim_heap, unmap_code
 
 TYPE_CHECKING = False
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
 
         def at_rest(self, call: Callable[[Sequence[Worker]], object]) -> None: ...
 
-
-# <linux/sched.h>, PF_IO_WORKER and PF_USER_WORKER: threads that the kernel has made for itself.
-_OF_KERNEL = 0x10 | 0x4000
 
 # Microseconds for which a guest stands still, at most, and a little more.
 _MOMENT_US = 1000
@@ -51,16 +47,6 @@ def give_back_unchanged(machine: Machine) -> bool:
 
 def _give_back(workers: Sequence[Worker]) -> None:
     """Nobody else may be writing then."""
-    try:
-        threads = os.listdir("/proc/self/task")
-    except FileNotFoundError:
-        return  # in a jail, where nobody says who else is there
-    if sum(map(_is_ours, threads)) > 1 + len(workers):
+    if living() > sum(worker.ident != 0 for worker in workers):
         raise KvmError("another thread is there, which may write to what is given back")
     image.give_back(workers, _MOMENT_US)
-
-
-def _is_ours(thread: str) -> bool:
-    """Whether it runs our code, and is no worker of the kernel's (proc(5), stat 9)."""
-    with open(f"/proc/self/task/{thread}/stat", "rb", buffering=0) as stat:
-        return not int(stat.read(4096).rpartition(b")")[2].split()[6]) & _OF_KERNEL

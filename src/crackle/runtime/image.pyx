@@ -17,7 +17,6 @@ from cpython.object cimport PyObject
 from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp
-from posix.fcntl cimport O_CLOEXEC, O_RDONLY, open
 from posix.mman cimport (
     MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap,
 )
@@ -449,7 +448,7 @@ cdef int64_t drop_unchanged(const uintptr_t *places, int count, uint64_t until) 
     cdef bint more
     next_page = 0
     looked_at = 0
-    pages = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)
+    pages = open_pagemap()
     if pages < 0:
         return 0
     # A handler would write to what the interpreter has.

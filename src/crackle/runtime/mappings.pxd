@@ -31,3 +31,6 @@ cdef void skip_to(listing *maps, uintptr_t address) noexcept nogil
 # The next one, until there is none.
 cdef bint next_mapping(listing *maps, mapping *m) noexcept nogil
 cdef bint has_access(mapping *m, const char *access) noexcept nogil
+
+# A descriptor of /proc/PID/pagemap, for the caller to close; -1 where that is not to be had.
+cdef int open_pagemap() noexcept nogil

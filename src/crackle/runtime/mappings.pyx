@@ -3,16 +3,19 @@
 From 6.11 on the kernel tells of one mapping at a time (PROCMAP_QUERY, <linux/fs.h>); before, /proc/PID/maps has the text
 of all (proc(5)), a millisecond's work for the four hundred of an interpreter. Neither allocates anything, so that
 whoever looks where memory can be given back does not use more.
+
+Owns what `keep_open` has opened: in a jail there is no /proc, and a process that goes into one has its files open before.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
-from posix.fcntl cimport O_CLOEXEC, O_RDONLY, open
+from posix.fcntl cimport O_CLOEXEC, O_RDONLY, fcntl, open
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
-from posix.unistd cimport close, read
+from posix.unistd cimport close, getpid, pread
 
 cdef extern from * nogil:
     """
+    #include <fcntl.h>
     #include <sys/ioctl.h>
     #include <sys/mman.h>
 
@@ -30,6 +33,7 @@ cdef extern from * nogil:
     #endif
     """
     enum:
+        F_DUPFD_CLOEXEC
         MADV_DONTNEED
         MADV_POPULATE_READ
         SHARED
@@ -39,6 +43,7 @@ cdef extern from * nogil:
         uint64_t size, flags, address, start, end, vma_flags, offset, inode
         uint32_t major, minor
     int ioctl(int fd, unsigned long request, map_query *query)
+    int openat(int folder, const char *path, int flags)
     int madvise(void *address, size_t size, int advice)
 
 cdef extern from "<malloc.h>" nogil:
@@ -54,13 +59,43 @@ cdef enum:
 
 cdef bint text_only = False
 
+# What is kept open, and the process that it is about.
+cdef int kept_maps = -1, kept_pagemap = -1, kept_by = 0
+
+
+def keep_open(int proc):
+    """Have what is asked for here open for good, in a process that will have no /proc; `proc` is open on that yet.
+
+    Whoever opens it with CAP_SYS_ADMIN is shown in it for good in which frames of the host's memory pages are.
+    """
+    global kept_maps, kept_pagemap, kept_by
+    kept_maps = openat(proc, "self/maps", O_RDONLY | O_CLOEXEC)
+    kept_pagemap = openat(proc, "self/pagemap", O_RDONLY | O_CLOEXEC)
+    kept_by = getpid()
+
+
+def kept_open():
+    """The descriptors of that."""
+    return [fd for fd in (kept_maps, kept_pagemap) if fd >= 0 and kept_by == getpid()]
+
+
+cdef int open_pagemap() noexcept nogil:
+    return open_own("/proc/self/pagemap", kept_pagemap)
+
+
+cdef int open_own(const char *path, int kept) noexcept nogil:
+    # In a process that was forked since it is about another.
+    if kept >= 0 and kept_by == getpid():
+        return fcntl(kept, F_DUPFD_CLOEXEC, 0)
+    return open(path, O_RDONLY | O_CLOEXEC)
+
 
 cdef void list_mappings(listing *maps, uint32_t wanted) noexcept nogil:
     cdef map_query query
     maps.wanted = wanted
     maps.next = 0
     maps.text = NULL
-    maps.fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC)
+    maps.fd = open_own("/proc/self/maps", kept_maps)
     if maps.fd >= 0 and (text_only or not ask(maps, &query)):
         read_all(maps)
 
@@ -73,7 +108,7 @@ cdef void read_all(listing *maps) noexcept nogil:
         return
     # The last byte stays 0.
     while size < MAPS - 1:
-        part = read(maps.fd, maps.text + size, MAPS - 1 - size)
+        part = pread(maps.fd, maps.text + size, MAPS - 1 - size, size)
         if part <= 0:
             break
         size += part

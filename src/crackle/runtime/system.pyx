@@ -5,7 +5,7 @@ sched_setattr(2), ioprio_set(2), inotify(7).
 """
 
 from libc.errno cimport errno
-from libc.stdint cimport uint32_t, uintptr_t
+from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcmp, memcpy, memset
 
 import os
@@ -49,10 +49,17 @@ cdef extern from * nogil:
     #define detach_root() umount2(".", MNT_DETACH)
     #define follow_mounts() mount(NULL, "/", NULL, MS_SLAVE | MS_REC, NULL)
 
-    static long drop_all_capabilities(void) {
+    static long keep_capabilities(uint64_t kept) {
         struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
-        struct __user_cap_data_struct none[_LINUX_CAPABILITY_U32S_3] = { { 0 } };
-        return syscall(SYS_capset, &header, none);
+        struct __user_cap_data_struct sets[_LINUX_CAPABILITY_U32S_3];
+        if (syscall(SYS_capget, &header, sets))
+            return -1;
+        for (int i = 0; i < _LINUX_CAPABILITY_U32S_3; i++) {
+            sets[i].permitted &= (uint32_t) (kept >> 32 * i);
+            sets[i].effective = sets[i].permitted;
+            sets[i].inheritable = 0;
+        }
+        return syscall(SYS_capset, &header, sets);
     }
 
     /* struct sched_attr, handed on as it is; its header and the C library's do not go together. */
@@ -72,6 +79,8 @@ cdef extern from * nogil:
         C_NEWNET "CLONE_NEWNET"
         C_NEWNS "CLONE_NEWNS"
         C_NEWPID "CLONE_NEWPID"
+        C_SETGID "CAP_SETGID"
+        C_SETUID "CAP_SETUID"
         PR_CAPBSET_DROP
         PR_CAPBSET_READ
         PR_CAP_AMBIENT
@@ -104,7 +113,7 @@ cdef extern from * nogil:
     long swap_root()
     long detach_root()
     long follow_mounts()
-    long drop_all_capabilities()
+    long keep_capabilities(uint64_t kept)
     int c_fork "fork"()
     int madvise(void *address, size_t size, int advice)
     int prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d)
@@ -133,6 +142,10 @@ cdef long checked(long result) except? -1:
 CLONE_NEWNET = C_NEWNET
 CLONE_NEWNS = C_NEWNS
 CLONE_NEWPID = C_NEWPID
+
+# Capabilities (capabilities(7)).
+CAP_SETGID = C_SETGID
+CAP_SETUID = C_SETUID
 
 
 def join_namespace(int fd, int kind=0):
@@ -191,10 +204,13 @@ def empty_bounding_set():
         capability += 1
 
 
-def drop_capabilities():
-    """Have none: effective, permitted, inheritable and ambient."""
+def drop_capabilities(kept=()):
+    """Have none, effective, permitted, inheritable or ambient, but those that are `kept`, as far as there are; CAP_..."""
+    cdef uint64_t left = 0
+    for capability in kept:
+        left |= <uint64_t> 1 << <int> capability
     checked(prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
-    checked(drop_all_capabilities())
+    checked(keep_capabilities(left))
 
 
 def forbid_dumps():

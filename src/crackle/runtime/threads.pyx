@@ -14,6 +14,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset, strerror
 from posix.unistd cimport getpid
 
+from crackle.runtime.census cimport expect, is_born, is_none
 from crackle.runtime.filters cimport expect_thread, filter_set, filters_of, put_on
 
 from crackle.errors import KvmError, StateError
@@ -109,6 +110,7 @@ cdef struct beginning:
     void *(*entry)(void *) noexcept nogil
     void *argument
     const filter_set *filters
+    int *place              # in the census
     char name[NAME_SIZE]
 
 
@@ -116,6 +118,7 @@ cdef void *begin(void *argument) noexcept nogil:
     """The first thing that every thread does."""
     cdef beginning given = (<beginning *> argument)[0]
     free(argument)
+    is_born(given.place)
     pthread_setname_np(pthread_self(), given.name)
     keep_stack_small()
     put_on(given.filters, given.name)
@@ -127,6 +130,7 @@ cdef int start_thread(pthread_t *thread, str kind, str name, void *(*entry)(void
     cdef size_t stack = STACK_SIZES[kind]
     cdef bytes short_name = name.encode()[:NAME_SIZE - 1]
     cdef int error, i
+    cdef int *place
     given = <beginning *> malloc(sizeof(beginning))
     if given == NULL:
         raise MemoryError
@@ -135,9 +139,11 @@ cdef int start_thread(pthread_t *thread, str kind, str name, void *(*entry)(void
     for i in range(len(short_name)):
         given.name[i] = <char> short_name[i]
     expect_thread(given.filters, 1)
+    given.place = place = expect()
     error = create_thread(thread, stack, begin, given)
     if error:
         expect_thread(given.filters, -1)
+        is_none(place)
         free(given)
         raise KvmError(f"cannot start the thread {name!r}: {strerror(error).decode()}")
     return 0
