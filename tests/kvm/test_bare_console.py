@@ -19,6 +19,8 @@ import pytest
 
 from crackle import MicroVM
 
+from .conftest import Process
+
 PATIENCE = 60.0
 FLOOD = 100_000
 LESS = 20_000
@@ -153,3 +155,18 @@ def test_a_console_on_a_socket_is_not_waited_for_either(machine: Callable[..., M
         assert text == said(LESS)
         assert theirs.getblocking()
         assert vm.wait(PATIENCE).reason == "reset"
+
+
+def test_output_beyond_a_limit_set_over_the_api_is_not_written_and_is_counted(
+    spawn: Callable[..., Process], guests: Path, tmp_path: Path
+) -> None:
+    process, size = spawn(), 100
+    limit = {"size": size, "refill_time": 86_400_000}
+    process.api.ask("PUT", "/serial", {"serial_out_path": str(tmp_path / "console"), "rate_limiter": limit})
+    process.api.ask("PUT", "/metrics", {"metrics_path": str(tmp_path / "metrics")})
+    process.boot(guests / "flood.elf", f"bytes={LESS}")
+    process.process.wait(PATIENCE)
+    assert (tmp_path / "console").read_bytes() == said(LESS)[:size]
+    uart = json.loads((tmp_path / "metrics").read_text().splitlines()[-1])["uart"]
+    assert uart["write_count"] == size
+    assert uart["rate_limiter_dropped_bytes"] == len(said(LESS)) - size

@@ -106,18 +106,11 @@ def test_every_object_within_another_is_there_and_no_other(openapi: dict[str, An
 
 
 def test_what_is_not_supported_yet_is_not_yet_and_nothing_else_is() -> None:
-    missing = {command for command, condition, _ in NOT_YET if condition is None}
+    missing = set(NOT_YET)
     verdicts = {names[0]: verdict for names, verdict, _ in rows("Requests and their fields") if not names[1]}
     for (method, key), route in ROUTES.items():
         request = f"`{method} /{key}" + (f"/{{{route.id_field}}}`" if route.id_field else "`")
         assert (verdicts[request] == "not yet") is (route.command in missing), request
-
-
-def test_a_field_that_is_not_supported_yet_is_not_yet() -> None:
-    not_yet = [names for names, verdict, _ in rows("Requests and their fields") if verdict == "not yet"]
-    for request, field in (("PUT /serial", "rate_limiter"),):
-        assert [f"`{request}`", f"`{field}`"] in not_yet
-    assert sum(condition is not None for _, condition, _ in NOT_YET) == 1
 
 
 def test_every_option_is_there_and_no_other() -> None:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import tty
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from crackle.errors import ConfigError
 from crackle.kvm.bus import Bus
 from crackle.runtime import stream
 from crackle.runtime.iothread import IoThread
+from crackle.schema.rate_limiter import TokenBucket
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,10 +45,16 @@ class Line:
     """A serial port on a bus, with its interrupt line and a guest's hands on its registers."""
 
     def __init__(
-        self, in_fd: int = -1, out_fd: int = -1, *, threaded: bool = False, waits: bool = False
+        self,
+        in_fd: int = -1,
+        out_fd: int = -1,
+        *,
+        threaded: bool = False,
+        waits: bool = False,
+        limit: TokenBucket | None = None,
     ) -> None:
         self.irq = os.eventfd(0, os.EFD_NONBLOCK)
-        self.device = Serial(in_fd, out_fd, self.irq, waits)
+        self.device = Serial(in_fd, out_fd, self.irq, waits, limit)
         self.bus = Bus("pio")
         self.io = IoThread() if threaded else None
         self.device.attach(self.bus, PORT, self.io)
@@ -405,6 +413,42 @@ def test_output_past_what_is_kept_is_dropped_and_counted(pipe: tuple[int, int]) 
         assert kept == bytes(number % 251 for number in range(BACKLOG))
         line[DATA] = 0x42
         assert os.read(reading, 10) == b"B"
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_output_beyond_its_limit_is_dropped_and_counted_apart(pipe: tuple[int, int], waits: bool) -> None:
+    """A burst first, then the bucket; nobody waits for what would come into it in a day."""
+    limit = TokenBucket(size=5, refill_time=86_400_000, one_time_burst=3)
+    with Line(out_fd=pipe[1], threaded=waits, waits=waits, limit=limit) as line:
+        for byte in b"0123456789":
+            line[DATA] = byte
+        assert os.read(pipe[0], 99) == b"01234567"
+        assert line.device.rate_limiter_dropped_bytes == 2
+        assert line.device.missed_write_count == 0
+
+
+def test_a_limit_lets_as_much_out_as_its_bucket_is_filled_with(pipe: tuple[int, int]) -> None:
+    limit = TokenBucket(size=10, refill_time=100)
+    with Line(out_fd=pipe[1], limit=limit) as line:
+        for byte in b"0123456789":
+            line[DATA] = byte
+        begun = time.monotonic()
+        while line.device.write_count < 15:
+            assert time.monotonic() - begun < 10
+            line[DATA] = ord("x")
+        assert time.monotonic() - begun >= 0.045
+
+
+def test_a_loop_back_and_a_guest_without_an_output_are_not_limited() -> None:
+    limit = TokenBucket(size=1, refill_time=86_400_000)
+    with Line(limit=limit) as unheard:
+        for byte in b"abc":
+            unheard[DATA] = byte
+        assert unheard.device.rate_limiter_dropped_bytes == 0
+        unheard[MCR] = LOOP
+        for byte in b"abc":
+            unheard[DATA] = byte
+        assert unheard.receive() == b"abc"
 
 
 def test_without_an_output_the_guest_notices_nothing(line: Line) -> None:

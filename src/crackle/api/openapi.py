@@ -57,9 +57,7 @@ def _operation(method: str, key: str, route: Route) -> dict[str, Any]:
     body = schema_of(route)
     if body is not None:
         operation["summary"] = (inspect.getdoc(body) or "").partition("\n")[0]
-    missing = next(
-        (what for name, condition, what in NOT_YET if name == route.command and condition is None), None
-    )
+    missing = None if route.command is None else NOT_YET.get(route.command)
     if missing is not None:
         operation["description"] = f"Not supported yet: {missing}. Answers 400."
     if route.id_field is not None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from crackle.memory import GuestMemory
     from crackle.runtime.iothread import IoThread
     from crackle.schema.cpu import CpuConfig
+    from crackle.schema.rate_limiter import TokenBucket
 
     class Host(Protocol):
         """What a board is plugged into: the machine, as far as it concerns it."""
@@ -110,6 +111,7 @@ if TYPE_CHECKING:
             *,
             console: tuple[int, int],
             console_waits: bool,
+            console_limit: TokenBucket | None,
             ends_on_panic: bool,
             report: Callable[[str], None],
             report_boot_time: Callable[[int, int], None] | None,

@@ -3,6 +3,7 @@
 Output goes to a descriptor from the vCPU's thread, without the GIL. What its reader does not take at once is kept, in order,
 and goes out from the I/O thread when it reads again. Then either output past BACKLOG is dropped and counted, or, with
 `waits`, the vCPU that wrote waits until its byte is out; `pause` ends such a wait, and the byte stays here, as state.
+What is beyond a limit is dropped as if nobody were connected, whether somebody waits or not, and counted apart.
 
 Input comes from a descriptor through the I/O thread into the receive FIFO; while the FIFO is full the descriptor is not read.
 Interrupts are pulses on an irqfd, one when a cause appears, which is what the edge-triggered ISA line 4 wants: a driver reads
@@ -24,6 +25,7 @@ from crackle.runtime.stream cimport stream_put, stream_take
 from crackle.includes.events cimport *
 from crackle.runtime.threads cimport *
 from crackle.kvm.bus cimport BUS_CONTINUE, Bus
+from crackle.ratelimit.limiter cimport bucket, configure_bucket, spend
 
 import os
 
@@ -59,7 +61,8 @@ cdef enum:
 cdef class Serial:
     """The UART. in_fd: console input, or -1; out_fd: console output, or -1; irq_fd: an eventfd bound to its line.
 
-    waits: a vCPU waits for the reader of the output rather than that a byte is lost. Raises ConfigError.
+    waits: a vCPU waits for the reader of the output rather than that a byte is lost. limit: a schema.TokenBucket of bytes
+    of output, or None. Raises ConfigError.
     """
 
     # The mutex guards everything below; `changed` tells of `sent` and `hurried`. The thread in it is not used.
@@ -84,14 +87,17 @@ cdef class Serial:
     cdef uint64_t accepted, sent    # bytes that went into `kept`, and that left it, whatever became of them
     cdef bint sending       # output is being written, without the lock
     cdef bint armed         # the I/O thread is told when the output takes more
+    cdef bucket limit       # of bytes of output
     cdef readonly uint64_t read_count, write_count, missed_write_count, missed_read_count, flush_count, error_count
+    cdef readonly uint64_t rate_limiter_dropped_bytes
 
-    def __cinit__(self, int in_fd=-1, int out_fd=-1, int irq_fd=-1, bint waits=False):
+    def __cinit__(self, int in_fd=-1, int out_fd=-1, int irq_fd=-1, bint waits=False, limit=None):
         init_sync(&self.sync)
         self.in_fd = self.out_fd = self.timer_fd = -1
         self.irq_fd, self.waits = irq_fd, waits
         self.lcr, self.divisor_low = LCR_8N1, DIVISOR_9600
         self.mcr = UART_MCR_OUT2
+        configure_bucket(&self.limit, limit, "serial")
         # Twice as much, so that what is kept is moved to the front once in BACKLOG bytes. Untouched, it costs nothing.
         self.size = 2 * BACKLOG
         self.kept = <uint8_t *> malloc(self.size)
@@ -280,7 +286,11 @@ cdef class Serial:
         if self.mcr & UART_MCR_LOOP:
             if self.used < FIFO:
                 self.received(&byte, 1)
-        elif self.out_fd >= 0:
+        elif self.out_fd < 0:
+            pass
+        elif self.limit.size and not spend(&self.limit, 1, now_ns()):
+            self.rate_limiter_dropped_bytes += 1
+        else:
             self.keep(&byte, 1)
             self.send()
         self.thr_pending = True

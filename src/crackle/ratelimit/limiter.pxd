@@ -29,5 +29,8 @@ cdef class RateLimiter:
     cdef void acknowledge(self) noexcept nogil
     cdef void replace(self, bucket *bandwidth, bucket *operations) noexcept nogil
 
+# Take `tokens` if they are there, without a timer for when they are not. `now` is runtime.threads.now_ns.
+cdef bint spend(bucket *b, uint64_t tokens, uint64_t now) noexcept nogil
+
 # Fill `b` in from a schema.TokenBucket or None, full; ConfigError for numbers beyond 64 bits.
 cdef configure_bucket(bucket *b, config, str name)

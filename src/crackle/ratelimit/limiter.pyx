@@ -83,6 +83,13 @@ cdef void take(bucket *b, uint64_t tokens) noexcept nogil:
         b.level -= <int64_t> min(tokens - given, MOST)
 
 
+cdef bint spend(bucket *b, uint64_t tokens, uint64_t now) noexcept nogil:
+    if wait_for(b, tokens, now):
+        return False
+    take(b, tokens)
+    return True
+
+
 cdef void give_back(bucket *b, uint64_t tokens) noexcept nogil:
     cdef uint64_t kept = <uint64_t> min(<int64_t> min(tokens, MOST), <int64_t> b.size - b.level)
     if b.size:

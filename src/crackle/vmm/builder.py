@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from crackle.arch import LoadedKernel
     from crackle.schema.config import VmConfig
+    from crackle.schema.serial import Serial
     from crackle.snapshot.fork import Heritage
     from crackle.snapshot.load import Loaded
     from crackle.snapshot.state import Snapshot
@@ -114,7 +115,7 @@ def _furnish(
     machine: Machine, config: VmConfig, options: BuildOptions, held: Mapping[tuple[str, str], Held]
 ) -> None:
     """Add the devices and the kernel."""
-    machine.add_board(_console_output(machine, config, options))
+    _add_board(machine, config, options)
     for kind, identifier, resource in configured(config):
         machine.add(kind, identifier, resource, held.get((kind, identifier)))
     root = next((drive for drive in config.drives if drive.is_root_device), None)
@@ -169,7 +170,7 @@ def _furnish_as_saved(
 ) -> None:
     """Add the devices that the guest knows, each in its place."""
     config = snapshot.config
-    machine.add_board(_console_output(machine, config, options))
+    _add_board(machine, config, options)
     resources = {(kind, identifier): resource for kind, identifier, resource in configured(config)}
     customs = {_name_of(index, custom): custom for index, custom in enumerate(options.devices)}
     for saved in snapshot.machine.devices:
@@ -189,10 +190,17 @@ def _furnish_as_saved(
         raise ConfigError(f"its guest does not know these devices: {names}")
 
 
-def _console_output(machine: Machine, config: VmConfig, options: BuildOptions) -> int:
+def _add_board(machine: Machine, config: VmConfig, options: BuildOptions) -> None:
+    serial = config.serial or None
+    if serial is None:
+        machine.add_board(options.console_out, None)
+    else:
+        machine.add_board(_console_output(machine, serial, options), serial.rate_limiter)
+
+
+def _console_output(machine: Machine, serial: Serial, options: BuildOptions) -> int:
     """The descriptor that takes the guest's output: the file or named pipe configured, or what the front end gave."""
-    serial: Any = config.serial
-    path = getattr(serial, "serial_out_path", None)
+    path = serial.serial_out_path
     if path is None:
         return options.console_out
     try:

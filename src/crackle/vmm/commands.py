@@ -15,7 +15,6 @@ from crackle.vmm.devices import RESOURCES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
 NOT_STARTED = "Not started"
@@ -79,33 +78,21 @@ for _resource in RESOURCES:
         ALLOWED[f"delete_{_resource.name}"] = _AFTER
 
 
-def _has(name: str) -> Callable[[Any], bool]:
-    """Whether the field is given."""
-    return lambda resource: getattr(resource, name) is not None
-
-
 # Devices come and go while the guest runs by PCI alone, which there is not yet.
 NO_PCI = "PCI is not enabled"
 _HOTPLUG = frozenset(f"put_{_resource.name}" for _resource in RESOURCES if _resource.removable)
 
-# What answers "not supported yet": command, condition on its resource (None: always), and what it is called.
-NOT_YET: tuple[tuple[str, Callable[[Any], bool] | None, str], ...] = (
-    ("delete_drive", None, "removing drives"),
-    ("delete_network", None, "removing network interfaces"),
-    ("put_serial", _has("rate_limiter"), "rate limiters of the serial console"),
-    *(
-        (name, None, resource.missing)
+# What the commands are about that answer "not supported yet".
+NOT_YET: dict[str, str] = {
+    "delete_drive": "removing drives",
+    "delete_network": "removing network interfaces",
+    **{
+        name: resource.missing
         for resource in RESOURCES
         if resource.missing is not None
         for name in ALLOWED
         if resource.name in name
-    ),
-)
-
-
-_NOT_YET_OF = {
-    command: tuple((condition, what) for name, condition, what in NOT_YET if name == command)
-    for command in {name for name, _, _ in NOT_YET}
+    },
 }
 
 
@@ -145,8 +132,9 @@ _ABSENT = {
 
 def check_supported(command: Command, state: str) -> None:
     """Raise ConfigError if Crackle cannot do what is asked for yet."""
-    for condition, what in _NOT_YET_OF.get(command.name, ()):
-        if condition is None or condition(command.resource):
-            if command.name == "get_balloon" and state == NOT_STARTED:
-                raise ConfigError("Balloon config error: No balloon device found.")
-            raise ConfigError(_ABSENT.get(command.name, f"Crackle does not support {what} yet."))
+    what = NOT_YET.get(command.name)
+    if what is None:
+        return
+    if command.name == "get_balloon" and state == NOT_STARTED:
+        raise ConfigError("Balloon config error: No balloon device found.")
+    raise ConfigError(_ABSENT.get(command.name, f"Crackle does not support {what} yet."))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from crackle.mmds.service import Mmds
     from crackle.mmds.store import Store
     from crackle.runtime.threads import Worker
-    from crackle.schema import MmdsConfig
+    from crackle.schema import MmdsConfig, TokenBucket
     from crackle.snapshot.state import MachineState
     from crackle.telemetry.logger import Logger
     from crackle.virtio.custom.base import VirtioDevice as CustomDevice
@@ -151,13 +151,17 @@ class Machine:
         self.vm.irqfd(fd, line)
         return fd
 
-    def add_board(self, console_out: int) -> None:
-        """Attach what the platform has whatever is configured: console, power, and if asked for the boot timer."""
+    def add_board(self, console_out: int, console_limit: TokenBucket | None) -> None:
+        """Attach what the platform has whatever is configured: console, power, and if asked for the boot timer.
+
+        console_limit: of bytes of output.
+        """
         options = self._options
         self.board = platform.make_board(
             self,
             console=(options.console_in, console_out),
             console_waits=options.console_waits,
+            console_limit=console_limit,
             ends_on_panic=options.ends_on_panic,
             report=untold if options.logger is None else options.logger.error,
             report_boot_time=_boot_time_reporter(options.logger) if options.boot_timer else None,

@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from crackle.arch.interface import Host
+    from crackle.schema.rate_limiter import TokenBucket
 
-_UART = ("error_count", "flush_count", "missed_read_count", "missed_write_count", "read_count", "write_count")
+_UART = (
+    *("error_count", "flush_count", "missed_read_count", "missed_write_count", "read_count", "write_count"),
+    "rate_limiter_dropped_bytes",
+)
 _I8042 = (
     "error_count",
     "missed_read_count",
@@ -54,11 +58,12 @@ class Board:
         *,
         console: tuple[int, int],
         console_waits: bool,
+        console_limit: TokenBucket | None,
         ends_on_panic: bool,
         report: Callable[[str], None],
         report_boot_time: Callable[[int, int], None] | None,
     ) -> None:
-        self.serial = Serial(*console, host.interrupt(layout.GSI_COM1), console_waits)
+        self.serial = Serial(*console, host.interrupt(layout.GSI_COM1), console_waits, console_limit)
         self.serial.attach(host.pio, layout.COM1_PORT, host.io)
         self.i8042 = I8042(host.interrupt(layout.GSI_KEYBOARD))
         host.pio.attach_python(layout.I8042_PORT, layout.I8042_PORT_COUNT, self.i8042)
