@@ -17,12 +17,13 @@ from crackle import ConfigError, GuestError, Jail, MicroVM
 from support.jails import DEVICES, OWN, check_confined, descriptors, files, status, until_gone
 from support.launcher import own_kib
 
-from .conftest import PATIENCE
+from .conftest import PATIENCE, Client
 from .test_own_process import gone
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes jails: needs root")
 
 USER, GROUP = 60_700, 61_700
+RUN = (sys.executable, "-c", "from crackle.cli.main import main; main()", "run")
 JAIL = Jail(uid=USER, gid=GROUP)
 
 
@@ -160,6 +161,68 @@ def test_one_that_is_process_1_can_be_killed_and_said_to_be(guests: Path) -> Non
             vm.wait(PATIENCE)
 
 
+def test_its_api_is_served_from_the_jail(guests: Path, tmp_path: Path) -> None:
+    path = tmp_path / "api.sock"
+    with MicroVM(guests / "count.elf", boot_args="", memory=32, jail=JAIL, api_sock=path) as vm:
+        vm.console.expect("count 3\n", PATIENCE)
+        api = Client(path)
+        assert api.ask("GET", "/", expect=200)["state"] == "Running"
+        # Nobody sees that file in the jail, and who serves it is there.
+        assert not any("api.sock" in name for name in files(vm.pid))
+        check_confined(vm.pid, USER, GROUP)
+        api.ask("PATCH", "/vm", {"state": "Paused"})
+        assert vm.state == "Paused"
+        refused = api.ask("PUT", "/vm/fork", {"clones": [{}]}, expect=400)
+        assert "clones of a program's microVM are the program's to ask for" in refused["fault_message"]
+        answer = api.ask("PUT", "/snapshot/create", {"snapshot_path": "s", "mem_file_path": "m"}, expect=400)
+        assert "denied" in answer["fault_message"]
+        vm.resume()
+        assert api.ask("GET", "/", expect=200)["state"] == "Running"
+        (clone,) = vm.fork(1)
+        clone.console.expect(r"count \d+\n", PATIENCE)
+        vm.stop()
+        assert vm.state == "Stopped"
+        assert not path.exists()
+        # What was the source's is not open in a clone.
+        assert not api.sock.recv(1)
+        clone.stop()
+        api.close()
+    path.touch()
+    with pytest.raises(ConfigError, match=r"Failed to open the API socket at: .* already used"):
+        MicroVM(guests / "count.elf", boot_args="", memory=32, api_sock=path)
+    assert path.exists()
+    path.unlink()
+    with pytest.raises(ConfigError, match="Failed to show /no/such"):
+        MicroVM(
+            guests / "count.elf", boot_args="", jail=Jail(uid=1, gid=1, paths=("/no/such",)), api_sock=path
+        )
+    assert not path.exists()
+
+
+def test_crackle_run_serves_the_api_of_a_jailed_guest(guests: Path, tmp_path: Path) -> None:
+    path = tmp_path / "api.sock"
+    process = subprocess.Popen(
+        [*RUN, "--jail", str(USER), "--api-sock", str(path), str(guests / "count.elf")],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "count 3" in line:
+                break
+        api = Client(path)
+        assert api.ask("GET", "/", expect=200)["state"] == "Running"
+        api.close()
+    finally:
+        process.terminate()
+        process.communicate(timeout=PATIENCE)
+    assert process.returncode == 143
+    assert not path.exists()
+
+
 @pytest.mark.parametrize(
     ("jail", "why"),
     [
@@ -178,9 +241,6 @@ def test_one_that_is_process_1_can_be_killed_and_said_to_be(guests: Path) -> Non
 def test_what_cannot_be_is_said_to_the_program(guests: Path, jail: Any, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         MicroVM(guests / "count.elf", boot_args="", memory=32, jail=jail)
-
-
-RUN = (sys.executable, "-c", "from crackle.cli.main import main; main()", "run")
 
 
 @pytest.fixture
@@ -206,12 +266,9 @@ def test_crackle_run_jails_its_guest(
     assert "hello" in done.stdout
 
 
-def test_crackle_run_says_what_does_not_go_with_a_jail(
+def test_crackle_run_says_what_is_no_user(
     run_jailed: Callable[..., subprocess.CompletedProcess[str]], guests: Path
 ) -> None:
     done = run_jailed("--jail", "somebody", str(guests / "hello.elf"))
     assert done.returncode == 1
     assert "'somebody' is no user" in done.stderr
-    done = run_jailed("--jail", str(USER), "--api-sock", "api", str(guests / "hello.elf"))
-    assert done.returncode == 1
-    assert "--api-sock" in done.stderr

@@ -166,16 +166,15 @@ def run(
         core_scheduling=core_scheduling,
         cpu_template=cpu_template,
     )
-    if jail is not None and api_sock is not None:
-        raise ConfigError(
-            "--api-sock is not served for a guest in a jail: use crackle-jailer, or leave one out."
-        )
     if not net and (name is not None or network != DEFAULT_NETWORK or allow_host or allow_lan or allow):
         raise ConfigError("--name, --network and --allow... say what --net is to do: give --net as well.")
     arguments = boot.options(wanted)
     if metadata is not None and not (net or arguments.get("interfaces")):
         raise ConfigError("--metadata is for guests with a network: give --net as well.")
     interfaces: list[NetworkInterface] = []
+    if jail is not None and api_sock is not None:
+        # The process in the jail serves it.
+        arguments["api_sock"], api_sock = api_sock, None
     with boot.listening(api_sock) as listener:
         attending = functools.partial(boot.attending, listener)
         if not net:

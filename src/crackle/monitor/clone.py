@@ -20,6 +20,7 @@ import msgspec
 from crackle.api.listener import listen
 from crackle.errors import CrackleError, reason_of
 from crackle.monitor.process import VmmProcess
+from crackle.runtime.mappings import forget_open
 from crackle.runtime.stream import leave_standard_streams
 from crackle.runtime.system import close_from, set_title, title_place
 from crackle.telemetry.logger import OFF, Logger
@@ -84,6 +85,7 @@ class Cloner:
         self._leave()
         self._logger.rename(clone.id or "")
         leave_standard_streams()
+        forget_open()
         files = {region.fd for region in heritage.memory.regions}
         kept = {0, 1, 2, self._logger.file, *files, *self._own(index), *line.descriptors}
         close_from(0, [fd for fd in kept if fd >= 0])

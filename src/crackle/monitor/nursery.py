@@ -18,6 +18,7 @@ import sys
 
 import msgspec
 
+from crackle.api.listener import listen
 from crackle.errors import CrackleError
 from crackle.jail.namespaces import new_processes
 from crackle.jail.remains import Remains
@@ -33,7 +34,7 @@ from crackle.seccomp import default_filters
 from crackle.snapshot import statefile
 from crackle.snapshot.load import Template
 from crackle.vmm.commands import NOT_STARTED
-from crackle.vmm.preload import preload_all
+from crackle.vmm.preload import preload_all, preload_api
 from crackle.vmm.wire import NOTHING, Answer, Birth, Forget, Keep, Wish, encode
 
 TYPE_CHECKING = False
@@ -130,11 +131,15 @@ class Nursery(Zygote):
                 os.chdir(birth.directory)
             name = os.fsencode(birth.instance_id)
             set_title(*self._home.title, b"crackle-vmm --id " + name, b"crackle-vmm")
-            if not _confine(birth, commands):
+            try:
+                listener = _move_in(birth)
+            except CrackleError as error:
+                _refuse(commands, error)
                 os._exit(status)
             use_filters(default_filters())
             set_last_words(_STDERR)
-            process = ServedProcess(birth, commands, events, (console_in, console_out), template)
+            console = console_in, console_out
+            process = ServedProcess(birth, commands, events, console, template, listener=listener)
             _signal.pthread_sigmask(_signal.SIG_SETMASK, [])
             process.run()
             status = 0
@@ -153,17 +158,25 @@ def _keep_only(fds: Sequence[int]) -> list[int]:
     return kept
 
 
-def _confine(birth: Birth, commands: _socket.socket) -> bool:
-    """Whether this process could be where it is to be; if not, its program is told why."""
-    try:
+def _move_in(birth: Birth) -> _socket.socket | None:
+    """Be where the microVM is to be; the socket of its API, if it has one. ConfigError, with nothing left behind."""
+    with contextlib.ExitStack() as undo:
+        listener = None
+        if birth.api_sock is not None:
+            # From within a jail there is nothing to import it from, and another root.
+            preload_api()
+            listener = listen(birth.api_sock)
+            folder, name = os.path.split(birth.api_sock)
+            fd = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            undo.callback(os.unlink, name, dir_fd=fd)
         if birth.core_scheduling:
             share_no_core()
         if birth.jail is not None:
             enter(birth.jail, birth.instance_id, birth.directory)
-    except CrackleError as error:
-        _refuse(commands, error)
-        return False
-    return True
+        undo.pop_all()
+    if listener is not None:
+        os.close(fd)
+    return listener
 
 
 def _refuse(commands: _socket.socket, error: CrackleError) -> None:

@@ -14,7 +14,7 @@ import os
 import msgspec
 
 from crackle.api.routes import ROUTES, schema_of
-from crackle.errors import CrackleError, reason_of
+from crackle.errors import ConfigError, CrackleError, reason_of
 from crackle.monitor.process import Monitor
 from crackle.runtime.channel import Channel
 from crackle.runtime.filters import filtered
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from crackle.api.server import ApiServer
     from crackle.monitor.clone import ServedCloner
     from crackle.schema.fork import Clone
     from crackle.snapshot.fork import Heritage, Line
@@ -45,7 +46,7 @@ class ServedProcess(Monitor):
     """Carries out what comes over `commands`, and says on `events` how the guest has ended. Takes over both.
 
     console: the descriptors of the guest's console, -1 for none. template: the snapshot that it is to load. shell: what
-    it is to go on in.
+    it is to go on in. listener: where the API is served as well.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class ServedProcess(Monitor):
         console: tuple[int, int],
         template: Template | None = None,
         shell: Shell | None = None,
+        listener: _socket.socket | None = None,
     ) -> None:
         super().__init__(
             Logger(birth.instance_id, level=OFF),
@@ -70,6 +72,12 @@ class ServedProcess(Monitor):
         self._events = events
         self._console = console
         self._settling = False
+        self._forking = False
+        self._api: ApiServer | None = None
+        if listener is not None:
+            from crackle.api.server import ApiServer
+
+            self._api = ApiServer(self._loop, listener, self._controller)
         self._loop.watch(commands.fileno(), self._serve, essential=True)
         self._loop.on_signal(_signal.SIGTERM, lambda _number: self._loop.stop())
 
@@ -90,6 +98,8 @@ class ServedProcess(Monitor):
         except (BrokenPipeError, ConnectionResetError):
             return  # it did not wait for that
         finally:
+            if self._api is not None:
+                self._api.close()
             machine = self._controller.machine
             self._controller.stop()
             if machine is not None and (status := machine.exit_status()) is not None:
@@ -99,6 +109,8 @@ class ServedProcess(Monitor):
     def _cloner(self) -> ServedCloner:
         from crackle.monitor.clone import ServedCloner, leave_clones_to_the_kernel
 
+        if not self._forking:
+            raise ConfigError("clones of a program's microVM are the program's to ask for: by vm.fork(n).")
         leave_clones_to_the_kernel()
         return ServedCloner(self._birth, self._lent, self._leave)
 
@@ -106,6 +118,8 @@ class ServedProcess(Monitor):
         """In a forked process: close the copies of what is the parent's."""
         self._channel.close()
         self._events.close()
+        if self._api is not None:
+            self._api.disown()
         self._loop.close()
         self._controller.disown()
 
@@ -178,10 +192,12 @@ class ServedProcess(Monitor):
         # What has no schema is JSON as it is.
         kind: Any = _RESOURCES.get(order.name) or object
         command = Command(order.name, msgspec.msgpack.decode(order.resource, type=kind))
+        self._forking = order.name == "fork"
         try:
             return self._controller.execute(command)
         finally:
-            if order.name == "fork":
+            if self._forking:
+                self._forking = False
                 for lent in self._lent:
                     for fd in lent:
                         os.close(fd)

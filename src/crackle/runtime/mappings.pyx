@@ -79,6 +79,12 @@ def kept_open():
     return [fd for fd in (kept_maps, kept_pagemap) if fd >= 0 and kept_by == getpid()]
 
 
+def forget_open():
+    """In a process that was forked since: those are about its parent, and their numbers are somebody else's from now on."""
+    global kept_maps, kept_pagemap
+    kept_maps = kept_pagemap = -1
+
+
 cdef int open_pagemap() noexcept nogil:
     return open_own("/proc/self/pagemap", kept_pagemap)
 

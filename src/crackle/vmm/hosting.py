@@ -44,6 +44,7 @@ class Hosting(NamedTuple):
     own_process: bool
     jail: Jail | None = None
     core_scheduling: bool = False
+    api_sock: str | None = None
 
     def check(self) -> None:
         """ConfigError for what a process of its own cannot have."""
@@ -103,13 +104,14 @@ class Hosting(NamedTuple):
                 snapshot=None if source is None else source.key,
                 jail=self.jail,
                 core_scheduling=self.core_scheduling,
+                api_sock=self.api_sock,
             )
             processes.ask(birth, [*link.theirs, *(fd for fd in console if fd >= 0)], source)
         except BaseException:
             link.close()
             raise
         link.close_theirs()
-        return RemoteController(link, instance_id)
+        return RemoteController(link, instance_id, self.api_sock)
 
 
 class _Builder:

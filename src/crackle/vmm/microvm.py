@@ -97,6 +97,8 @@ class MicroVM:
     jail: a `Jail`, which that process enters before anything else, so that it is `own_process` in any case.
     core_scheduling: `own_process` too, and where cores have several threads, nobody else runs on one at a time with the
     microVM; ConfigError where the kernel cannot do that.
+    api_sock: `own_process` too, and that process serves the API as well, at a Unix socket with this path, which goes
+    with the microVM. Forks are asked for here.
 
     As a context manager it starts the guest on entry and stops it on exit. Raises ConfigError when what is asked for
     cannot be had, with the API's words, and KvmError when the host cannot run it.
@@ -140,6 +142,7 @@ class MicroVM:
         own_process: bool = False,
         jail: Jail | None = None,
         core_scheduling: bool = False,
+        api_sock: str | os.PathLike[str] | None = None,
     ) -> None:
         check_rest(
             instance_id,
@@ -186,9 +189,10 @@ class MicroVM:
             logger,
             metadata_limit,
             profile,
-            own_process or confined is not None or core_scheduling,
+            own_process or confined is not None or core_scheduling or api_sock is not None,
             confined,
             core_scheduling,
+            None if api_sock is None else path_of(api_sock, "api_sock"),
         )
         self._set_up(instance_id, hosting)
         try:
@@ -238,6 +242,7 @@ class MicroVM:
         own_process: bool = False,
         jail: Jail | None = None,
         core_scheduling: bool = False,
+        api_sock: str | os.PathLike[str] | None = None,
     ) -> MicroVM:
         """The microVM of a snapshot, which goes on where that was taken; or is paused there, without `resume`.
 
@@ -293,9 +298,10 @@ class MicroVM:
             logger,
             metadata_limit,
             profile,
-            own_process or confined is not None or core_scheduling,
+            own_process or confined is not None or core_scheduling or api_sock is not None,
             confined,
             core_scheduling,
+            None if api_sock is None else path_of(api_sock, "api_sock"),
         )
         vm = cls.begin_load(instance_id, hosting, request, metadata)
         vm.finish_load(resume=resume)

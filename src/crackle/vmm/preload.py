@@ -99,6 +99,11 @@ def preload_all() -> None:
     platform.make_ready()
 
 
+def preload_api() -> None:
+    """Import what serves the API."""
+    _import(("crackle.api.server",))
+
+
 def _import(names: Iterable[str]) -> None:
     for name in names:
         try:

@@ -175,10 +175,12 @@ class RemoteMachine:
 class RemoteController:
     """The controller of a microVM in another process: commands go there, results and errors come back.
 
-    Owns its ends of the link until `stop`. Threads take turns.
+    Owns its ends of the link until `stop`. Threads take turns. api_sock: where the process serves the API:
+    then others give that controller commands, too.
     """
 
-    def __init__(self, link: Link, instance_id: str) -> None:
+    def __init__(self, link: Link, instance_id: str, api_sock: str | None = None) -> None:
+        self._api_sock = None if api_sock is None else os.path.abspath(api_sock)
         self.instance_id = instance_id
         self.machine: RemoteMachine | None = None
         self._link = link
@@ -290,6 +292,11 @@ class RemoteController:
             # What goes wrong is for who gives the next order.
             with contextlib.suppress(CrackleError):
                 self.collect()
+        if self._api_sock is not None:
+            try:
+                self.execute(Command("get_instance"))
+            except StateError:
+                return STOPPED
         return self._state
 
     @property
@@ -323,6 +330,10 @@ class RemoteController:
             self.machine = None
             self._machine.closed()
             self._link.close()
+            if self._api_sock is not None and self._pid:
+                # It was there, and so has made that file.
+                with contextlib.suppress(OSError):
+                    os.unlink(self._api_sock)
 
     def _await_process(self) -> None:
         """Until its end of the channel is closed, which it is when it has given everything back."""

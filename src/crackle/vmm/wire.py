@@ -31,7 +31,8 @@ class Birth(msgspec.Struct, tag="birth", array_like=True):
     """A process for a microVM. With it: its ends of commands and events, and of the console as far as it has one.
 
     console: whether there is an input, and an output. snapshot: the key of the one that it loads, if it does.
-    jail: what it enters first. core_scheduling: it shares no core. The first answer is an error if it cannot.
+    jail: what it enters first. core_scheduling: it shares no core. api_sock: where it serves the API, too. The first
+    answer is an error if it cannot.
     """
 
     instance_id: str
@@ -42,6 +43,7 @@ class Birth(msgspec.Struct, tag="birth", array_like=True):
     snapshot: int | None = None
     jail: Jail | None = None
     core_scheduling: bool = False
+    api_sock: str | None = None
 
 
 class Order(msgspec.Struct, array_like=True):
