@@ -21,24 +21,26 @@ BLOCK = 4096
 SIZE = 8 * MIB
 FILLED = 4 * MIB
 PIECE = 32 << 10
+_MAKE = {"xfs": ("mkfs.xfs", "-q", "-m", "reflink=1"), "btrfs": ("mkfs.btrfs", "-q")}
 PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
 
 
-@pytest.fixture
-def sharing(tmp_path: Path) -> list[str]:
-    """The beginning of a command line for which `tmp_path`/xfs is such a file system, and for nobody else."""
+@pytest.fixture(params=["xfs", "btrfs"])
+def sharing(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
+    """The beginning of a command line for which `tmp_path`/shared is such a file system, and for nobody else."""
+    kind = request.param
     # The smallest that there is.
     with open(tmp_path / "image", "wb") as image:
         image.truncate(320 * MIB)
-    if "xfs" not in Path("/proc/filesystems").read_text() or not os.path.exists("/dev/loop-control"):
-        pytest.skip("this kernel mounts no XFS, or no files")
+    if kind not in Path("/proc/filesystems").read_text() or not os.path.exists("/dev/loop-control"):
+        pytest.skip(f"this kernel mounts no {kind}, or no files")
     subprocess.run(
-        ["mkfs.xfs", "-q", "-m", "reflink=1", str(tmp_path / "image")],
+        [*_MAKE[kind], str(tmp_path / "image")],
         check=True,
         env={**os.environ, "PATH": PATH},
     )
-    (tmp_path / "xfs").mkdir()
-    return with_mounts(f"mount -o loop {tmp_path}/image {tmp_path}/xfs || exit 77")
+    (tmp_path / "shared").mkdir()
+    return with_mounts(f"mount -o loop {tmp_path}/image {tmp_path}/shared || exit 77")
 
 
 def run(sharing: list[str], *words: object) -> str:
@@ -46,7 +48,7 @@ def run(sharing: list[str], *words: object) -> str:
     command = [*sharing, sys.executable, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parents[2])
     if done.returncode == 77:
-        pytest.skip("this kernel mounts no XFS image")
+        pytest.skip("this kernel mounts no image of it")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -55,7 +57,7 @@ def test_a_clone_is_a_file_of_its_own_and_takes_no_room(sharing: list[str], tmp_
     program = (
         f"import sys; sys.path[:0] = {sys.path!r}; from unit.test_reflink import clones; clones(sys.argv[1])"
     )
-    taken, written = map(int, run(sharing, "-c", program, tmp_path / "xfs").split())
+    taken, written = map(int, run(sharing, "-c", program, tmp_path / "shared").split())
     # The map of each of twenty, which is its own, and what the file system notes; not four megabytes for each.
     assert taken < 6 * MIB
     assert written >= 8 * BLOCK
@@ -94,12 +96,22 @@ def contents(disk: OverlaidDisk) -> bytes:
 
 
 def free(directory: Path) -> int:
+    # Btrfs counts what it has written.
+    subprocess.run(["sync", "-f", directory], check=True)
     return shutil.disk_usage(directory).free
 
 
 def test_what_a_clone_promises_it_keeps_there_too(sharing: list[str], tmp_path: Path) -> None:
     tests = ["-k", "clone", Path(__file__).with_name("test_disk_tools.py")]
     said = run(
-        sharing, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", tmp_path / "xfs" / "t", *tests
+        sharing,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--basetemp",
+        tmp_path / "shared" / "t",
+        *tests,
     )
     assert "2 passed" in said

@@ -33,6 +33,7 @@ NEEDED = {
     "iputils-ping": Package("in the tests' network namespaces", ("ping",)),
     "nftables": Package("the rules of `crackle net`", ("nft",)),
     "xfsprogs": Package("a file system that shares blocks, for the tests of overlays", ("mkfs.xfs",)),
+    "btrfs-progs": Package("the other one that does", ("mkfs.btrfs",)),
     "tshark": Package("a judge of the frames that guests send", ("tshark", "dumpcap")),
 }
 
