@@ -67,7 +67,7 @@ BASE = frozenset((
     "apt-cache", "apt-config", "apt-get", "bash", "cat", "chroot", "cp", "dd",
     "dpkg", "dpkg-query", "gzip", "id", "ldd", "ls", "mkdir", "mknod",
     "mount", "nsenter", "python3", "rm", "script", "setpriv", "sh", "sleep",
-    "tar", "taskset", "tr", "true", "umount", "unshare",
+    "sync", "tar", "taskset", "tr", "true", "umount", "unshare",
 ))
 # fmt: on
 """Programs of a minimal Debian with Python: of its required packages (apt, bash, bsdutils, coreutils, dash, dpkg, gzip,
