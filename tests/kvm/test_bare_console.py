@@ -19,7 +19,7 @@ import pytest
 
 from crackle import MicroVM
 
-from .conftest import Process
+from .conftest import Process, configuration
 
 PATIENCE = 60.0
 FLOOD = 100_000
@@ -170,3 +170,17 @@ def test_output_beyond_a_limit_set_over_the_api_is_not_written_and_is_counted(
     uart = json.loads((tmp_path / "metrics").read_text().splitlines()[-1])["uart"]
     assert uart["write_count"] == size
     assert uart["rate_limiter_dropped_bytes"] == len(said(LESS)) - size
+
+
+def test_a_device_that_cannot_be_waited_for_is_read_as_the_guest_reads(guests: Path, tmp_path: Path) -> None:
+    (tmp_path / "config").write_text(json.dumps(configuration(guests / "echo.elf", "", [], 32, 1)))
+    arguments = ("--no-api", "--config-file", "config", "--level", "Off")
+    command = [sys.executable, "-m", "crackle.cli.vmm", *arguments]
+    with (
+        open("/dev/zero", "rb") as endless,
+        subprocess.Popen(command, cwd=tmp_path, stdin=endless, stdout=subprocess.PIPE) as process,
+    ):
+        assert process.stdout is not None
+        text = process.stdout.read(1000)
+        process.kill()
+    assert text == b"echo\n" + bytes(995)
