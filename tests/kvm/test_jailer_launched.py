@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from support.jails import EMPTY_ROOT, NONE, Jailed, descriptors, tree
+from support.jails import EMPTY_ROOT, NONE, OWN, Jailed, descriptors, tree
 from support.launcher import LAUNCHER, ZygoteProcess, own_kib
 
 from .conftest import PATIENCE, Client
@@ -131,6 +131,8 @@ def test_a_daemon_and_process_1_outlive_their_launcher(start: Callable[..., Jail
     assert one.process is not None
     assert one.process.wait(PATIENCE) == 0
     assert Client(one.root / "api.sock").ask("GET", "/", expect=200)["id"] == "one"
+    # What it may know is of itself, whoever forked it.
+    assert set(OWN) <= set(descriptors(one.pid))
     if "--new-pid-ns" in more:
         assert one.status("NSpid")[1:] == ["1"]
     if "--daemonize" in more:

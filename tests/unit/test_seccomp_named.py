@@ -24,6 +24,7 @@ CORE = Path(__file__).parents[2] / "src" / "crackle"
 NATIVE = {
     "io": ("virtio/**/*.pyx", "ratelimit/*.pyx", "runtime/iothread.pyx"),
     "vcpu": ("kvm/*.pyx", "devices/*.pyx", "virtio/transport/*.pyx"),
+    "faults": ("memory/userfault.pyx",),
 }
 ROOMS = ("kvm", "devices", "memory", "virtio", "ratelimit", "runtime")
 PARTS = {**NATIVE, "main": tuple(f"{room}/**/*.pyx" for room in ROOMS)}
