@@ -68,9 +68,8 @@ def test_clones_of_a_programs_microvm_live_in_its_jail(
     source.stop()
     for vm in stopped[1:]:
         counts(vm)
-    assert {int(pid) for pid in (group / "cgroup.procs").read_text().split()} == {
-        vm.pid for vm in stopped[1:]
-    }
+    inside = {int(pid) for pid in (group / "cgroup.procs").read_text().split()}
+    assert inside >= {vm.pid for vm in stopped[1:]}
     stop_all(stopped)
     until_gone(group.parent)
 

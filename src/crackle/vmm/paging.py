@@ -48,6 +48,8 @@ class PageHandler(Closing):
         try:
             listener = listen(self.path)
             try:
+                # For the users of jails, in which it is seen without its folder, that is nobody else's.
+                os.chmod(self.path, 0o666)
                 theirs, self._lifeline = os.pipe2(os.O_CLOEXEC)
                 words = [str(_LISTENER), os.path.abspath(memory_path), "record" if record else ""]
                 self.pid = _spawn(words, theirs, listener.fileno())
