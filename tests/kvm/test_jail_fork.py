@@ -18,10 +18,12 @@ import pytest
 from crackle import ConfigError, Jail, MicroVM
 from crackle.vmm.clones import stop_all
 from support.jails import DEVICES, Jailed, check_confined, files, status, tree, until_gone
+from support.launcher import ZygoteProcess
 
 from .conftest import PATIENCE, Client
 from .test_jail_clones import CGROUPS, parent_cgroup, stopped  # noqa: F401 - fixtures
 from .test_jailer import boot
+from .test_jailer_launched import LAUNCHER_OF_JAILS
 from .test_own_process import gone
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes jails: needs root")
@@ -173,6 +175,30 @@ def test_a_clone_that_cannot_be_leaves_nothing_in_the_jail(jailed: Jailed, guest
     assert tree(jailed.root) == before
     seen = len(jailed.read())
     assert len(jailed.wait_for("count")) >= seen
+
+
+def test_clones_of_what_a_zygote_has_launched_outlive_launcher_and_zygote(
+    jailed: Jailed, guests: Path, tmp_path: Path
+) -> None:
+    zygote = ZygoteProcess(tmp_path / "zygote")
+    try:
+        jailed.give(guests / "count.elf")
+        jailed.start(command=[*zygote.command[:-1], str(LAUNCHER_OF_JAILS)])
+        boot(jailed, "count.elf")
+        jailed.wait_for("count 3")
+        assert jailed.pid in zygote.children()
+        (found,) = fork(jailed, {"id": "one", "serial_out_path": "one.out"})
+        jailed.end()
+    finally:
+        assert zygote.end() == ""
+    pid = found["pid"]
+    try:
+        counted(jailed.root / "one.out", (jailed.root / "one.out").read_text().count("\n") + 3)
+        check_confined(pid, jailed.user, jailed.user + 1000)
+        assert Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"crackle-vmm --id one --api-sock")
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        assert gone(pid)
 
 
 def test_in_a_process_namespace_clones_end_with_process_1(jailed: Jailed, guests: Path) -> None:
