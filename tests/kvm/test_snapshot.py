@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -546,6 +547,30 @@ def test_whoever_goes_on_from_a_snapshot_has_another_generation_id(guests: Path,
     assert len(set(found)) == 3
 
 
+def clock_page(vm: MicroVM) -> tuple[int, int, int]:
+    """Its sequence, its marker and the guest's generation."""
+    page = vm._machine().memory.read(layout.VMCLOCK_ADDR, 112)
+    assert page[:4] == b"VCLK"
+    sequence, marker = struct.unpack_from("<IQ", page, 12)
+    return sequence, marker, struct.unpack_from("<Q", page, 104)[0]
+
+
+def test_vmclock_counts_how_often_a_guest_went_on(guests: Path, tmp_path: Path) -> None:
+    with MicroVM(guests / "count.elf", boot_args="", memory=64) as vm:
+        vm.console.expect("count 2\n", timeout=PATIENCE)
+        assert clock_page(vm) == (0, 0, 0)
+        vm.snapshot(tmp_path / "0")
+        assert clock_page(vm) == (0, 0, 0), "it is the same machine still"
+    for number in range(2):
+        with MicroVM.restore(tmp_path / f"{number}") as vm:
+            vm.console.expect(r"count \d+\n", timeout=PATIENCE)
+            assert clock_page(vm) == (2 * number + 2, number + 1, number + 1)
+            (clone,) = vm.fork(1)
+            with clone:
+                assert clone.state == "Running"
+            vm.snapshot(tmp_path / f"{number + 1}")
+
+
 def test_a_device_on_the_line_that_now_is_the_generation_ids_is_where_it_was(
     guests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -579,10 +604,12 @@ def test_a_snapshot_of_a_guest_without_a_generation_id_is_loaded_as_it_is(
         vm.pause()
         board = vm._machine().board
         assert isinstance(board, Board)
-        board._vmgenid = None
+        board._vmgenid = board._vmclock = None
         vm._machine().memory.write(layout.VMGENID_ADDR, b"the guest's own.")
+        vm._machine().memory.write(layout.VMCLOCK_ADDR, b"too\0")
         vm.snapshot(tmp_path / "0")
     for number in range(2):
         with MicroVM.restore(tmp_path / f"{number}") as vm:
             assert generation_id(vm) == b"the guest's own."
+            assert vm._machine().memory.read(layout.VMCLOCK_ADDR, 4) == b"too\0"
             vm.snapshot(tmp_path / f"{number + 1}")

@@ -121,7 +121,9 @@ def test_without_a_power_button_there_is_no_event_device() -> None:
 def test_the_largest_machine_fits_below_the_rsdp() -> None:
     devices = [DeviceInfo(0xC000_1000 + index * 0x1000, 0x1000, 5 + index) for index in range(19)]
     memory = GuestMemory(memory_layout(MIB))
-    end = acpi.write_tables(memory, START, vcpu_count=32, devices=devices, sleep_port=0x600, vmgenid=0xE1000)
+    end = acpi.write_tables(
+        memory, START, vcpu_count=32, devices=devices, sleep_port=0x600, vmgenid=0xE1000, vmclock=0xE2000
+    )
     assert end <= 0xE0000
 
 
@@ -170,6 +172,16 @@ DefinitionBlock ("dsdt.aml", "DSDT", 2, "CRACKL", "CRACKLVM", 1)
             Name (_DDN, "VM_Gen_Counter")
             Name (ADDR, Package (2) { 0x9ABCDEF0, 0x12345678 })
         }
+        Device (VCLK)
+        {
+            Name (_HID, "AMZNC10C")
+            Name (_CID, "VMCLOCK")
+            Name (_DDN, "VMCLOCK")
+            Name (_CRS, ResourceTemplate ()
+            {
+                Memory32Fixed (ReadWrite, 0xE2000, 0x1000)
+            })
+        }
         Device (GED)
         {
             Name (_HID, "ACPI0013")
@@ -187,6 +199,10 @@ DefinitionBlock ("dsdt.aml", "DSDT", 2, "CRACKL", "CRACKLVM", 1)
                 If (LEqual (Arg0, 23))
                 {
                     Notify (\_SB.VGEN, 0x80)
+                }
+                If (LEqual (Arg0, 23))
+                {
+                    Notify (\_SB.VCLK, 0x80)
                 }
             }
         }
@@ -212,7 +228,7 @@ def test_the_dsdt_is_what_intels_compiler_makes_of_the_same_source(tmp_path: Pat
     (tmp_path / "dsdt.asl").write_text(ASL)
     subprocess.run(["iasl", "-oa", "dsdt.asl"], cwd=tmp_path, check=True, capture_output=True, timeout=30)
     compiled = (tmp_path / "dsdt.aml").read_bytes()
-    ours = acpi.dsdt(DEVICES[:1], power_gsi=3, sleep_port=0x600, vmgenid=0x12345678_9ABCDEF0)
+    ours = acpi.dsdt(DEVICES[:1], power_gsi=3, sleep_port=0x600, vmgenid=0x12345678_9ABCDEF0, vmclock=0xE2000)
     header = 36  # names the compiler
     assert ours[header:] == compiled[header:]
 
@@ -250,5 +266,6 @@ def test_what_a_zygote_has_made_is_not_made_again() -> None:
             devices=[DeviceInfo(address, 4096, line) for address, line in list(places)[:3]],
             sleep_port=layout.SLEEP_PORT,
             vmgenid=layout.VMGENID_ADDR,
+            vmclock=layout.VMCLOCK_ADDR,
         )
     assert [each.cache_info().misses for each in made] == before

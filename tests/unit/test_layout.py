@@ -64,6 +64,7 @@ def test_what_the_monitor_writes_does_not_overlap() -> None:
         (layout.SYSTEM_MEM_START, layout.SYSTEM_MEM_SIZE),
         (layout.RSDP_ADDR, 36),
         (layout.VMGENID_ADDR, 16),
+        (layout.VMCLOCK_ADDR, 4096),
     ]
     ends = [(start, start + size) for start, size in sorted(ranges)]
     assert all(before[1] <= after[0] for before, after in pairwise(ends))

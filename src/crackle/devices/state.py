@@ -31,6 +31,15 @@ class VmGenIdState(msgspec.Struct, frozen=True, kw_only=True):
     address: int
 
 
+class VmClockState(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the guest's page is, as a guest physical address, and what stands in it that changes."""
+
+    address: int
+    sequence: int = 0
+    marker: int = 0
+    generation: int = 0
+
+
 class I8042State(msgspec.Struct, frozen=True, kw_only=True):
     """Registers of the keyboard controller and the bytes waiting in its output buffer."""
 

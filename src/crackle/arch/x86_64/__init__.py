@@ -48,6 +48,7 @@ def configure_system(
     power_gsi: int | None = layout.GSI_POWER,
     sleep_port: int | None = None,
     vmgenid: int | None = None,
+    vmclock: int | None = None,
 ) -> None:
     """Write the command line, boot parameters, MP table, ACPI tables, GDT and page tables to guest memory.
 
@@ -80,6 +81,7 @@ def configure_system(
         power_gsi=power_gsi,
         sleep_port=sleep_port,
         vmgenid=vmgenid,
+        vmclock=vmclock,
     )
     registers.write_tables(memory, pvh=pvh)
     boot.write_reset_vector(memory)

@@ -1,10 +1,10 @@
 """ACPI tables of a hardware-reduced machine (ACPI 6.5, chapters 4.1 and 5.2): RSDP, XSDT, FADT, MADT and
 DSDT.
 
-The DSDT declares the serial port, the keyboard controller, the pvpanic device, the VM generation ID, a window for each
-virtio device, and a power button. A hardware-reduced machine has no fixed power button, so pressing it is an interrupt
-of the generic event device, whose `_EVT` method notifies the button (5.6.9, 4.8.2.2.2): raising GSI_POWER asks the
-guest to shut down. GSI_VMGENID tells it in the same way that its generation ID is another one.
+The DSDT declares the serial port, the keyboard controller, the pvpanic device, the VM generation ID, VMClock, a window
+for each virtio device, and a power button. A hardware-reduced machine has no fixed power button, so pressing it is an
+interrupt of the generic event device, whose `_EVT` method notifies the button (5.6.9, 4.8.2.2.2): raising GSI_POWER
+asks the guest to shut down. GSI_VMGENID tells it in the same way that generation ID and VMClock's page have changed.
 """
 
 from __future__ import annotations
@@ -80,13 +80,14 @@ def write_tables(
     power_gsi: int | None = layout.GSI_POWER,
     sleep_port: int | None = None,
     vmgenid: int | None = None,
+    vmclock: int | None = None,
 ) -> int:
     """Write the RSDP to its place and the other tables from guest physical `address` on. Returns where they
     end.
 
     power_gsi: the power button's interrupt; None declares no button. sleep_port: I/O port of a sleep control
     register, with the sleep status register at the next port; None declares no way to power off. vmgenid: where
-    the VM generation ID is; None declares none.
+    the VM generation ID is; vmclock: where VMClock's page is; None declares none.
     """
     start = _align(address)
     tables = bytearray()
@@ -97,7 +98,9 @@ def write_tables(
         tables.extend(table)
         return place
 
-    dsdt_address = add(dsdt(devices, power_gsi=power_gsi, sleep_port=sleep_port, vmgenid=vmgenid))
+    dsdt_address = add(
+        dsdt(devices, power_gsi=power_gsi, sleep_port=sleep_port, vmgenid=vmgenid, vmclock=vmclock)
+    )
     fadt_address = add(fadt(dsdt_address, sleep_port=sleep_port))
     madt_address = add(madt(vcpu_count))
     xsdt_address = add(xsdt(fadt_address, madt_address))
@@ -159,6 +162,7 @@ def dsdt(
     power_gsi: int | None,
     sleep_port: int | None,
     vmgenid: int | None = None,
+    vmclock: int | None = None,
 ) -> bytes:
     """Differentiated system description table (5.2.11.1): devices, in the order the guest is to find them."""
     gsis = [info.gsi for info in devices]
@@ -166,7 +170,7 @@ def dsdt(
         _virtio_device(index, info.address, info.size, info.gsi, gsis.count(info.gsi) > 1)
         for index, info in enumerate(devices)
     ]
-    body = aml.scope("\\_SB", _board(power_gsi, vmgenid), *terms)
+    body = aml.scope("\\_SB", _board(power_gsi, vmgenid, vmclock), *terms)
     if sleep_port is not None:
         body += _power_off()
     return _table(b"DSDT", 2, body)
@@ -176,7 +180,7 @@ def dsdt(
 
 
 @cache
-def _board(power_gsi: int | None, vmgenid: int | None) -> bytes:
+def _board(power_gsi: int | None, vmgenid: int | None, vmclock: int | None) -> bytes:
     terms = [
         aml.device(
             "COM1",
@@ -207,6 +211,9 @@ def _board(power_gsi: int | None, vmgenid: int | None) -> bytes:
     if vmgenid is not None:
         terms.append(_generation_id(vmgenid))
         events.append((layout.GSI_VMGENID, "\\_SB.VGEN", _GENERATION_CHANGED))
+    if vmclock is not None:
+        terms.append(_clock(vmclock))
+        events.append((layout.GSI_VMGENID, "\\_SB.VCLK", _GENERATION_CHANGED))
     if events:
         terms.append(_event_device(events))
     return b"".join(terms)
@@ -241,13 +248,27 @@ def _generation_id(address: int) -> bytes:
     )
 
 
+def _clock(address: int) -> bytes:
+    """VMClock's page, under the names by which Linux and others know it."""
+    return aml.device(
+        "VCLK",
+        aml.name("_HID", aml.string("AMZNC10C")),
+        aml.name("_CID", aml.string("VMCLOCK")),
+        aml.name("_DDN", aml.string("VMCLOCK")),
+        _resources(aml.memory32_fixed(address, layout.PAGE_SIZE)),
+    )
+
+
 def _event_device(events: Sequence[tuple[int, str, int]]) -> bytes:
-    """The generic event device: for each (interrupt, device, value) it notifies the device of the value."""
+    """The generic event device: for each (interrupt, device, value) it notifies the device of the value.
+
+    One interrupt may be that of several devices.
+    """
     cases = [aml.if_equal(aml.ARG0, aml.integer(gsi), aml.notify(path, value)) for gsi, path, value in events]
     return aml.device(
         "GED_",
         aml.name("_HID", aml.string("ACPI0013")),
-        _resources(*(aml.interrupt(gsi) for gsi, _, _ in events)),
+        _resources(*(aml.interrupt(gsi) for gsi in dict.fromkeys(gsi for gsi, _, _ in events))),
         aml.method("_EVT", 1, *cases, serialized=True),
     )
 

@@ -13,7 +13,8 @@ from crackle.devices.i8042 import I8042
 from crackle.devices.power import SleepControl
 from crackle.devices.pvpanic import PvPanic
 from crackle.devices.serial import Serial
-from crackle.devices.state import I8042State, PvPanicState, SerialState, VmGenIdState
+from crackle.devices.state import I8042State, PvPanicState, SerialState, VmClockState, VmGenIdState
+from crackle.devices.vmclock import VmClock
 from crackle.devices.vmgenid import VmGenId
 
 TYPE_CHECKING = False
@@ -40,17 +41,18 @@ _I8042 = (
 class BoardState(msgspec.Struct, frozen=True, kw_only=True):
     """What the board saves in a snapshot. The sleep registers and the boot timer hold nothing.
 
-    vmgenid: None of a guest that was begun without one.
+    vmgenid, vmclock: None of a guest that was begun without one.
     """
 
     serial: SerialState
     i8042: I8042State
     pvpanic: PvPanicState
     vmgenid: VmGenIdState | None = None
+    vmclock: VmClockState | None = None
 
 
 class Board:
-    """Serial console, keyboard controller, sleep registers, power button, pvpanic, VM generation ID and boot timer."""
+    """Console, keyboard controller, sleep registers, power button, pvpanic, boot timer, VM generation ID, VMClock."""
 
     def __init__(
         self,
@@ -70,9 +72,9 @@ class Board:
         host.pio.attach_python(layout.SLEEP_PORT, layout.SLEEP_PORT_COUNT, SleepControl(layout.S5_SLEEP_TYPE))
         self.pvpanic = PvPanic(report, ends=ends_on_panic)
         host.pio.attach_python(layout.PVPANIC_PORT, layout.PVPANIC_PORT_COUNT, self.pvpanic)
-        self._vmgenid: VmGenId | None = VmGenId(
-            host.memory, layout.VMGENID_ADDR, host.interrupt(layout.GSI_VMGENID)
-        )
+        generation_fd = host.interrupt(layout.GSI_VMGENID)
+        self._vmgenid: VmGenId | None = VmGenId(host.memory, layout.VMGENID_ADDR, generation_fd)
+        self._vmclock: VmClock | None = VmClock(host.memory, layout.VMCLOCK_ADDR, generation_fd)
         self._power_fd = host.interrupt(layout.GSI_POWER)
         self._boot_timer: BootTimer | None = None
         if report_boot_time is not None:
@@ -88,6 +90,8 @@ class Board:
         """The guest begins now."""
         if self._vmgenid is not None:
             self._vmgenid.start()
+        if self._vmclock is not None:
+            self._vmclock.start()
         if self._boot_timer is not None:
             self._boot_timer.start()
 
@@ -113,6 +117,7 @@ class Board:
             i8042=self.i8042.save(),
             pvpanic=self.pvpanic.save(),
             vmgenid=None if self._vmgenid is None else self._vmgenid.save(),
+            vmclock=None if self._vmclock is None else self._vmclock.save(),
         )
 
     def restore(self, state: BoardState) -> None:
@@ -124,3 +129,7 @@ class Board:
             self._vmgenid = None
         else:
             self._vmgenid.restore(state.vmgenid)
+        if state.vmclock is None or self._vmclock is None:
+            self._vmclock = None
+        else:
+            self._vmclock.restore(state.vmclock)

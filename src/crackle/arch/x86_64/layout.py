@@ -8,7 +8,7 @@
 0x0000_9000    page tables, three pages              0xfee0_0000    local APIC
 0x0002_0000    kernel command line                   0xfffb_d000    KVM's TSS, three pages
 0x0009_fc00    MP table, ACPI tables                 0x1_0000_0000  RAM from 4 GiB to 256 GiB
-0x000e_0000    RSDP; 0xe_1000 VM generation ID       0x80_0000_0000 RAM from 512 GiB to 1 TiB
+0x000e_0000    RSDP; 0xe_1000 VMGENID; next VMClock  0x80_0000_0000 RAM from 512 GiB to 1 TiB
 ```
 """
 
@@ -43,6 +43,8 @@ RSDP_ADDR = 0xE_0000
 SYSTEM_MEM_SIZE = RSDP_ADDR - SYSTEM_MEM_START
 VMGENID_ADDR = RSDP_ADDR + PAGE_SIZE
 """The VM generation ID: a page with nothing else in it, which is no RAM of the guest's."""
+VMCLOCK_ADDR = VMGENID_ADDR + PAGE_SIZE
+"""VMClock's page, which the guest may map for its programs."""
 RESET_VECTOR = 0xF_FFF0
 """Where a kernel that reboots "through the BIOS" jumps to in real mode."""
 HIMEM_START = 0x10_0000
@@ -50,7 +52,7 @@ HIMEM_START = 0x10_0000
 BOOT_DATA = (
     (0, LOW_BOOT_END),
     (CMDLINE_START, CMDLINE_START + CMDLINE_MAX_SIZE),
-    (SYSTEM_MEM_START, VMGENID_ADDR + PAGE_SIZE),
+    (SYSTEM_MEM_START, VMCLOCK_ADDR + PAGE_SIZE),
 )
 """(start, end) of what the monitor writes before the guest runs; a kernel may not be loaded over it."""
 

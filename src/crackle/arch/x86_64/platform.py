@@ -122,6 +122,7 @@ def make_ready() -> None:
             devices=devices,
             sleep_port=layout.SLEEP_PORT,
             vmgenid=layout.VMGENID_ADDR,
+            vmclock=layout.VMCLOCK_ADDR,
         )
 
 
@@ -151,6 +152,7 @@ def describe(
         devices=devices,
         sleep_port=layout.SLEEP_PORT,
         vmgenid=layout.VMGENID_ADDR,
+        vmclock=layout.VMCLOCK_ADDR,
     )
 
 
