@@ -65,6 +65,12 @@ class Machine:
             raise ConfigError("this file is refused")
         self._note("update", kind, identifier, path)
 
+    def attach(self, kind: str, identifier: str, _resource: Any, _held: object = None) -> None:
+        self._note("attach", kind, identifier)
+
+    def detach(self, kind: str, identifier: str) -> None:
+        self._note("detach", kind, identifier)
+
     def metrics(self) -> dict[str, dict[str, int]]:
         self._reads += 10
         return {"block_root": {"read_count": self._reads, "of_our_own": 1}}

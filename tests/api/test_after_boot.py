@@ -62,19 +62,39 @@ def test_what_is_configured_before_boot_is_refused_after(
 @pytest.mark.parametrize(
     ("method", "path", "body"),
     [
-        ("PUT", "/drives/x", {"drive_id": "x", "is_root_device": False, "path_on_host": "/dev/null"}),
-        ("PUT", "/network-interfaces/x", {"iface_id": "x", "host_dev_name": "none"}),
         ("PUT", "/pmem/x", {"id": "x", "path_on_host": "/dev/null"}),
-        ("DELETE", "/drives/root", None),
-        ("DELETE", "/network-interfaces/x", None),
         ("DELETE", "/pmem/x", None),
     ],
 )
-def test_devices_neither_come_nor_go_while_the_guest_runs(
+def test_pmem_devices_neither_come_nor_go_while_the_guest_runs(
     started: Vmm, method: str, path: str, body: dict[str, Any] | None
 ) -> None:
     answer = started.request(method, path, body)
     assert (answer.status, answer.fault) == (400, "PCI is not enabled")
+
+
+def test_drives_come_and_go_while_the_guest_runs(started: Vmm, told: Callable[[], list[str]]) -> None:
+    drive = {"drive_id": "x", "is_root_device": False, "path_on_host": "/dev/null"}
+    for _ in range(2):
+        assert started.request("PUT", "/drives/x", drive).status == 204
+        answer = started.request("PUT", "/drives/x", drive)
+        assert answer.status == 400
+        assert answer.fault.endswith(
+            "The drive 'x' is there already. Give the new one another drive_id, or PATCH this one."
+        )
+        shown = started.request("GET", "/vm/config").json["drives"]
+        assert [each["drive_id"] for each in shown] == ["root", "x"]
+        assert started.request("DELETE", "/drives/x").status == 204
+        assert [each["drive_id"] for each in started.request("GET", "/vm/config").json["drives"]] == ["root"]
+    assert told() == ["start", *(["attach block x", "detach block x"] * 2)]
+    for path, words in (
+        ("/drives/x", "There is no drive 'x'."),
+        ("/drives/root", "which a guest keeps as long as it runs."),
+        ("/network-interfaces/x", "There is no network interface 'x'."),
+    ):
+        answer = started.request("DELETE", path)
+        assert answer.status == 400
+        assert answer.fault.endswith(words)
 
 
 NOT_FOUND = "Failed perform action on device: Device not found"

@@ -267,5 +267,6 @@ def test_what_a_zygote_has_made_is_not_made_again() -> None:
             sleep_port=layout.SLEEP_PORT,
             vmgenid=layout.VMGENID_ADDR,
             vmclock=layout.VMCLOCK_ADDR,
+            hotplug=layout.HOTPLUG_ADDR,
         )
     assert [each.cache_info().misses for each in made] == before

@@ -60,6 +60,18 @@ class FakeMachine:
     def update(self, kind: str, identifier: str, resource: Any, _held: object = None) -> None:
         self.told.append((kind, identifier, resource))
 
+    def attach(self, kind: str, identifier: str, resource: Any, held: object = None) -> None:
+        self.told.append(("attach", kind, identifier))
+        assert resource is not None
+        assert held is not None
+        if self.failure is not None:
+            raise self.failure
+
+    def detach(self, kind: str, identifier: str) -> None:
+        self.told.append(("detach", kind, identifier))
+        if self.failure is not None:
+            raise self.failure
+
     def metrics(self) -> dict[str, dict[str, int]]:
         assert "stop" not in self.told, "a stopped machine knows nothing"
         return {"block_data": {"read_count": 7}}
@@ -202,6 +214,7 @@ def test_a_command_out_of_place_is_refused_and_changes_nothing(bench: Bench, nam
     told = [list(machine.told) for machine in bench.machines]
     message = {NOT_STARTED: BEFORE, STOPPED: "the microVM has stopped"}.get(state, AFTER)
     if state in (RUNNING, PAUSED) and name in ("put_drive", "put_network", "put_pmem"):
+        assert name == "put_pmem", "the others may come and go"
         message = NO_PCI
     with pytest.raises(StateError, match=message):
         bench.do(name)
@@ -531,6 +544,58 @@ def test_the_limits_of_a_running_drive_change_bucket_by_bucket(bench: Bench) -> 
         bench.do("patch_drive", update)
         assert bench.machines[0].told[-1] == ("block", "data", update)
         assert bench.controller.config.drives[0].rate_limiter == left
+
+
+@pytest.mark.parametrize("state", [RUNNING, PAUSED])
+def test_a_drive_comes_and_goes_while_the_guest_runs(bench: Bench, tmp_path: Path, state: str) -> None:
+    root, other = bench.drive("root", root=True), tmp_path / "other"
+    other.write_bytes(bytes(512))
+    bench.do("put_drive", root)
+    bring_to(bench, state)
+    machine = bench.machines[-1]
+    for _ in range(3):
+        bench.do("put_drive", bench.drive("data", path_on_host=str(other)))
+        assert bench.drive_ids() == ["root", "data"]
+        assert machine.told[-1] == ("attach", "block", "data")
+        assert ("block", "data") in bench.controller._configuration.held
+        bench.do("delete_drive", "data")
+        assert bench.drive_ids() == ["root"]
+        assert machine.told[-1] == ("detach", "block", "data")
+        assert ("block", "data") not in bench.controller._configuration.held
+
+
+def test_a_drive_that_cannot_come_or_go_changes_nothing(bench: Bench) -> None:
+    bench.do("put_drive", bench.drive("root", root=True))
+    machine = bench.start()
+    told = list(machine.told)
+    words = "^Drive config error: Unable to attach the block device: "
+    for drive, reason in (
+        (bench.drive("root", is_read_only=True), "The drive 'root' is there already"),
+        (bench.drive("more", root=True), "The guest has started: 'more' cannot be its root device"),
+        (
+            schema.Drive("more", False, socket="/tmp/none"),
+            "A vhost-user drive needs guest memory that is shared",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=words + reason):
+            bench.do("put_drive", drive)
+    with pytest.raises(ConfigError, match=r"^Drive config error: .* No such file"):
+        bench.do("put_drive", bench.drive("more", path_on_host="/none"))
+    for name, reason in (("root", "is the root device, which a guest keeps"), ("none", "Device not found")):
+        with pytest.raises(ConfigError, match=reason):
+            bench.do("delete_drive", name)
+    assert machine.told == told
+    machine.failure = ConfigError("there is no descriptor left")
+    with pytest.raises(ConfigError, match=words + "there is no descriptor left$"):
+        bench.do("put_drive", bench.drive("more"))
+    machine.failure = None
+    assert bench.drive_ids() == ["root"]
+    assert list(bench.controller._configuration.held) == [("block", "root")]
+    bench.do("put_drive", bench.drive("more"))
+    machine.failure = ConfigError("the guest still uses it")
+    with pytest.raises(ConfigError, match=r"Unable to detach the block device: the guest still uses it$"):
+        bench.do("delete_drive", "more")
+    assert bench.drive_ids() == ["root", "more"]
 
 
 def test_a_running_drive_gets_another_file(bench: Bench, tmp_path: Path) -> None:

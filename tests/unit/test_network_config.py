@@ -41,6 +41,12 @@ class FakeMachine:
 
     def start(self) -> None: ...
 
+    def attach(self, kind: str, identifier: str, resource: Any, held: Any = None) -> None:
+        self.devices[identifier] = make(self.memory, kind, resource, held)
+
+    def detach(self, _kind: str, identifier: str) -> None:
+        self.devices.pop(identifier).close()
+
     def update(self, kind: str, identifier: str, resource: Any) -> None:
         update = KINDS[kind].update
         assert update is not None

@@ -50,6 +50,9 @@ if TYPE_CHECKING:
             """ConfigError where there is no keyboard."""
 
         def press_power_button(self) -> None: ...
+        def announce(self, device: DeviceInfo) -> None:
+            """Tell the guest of a device that has come while it runs. ConfigError when there is no way to."""
+
         def counters(self) -> dict[str, dict[str, int]]:
             """What the devices have counted, by section of the metrics."""
 

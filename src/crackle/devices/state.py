@@ -40,6 +40,17 @@ class VmClockState(msgspec.Struct, frozen=True, kw_only=True):
     generation: int = 0
 
 
+class HotPlugState(msgspec.Struct, frozen=True, kw_only=True):
+    """What the guest has not been told yet, the table that it may be reading, and how many it was given.
+
+    events: a table each, or nothing for another generation.
+    """
+
+    events: tuple[bytes, ...]
+    table: bytes
+    given: int
+
+
 class I8042State(msgspec.Struct, frozen=True, kw_only=True):
     """Registers of the keyboard controller and the bytes waiting in its output buffer."""
 

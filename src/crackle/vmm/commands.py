@@ -71,21 +71,19 @@ ALLOWED = {
     "flush_metrics": _AFTER,
 }
 for _resource in RESOURCES:
-    ALLOWED[f"put_{_resource.name}"] = _BEFORE
+    ALLOWED[f"put_{_resource.name}"] = _ALWAYS if _resource.attachable else _BEFORE
     if _resource.update is not None:
         ALLOWED[f"patch_{_resource.name}"] = _AFTER
     if _resource.removable:
         ALLOWED[f"delete_{_resource.name}"] = _AFTER
 
 
-# Devices come and go while the guest runs by PCI alone, which there is not yet.
+# Of devices that clients know to come and go while the guest runs, where these do not.
 NO_PCI = "PCI is not enabled"
 _HOTPLUG = frozenset(f"put_{_resource.name}" for _resource in RESOURCES if _resource.removable)
 
 # What the commands are about that answer "not supported yet".
 NOT_YET: dict[str, str] = {
-    "delete_drive": "removing drives",
-    "delete_network": "removing network interfaces",
     **{
         name: resource.missing
         for resource in RESOURCES
@@ -113,8 +111,6 @@ _NOT_FOUND = "Failed perform action on device: Device not found"
 
 # What is said instead of that where clients know it: of devices that no microVM has, as of those that this one has not.
 _ABSENT = {
-    "delete_drive": NO_PCI,
-    "delete_network": NO_PCI,
     "delete_pmem": NO_PCI,
     "get_balloon": f"Internal VMM error: {_NOT_FOUND}",
     "get_balloon_statistics": f"Internal VMM error: {_NOT_FOUND}",

@@ -317,6 +317,59 @@ class Configuration:
 
     # -- changes to what runs ----------------------------------------------------------------------------------
 
+    def check_new_drive(self, drive: Drive) -> None:
+        """ConfigError when a guest that runs cannot get this drive, whatever its file is."""
+        if any(other.drive_id == drive.drive_id for other in self.config.drives):
+            raise ConfigError(
+                f"The drive {drive.drive_id!r} is there already. Give the new one another drive_id, or PATCH this one."
+            )
+        if drive.is_root_device:
+            raise ConfigError(
+                f"The guest has started: {drive.drive_id!r} cannot be its root device. Leave is_root_device out."
+            )
+        if drive.socket is not None and not self.config.shares_memory:
+            raise ConfigError(
+                "A vhost-user drive needs guest memory that is shared, and this guest began without. Give it one "
+                "vhost-user drive before it starts, and others can come later."
+            )
+
+    def check_new_interface(self, interface: NetworkInterface) -> None:
+        """The same, of a network interface."""
+        if any(other.iface_id == interface.iface_id for other in self.config.network_interfaces):
+            raise ConfigError(
+                f"The network interface {interface.iface_id!r} is there already. Give the new one another iface_id."
+            )
+
+    def drive_to_remove(self, drive_id: str) -> Drive:
+        """ConfigError when there is none, or the guest cannot be without."""
+        drive = next((d for d in self.config.drives if d.drive_id == drive_id), None)
+        if drive is None:
+            raise ConfigError(f"{_NO_DEVICE} There is no drive {drive_id!r}.")
+        if drive.is_root_device:
+            raise ConfigError(
+                f"The drive {drive_id!r} is the root device, which a guest keeps as long as it runs."
+            )
+        return drive
+
+    def interface_to_remove(self, iface_id: str) -> NetworkInterface:
+        """The same, of a network interface."""
+        interface = next((i for i in self.config.network_interfaces if i.iface_id == iface_id), None)
+        if interface is None:
+            raise ConfigError(f"{_NO_DEVICE} There is no network interface {iface_id!r}.")
+        mmds = self.config.mmds_config
+        if mmds is not None and iface_id in mmds.network_interfaces:
+            raise ConfigError(
+                f"The metadata service answers on {iface_id!r}, which a guest keeps as long as it runs."
+            )
+        return interface
+
+    def forget(self, kind: str, resource: Drive | NetworkInterface) -> None:
+        """The guest has that device no more."""
+        section = self.config.network_interfaces if kind == "net" else self.config.drives
+        section.remove(resource)  # type: ignore[arg-type]
+        self._hold(kind, resource.iface_id if kind == "net" else resource.drive_id, None)  # type: ignore[union-attr]
+        settle(self._disks())
+
     def drive_to_change(self, update: DriveUpdate) -> Drive:
         """The drive that `update` is about; ConfigError when it cannot be changed so."""
         drive = next((d for d in self.config.drives if d.drive_id == update.drive_id), None)

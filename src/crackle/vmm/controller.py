@@ -20,8 +20,9 @@ from crackle.telemetry.metrics import Metrics
 from crackle.version import FIRECRACKER_VERSION, VERSION
 from crackle.vmm.commands import NOT_STARTED, PAUSED, RUNNING, STOPPED, Command, check_state, check_supported
 from crackle.vmm.configuration import Configuration, merge
-from crackle.vmm.devices import KINDS, PATCHES, RESOURCES
+from crackle.vmm.devices import KINDS, PATCHES, RESOURCES, kind_of_drive
 from crackle.vmm.files import read_template
+from crackle.vmm.preload import preload
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
     from crackle.mmds.store import Store
     from crackle.runtime.threads import Worker
     from crackle.schema import (
+        Drive,
         DriveUpdate,
         Fork,
         LoggerConfig,
         MachineConfig,
         MetricsConfig,
         MmdsConfig,
+        NetworkInterface,
         NetworkInterfaceUpdate,
         SnapshotCreate,
         SnapshotLoad,
@@ -87,6 +90,8 @@ if TYPE_CHECKING:
         def press_power_button(self) -> None: ...
         def serve_metadata(self, config: MmdsConfig, store: Store) -> None: ...
         def update(self, kind: str, identifier: str, resource: Any, held: Held | None = None) -> None: ...
+        def attach(self, kind: str, identifier: str, resource: Any, held: Held | None = None) -> None: ...
+        def detach(self, kind: str, identifier: str) -> None: ...
         def metrics(self) -> Mapping[str, Mapping[str, Any]]: ...
         def save(self, *, durable: bool = True) -> MachineState: ...
         def copy_overlay(self, drive: str, path: str) -> None: ...
@@ -184,7 +189,7 @@ class Controller:
         """
         check_state(command.name, self.state)
         check_supported(command, self.state)
-        if not self._configuration.take(command):
+        if self.state != NOT_STARTED or not self._configuration.take(command):
             return self._carry_out(command)
         self._configured |= command.name != "put_serial"
         self._prepare_shell()
@@ -444,6 +449,43 @@ class Controller:
         )
         with context("Internal VMM error"):
             self.metrics.flush()
+
+    def _put_drive(self, drive: Drive) -> None:
+        with context("Drive config error: Unable to attach the block device"):
+            self._configuration.check_new_drive(drive)
+        self._configuration.put_drive(drive)
+        with context("Drive config error: Unable to attach the block device"):
+            self._attach(kind_of_drive(drive), drive.drive_id, self.config.drives[-1])
+
+    def _put_network(self, interface: NetworkInterface) -> None:
+        with context("Network config error: Unable to attach the net device"):
+            self._configuration.check_new_interface(interface)
+        self._configuration.put_network(interface)
+        with context("Network config error: Unable to attach the net device"):
+            self._attach("net", interface.iface_id, self.config.network_interfaces[-1])
+
+    def _attach(self, kind: str, identifier: str, resource: Drive | NetworkInterface) -> None:
+        """Have the guest get what has just been configured, or forget it."""
+        try:
+            preload(self.config)
+            held = self._configuration.held.get((kind, identifier))
+            self._running_machine().attach(kind, identifier, resource, held)
+        except BaseException:
+            self._configuration.forget(kind, resource)
+            raise
+
+    def _delete_drive(self, drive_id: str) -> None:
+        with context("Drive config error: Unable to detach the block device"):
+            drive = self._configuration.drive_to_remove(drive_id)
+            kind = kind_of_drive(drive)
+            self._running_machine().detach(kind, drive_id)
+        self._configuration.forget(kind, drive)
+
+    def _delete_network(self, iface_id: str) -> None:
+        with context("Network config error: Unable to detach the net device"):
+            interface = self._configuration.interface_to_remove(iface_id)
+            self._running_machine().detach("net", iface_id)
+        self._configuration.forget("net", interface)
 
     def _patch_drive(self, update: DriveUpdate) -> None:
         with context("Drive config error: Unable to patch the block device"):

@@ -57,6 +57,9 @@ _STOP_TIMEOUT = 0.5
 # And that what is done beside the guest waits for its threads.
 _REST_TIMEOUT = 0.05
 
+# The bit of a device's status that says that a driver has it (virtio 1.2, 2.1).
+_DRIVER = 2
+
 # Seconds after a restore in which nothing has aged.
 _FRESH_S = 0.005
 
@@ -181,6 +184,27 @@ class Machine:
         saved: what it was before, whose place in the guest's address space it gets.
         """
         self.plugs.plug((kind, identifier), make(self.memory, kind, resource, held), self.io, saved)
+
+    def attach(self, kind: str, identifier: str, resource: Any, held: Held | None = None) -> None:
+        """Give the guest another virtio device while it runs, and tell it. ConfigError when that cannot be."""
+        board = self._alive_board()
+        self.add(kind, identifier, resource, held)
+        try:
+            board.announce(self.plugs.infos[-1])
+        except BaseException:
+            self.remove(kind, identifier)
+            raise
+
+    def detach(self, kind: str, identifier: str) -> None:
+        """Take a virtio device away that the guest's driver has let go of. ConfigError when it has not."""
+        self._check_alive()
+        device = self.devices[kind, identifier]
+        if device.device_status & _DRIVER:
+            raise ConfigError(
+                f"the guest still uses it. Have it let go of {identifier!r} first: in Linux, write the device's name "
+                "to /sys/bus/platform/drivers/virtio-mmio/unbind."
+            )
+        self.remove(kind, identifier)
 
     def add_custom(self, identifier: str, device: CustomDevice, saved: MmioState | None = None) -> None:
         """Attach a device written in Python; all of them share a thread, apart from the other devices'."""

@@ -485,6 +485,33 @@ class MicroVM:
         """Press the ACPI power button."""
         self._order("press_power_button")
 
+    def attach(self, device: str | os.PathLike[str] | Drive | NetworkInterface) -> str:
+        """Give the guest, which runs, another disk or network interface; returns its identifier.
+
+        device: a `Drive`, or the path of one; or a `NetworkInterface`. A Linux guest with ACPI sees it within
+        milliseconds. Before the start it is one of those that the guest begins with. ConfigError when it cannot be had.
+        """
+        with self._turn():
+            if isinstance(device, NetworkInterface):
+                self._order("put_network", checked(device))
+                return device.iface_id
+            if not isinstance(device, Drive):
+                path = path_of(device, "device")
+                taken = {drive.drive_id for drive in self.config.drives}
+                name = next(f"drive{n}" for n in range(len(taken) + 1) if f"drive{n}" not in taken)
+                device = make(Drive, drive_id=name, is_root_device=False, path_on_host=path)
+            self._order("put_drive", checked(device))
+            return device.drive_id
+
+    def detach(self, identifier: str) -> None:
+        """Take a disk or a network interface away that the guest's driver has let go of.
+
+        ConfigError when it has not, or when the guest cannot be without: then it has it still.
+        """
+        with self._turn():
+            cards = [card.iface_id for card in self.config.network_interfaces]
+            self._order("delete_network" if identifier in cards else "delete_drive", identifier)
+
     def update_drive(
         self,
         drive_id: str,

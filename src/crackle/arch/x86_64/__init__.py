@@ -49,6 +49,7 @@ def configure_system(
     sleep_port: int | None = None,
     vmgenid: int | None = None,
     vmclock: int | None = None,
+    hotplug: int | None = None,
 ) -> None:
     """Write the command line, boot parameters, MP table, ACPI tables, GDT and page tables to guest memory.
 
@@ -82,6 +83,7 @@ def configure_system(
         sleep_port=sleep_port,
         vmgenid=vmgenid,
         vmclock=vmclock,
+        hotplug=hotplug,
     )
     registers.write_tables(memory, pvh=pvh)
     boot.write_reset_vector(memory)

@@ -4,7 +4,9 @@ DSDT.
 The DSDT declares the serial port, the keyboard controller, the pvpanic device, the VM generation ID, VMClock, a window
 for each virtio device, and a power button. A hardware-reduced machine has no fixed power button, so pressing it is an
 interrupt of the generic event device, whose `_EVT` method notifies the button (5.6.9, 4.8.2.2.2): raising GSI_POWER
-asks the guest to shut down. GSI_VMGENID tells it in the same way that generation ID and VMClock's page have changed.
+asks the guest to shut down. GSI_VMGENID tells it in the same way that generation ID and VMClock's page have changed,
+and that devices have come: each is declared in a table of its own, which `_EVT` loads from the registers of
+:mod:`crackle.devices.hotplug`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from struct import Struct, pack, pack_into
 from typing import TYPE_CHECKING
 
 from crackle.arch.x86_64 import aml, layout
+from crackle.devices.hotplug import EVENT, GENERATION, TABLE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,6 +73,9 @@ _IOAPIC = 1
 _BUTTON_PRESSED = 0x80
 _GENERATION_CHANGED = 0x80
 
+MAX_ARRIVALS = 0x1000
+"""Tables of devices that come: their names have three digits. Linux 6.1 keeps count of 4095 tables and methods."""
+
 
 def write_tables(
     memory: Memory,
@@ -81,13 +87,15 @@ def write_tables(
     sleep_port: int | None = None,
     vmgenid: int | None = None,
     vmclock: int | None = None,
+    hotplug: int | None = None,
 ) -> int:
     """Write the RSDP to its place and the other tables from guest physical `address` on. Returns where they
     end.
 
     power_gsi: the power button's interrupt; None declares no button. sleep_port: I/O port of a sleep control
     register, with the sleep status register at the next port; None declares no way to power off. vmgenid: where
-    the VM generation ID is; vmclock: where VMClock's page is; None declares none.
+    the VM generation ID is; vmclock: where VMClock's page is; None declares none. hotplug: where the registers are
+    that tell of devices that come; None declares none.
     """
     start = _align(address)
     tables = bytearray()
@@ -99,7 +107,14 @@ def write_tables(
         return place
 
     dsdt_address = add(
-        dsdt(devices, power_gsi=power_gsi, sleep_port=sleep_port, vmgenid=vmgenid, vmclock=vmclock)
+        dsdt(
+            devices,
+            power_gsi=power_gsi,
+            sleep_port=sleep_port,
+            vmgenid=vmgenid,
+            vmclock=vmclock,
+            hotplug=hotplug,
+        )
     )
     fadt_address = add(fadt(dsdt_address, sleep_port=sleep_port))
     madt_address = add(madt(vcpu_count))
@@ -163,24 +178,31 @@ def dsdt(
     sleep_port: int | None,
     vmgenid: int | None = None,
     vmclock: int | None = None,
+    hotplug: int | None = None,
 ) -> bytes:
     """Differentiated system description table (5.2.11.1): devices, in the order the guest is to find them."""
     gsis = [info.gsi for info in devices]
     terms = [
-        _virtio_device(index, info.address, info.size, info.gsi, gsis.count(info.gsi) > 1)
+        _virtio_device(f"V{index:03d}", index, info.address, info.size, info.gsi, gsis.count(info.gsi) > 1)
         for index, info in enumerate(devices)
     ]
-    body = aml.scope("\\_SB", _board(power_gsi, vmgenid, vmclock), *terms)
+    body = aml.scope("\\_SB", _board(power_gsi, vmgenid, vmclock, hotplug), *terms)
     if sleep_port is not None:
         body += _power_off()
     return _table(b"DSDT", 2, body)
+
+
+def arrival(number: int, info: DeviceInfo) -> bytes:
+    """Secondary system description table (5.2.11.2) of the device that came as the `number`-th after the start."""
+    device = _virtio_device(f"H{number:03X}", 1000 + number, info.address, info.size, info.gsi, True)
+    return _table(b"SSDT", 2, aml.scope("\\_SB", device))
 
 
 # What is the same for many machines is made once in a process that forks them.
 
 
 @cache
-def _board(power_gsi: int | None, vmgenid: int | None, vmclock: int | None) -> bytes:
+def _board(power_gsi: int | None, vmgenid: int | None, vmclock: int | None, hotplug: int | None) -> bytes:
     terms = [
         aml.device(
             "COM1",
@@ -207,24 +229,28 @@ def _board(power_gsi: int | None, vmgenid: int | None, vmclock: int | None) -> b
     events = []
     if power_gsi is not None:
         terms.append(aml.device("PWRB", aml.name("_HID", aml.eisa_id("PNP0C0C"))))
-        events.append((power_gsi, "\\_SB.PWRB", _BUTTON_PRESSED))
+        events.append((power_gsi, aml.notify("\\_SB.PWRB", _BUTTON_PRESSED)))
+    changed = []
     if vmgenid is not None:
         terms.append(_generation_id(vmgenid))
-        events.append((layout.GSI_VMGENID, "\\_SB.VGEN", _GENERATION_CHANGED))
+        changed.append(aml.notify("\\_SB.VGEN", _GENERATION_CHANGED))
     if vmclock is not None:
         terms.append(_clock(vmclock))
-        events.append((layout.GSI_VMGENID, "\\_SB.VCLK", _GENERATION_CHANGED))
+        changed.append(aml.notify("\\_SB.VCLK", _GENERATION_CHANGED))
+    if hotplug is not None:
+        changed = [_look(changed)]
+    events.extend((layout.GSI_VMGENID, term) for term in changed)
     if events:
-        terms.append(_event_device(events))
+        terms.append(_event_device(events, hotplug))
     return b"".join(terms)
 
 
 @cache
-def _virtio_device(index: int, address: int, size: int, gsi: int, shared: bool) -> bytes:
+def _virtio_device(name: str, uid: int, address: int, size: int, gsi: int, shared: bool) -> bytes:
     return aml.device(
-        f"V{index:03d}",
+        name,
         aml.name("_HID", aml.string("LNRO0005")),
-        aml.name("_UID", aml.integer(index)),
+        aml.name("_UID", aml.integer(uid)),
         aml.name("_CCA", aml.integer(1)),
         _resources(aml.memory32_fixed(address, size), aml.interrupt(gsi, shared=shared)),
     )
@@ -259,16 +285,35 @@ def _clock(address: int) -> bytes:
     )
 
 
-def _event_device(events: Sequence[tuple[int, str, int]]) -> bytes:
-    """The generic event device: for each (interrupt, device, value) it notifies the device of the value.
+def _look(changed: Sequence[bytes]) -> bytes:
+    """Ask what has happened until nothing more has: `changed` is what to do about another generation."""
+    ask = aml.store(aml.name_string("HPEV"), aml.LOCAL0)
+    return ask + aml.while_true(
+        aml.LOCAL0,
+        aml.if_equal(aml.LOCAL0, aml.integer(GENERATION), *changed),
+        aml.if_equal(aml.LOCAL0, aml.integer(TABLE), aml.load("HPTB", aml.LOCAL1)),
+        ask,
+    )
 
-    One interrupt may be that of several devices.
+
+def _event_device(events: Sequence[tuple[int, bytes]], hotplug: int | None) -> bytes:
+    """The generic event device: for each (interrupt, term) it does what the term says.
+
+    One interrupt may have several.
     """
-    cases = [aml.if_equal(aml.ARG0, aml.integer(gsi), aml.notify(path, value)) for gsi, path, value in events]
+    cases = [aml.if_equal(aml.ARG0, aml.integer(gsi), term) for gsi, term in events]
+    registers = []
+    if hotplug is not None:
+        registers = [
+            aml.memory_region("HPTB", hotplug, EVENT),
+            aml.memory_region("HPRG", hotplug + EVENT, 1),
+            aml.byte_field("HPRG", "HPEV"),
+        ]
     return aml.device(
         "GED_",
         aml.name("_HID", aml.string("ACPI0013")),
-        _resources(*(aml.interrupt(gsi) for gsi in dict.fromkeys(gsi for gsi, _, _ in events))),
+        _resources(*(aml.interrupt(gsi) for gsi in dict.fromkeys(gsi for gsi, _ in events))),
+        *registers,
         aml.method("_EVT", 1, *cases, serialized=True),
     )
 

@@ -11,6 +11,8 @@ from struct import pack
 _NAME_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
 
 ARG0 = b"\x68"
+LOCAL0 = b"\x60"
+LOCAL1 = b"\x61"
 END_TAG = b"\x79\0"
 """Ends a resource template; a checksum of 0 counts as correct (6.4.2.9)."""
 
@@ -94,6 +96,31 @@ def method(path: str, arguments: int, *terms: bytes, serialized: bool = False) -
 def if_equal(left: bytes, right: bytes, *terms: bytes) -> bytes:
     """If (left == right) { terms }."""
     return _package(b"\xa0", b"\x93", left, right, *terms)
+
+
+def while_true(predicate: bytes, *terms: bytes) -> bytes:
+    """While (predicate) { terms }."""
+    return _package(b"\xa2", predicate, *terms)
+
+
+def store(value: bytes, target: bytes) -> bytes:
+    """Store (value, target)."""
+    return b"\x70" + value + target
+
+
+def load(path: str, target: bytes) -> bytes:
+    """Load (path, target): adds the table in an operation region to the namespace (19.6.79)."""
+    return b"\x5b\x20" + name_string(path) + target
+
+
+def memory_region(path: str, address: int, size: int) -> bytes:
+    """OperationRegion (path, SystemMemory, address, size)."""
+    return b"\x5b\x80" + name_string(path) + b"\0" + integer(address) + integer(size)
+
+
+def byte_field(region: str, path: str) -> bytes:
+    """Field (region, ByteAcc, NoLock, Preserve) { path, 8 }: the first byte of an operation region."""
+    return _package(b"\x5b\x81", name_string(region), b"\x01", name_string(path), b"\x08")
 
 
 def notify(path: str, value: int) -> bytes:

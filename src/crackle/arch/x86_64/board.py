@@ -6,22 +6,32 @@ import os
 
 import msgspec
 
-from crackle.arch.x86_64 import layout
+from crackle.arch.x86_64 import acpi, layout
 from crackle.devices.boot_timer import SIZE as BOOT_TIMER_SIZE
 from crackle.devices.boot_timer import BootTimer
+from crackle.devices.hotplug import SIZE as HOTPLUG_SIZE
+from crackle.devices.hotplug import HotPlug
 from crackle.devices.i8042 import I8042
 from crackle.devices.power import SleepControl
 from crackle.devices.pvpanic import PvPanic
 from crackle.devices.serial import Serial
-from crackle.devices.state import I8042State, PvPanicState, SerialState, VmClockState, VmGenIdState
+from crackle.devices.state import (
+    HotPlugState,
+    I8042State,
+    PvPanicState,
+    SerialState,
+    VmClockState,
+    VmGenIdState,
+)
 from crackle.devices.vmclock import VmClock
 from crackle.devices.vmgenid import VmGenId
+from crackle.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from crackle.arch.interface import Host
+    from crackle.arch.interface import DeviceInfo, Host
     from crackle.schema.rate_limiter import TokenBucket
 
 _UART = (
@@ -41,7 +51,7 @@ _I8042 = (
 class BoardState(msgspec.Struct, frozen=True, kw_only=True):
     """What the board saves in a snapshot. The sleep registers and the boot timer hold nothing.
 
-    vmgenid, vmclock: None of a guest that was begun without one.
+    vmgenid, vmclock, hotplug: None of a guest that was begun without.
     """
 
     serial: SerialState
@@ -49,10 +59,14 @@ class BoardState(msgspec.Struct, frozen=True, kw_only=True):
     pvpanic: PvPanicState
     vmgenid: VmGenIdState | None = None
     vmclock: VmClockState | None = None
+    hotplug: HotPlugState | None = None
 
 
 class Board:
-    """Console, keyboard controller, sleep registers, power button, pvpanic, boot timer, VM generation ID, VMClock."""
+    """Console, keyboard controller, sleep registers, power button, pvpanic, boot timer, VM generation ID, VMClock.
+
+    And what tells of devices that come.
+    """
 
     def __init__(
         self,
@@ -72,9 +86,11 @@ class Board:
         host.pio.attach_python(layout.SLEEP_PORT, layout.SLEEP_PORT_COUNT, SleepControl(layout.S5_SLEEP_TYPE))
         self.pvpanic = PvPanic(report, ends=ends_on_panic)
         host.pio.attach_python(layout.PVPANIC_PORT, layout.PVPANIC_PORT_COUNT, self.pvpanic)
-        generation_fd = host.interrupt(layout.GSI_VMGENID)
-        self._vmgenid: VmGenId | None = VmGenId(host.memory, layout.VMGENID_ADDR, generation_fd)
-        self._vmclock: VmClock | None = VmClock(host.memory, layout.VMCLOCK_ADDR, generation_fd)
+        event_fd = host.interrupt(layout.GSI_VMGENID)
+        self._vmgenid: VmGenId | None = VmGenId(host.memory, layout.VMGENID_ADDR, event_fd)
+        self._vmclock: VmClock | None = VmClock(host.memory, layout.VMCLOCK_ADDR, event_fd)
+        self._hotplug: HotPlug | None = HotPlug(event_fd)
+        host.mmio.attach_python(layout.HOTPLUG_ADDR, HOTPLUG_SIZE, self._hotplug)
         self._power_fd = host.interrupt(layout.GSI_POWER)
         self._boot_timer: BootTimer | None = None
         if report_boot_time is not None:
@@ -103,6 +119,20 @@ class Board:
         """Raise the interrupt of the ACPI event device."""
         os.eventfd_write(self._power_fd, 1)
 
+    def announce(self, device: DeviceInfo) -> None:
+        """Tell the guest of a device that has come. ConfigError when there is no way to."""
+        if self._hotplug is None:
+            raise ConfigError(
+                "This guest was begun by a version of Crackle that attached no devices to running guests: give it this "
+                "one before its next start."
+            )
+        if self._hotplug.given == acpi.MAX_ARRIVALS:
+            raise ConfigError(
+                f"This guest has been given {acpi.MAX_ARRIVALS} devices since its start, and can be told of no more "
+                "before the next."
+            )
+        self._hotplug.announce(acpi.arrival(self._hotplug.given, device))
+
     def counters(self) -> dict[str, dict[str, int]]:
         """What the devices have counted, by section of the metrics."""
         return {
@@ -118,6 +148,7 @@ class Board:
             pvpanic=self.pvpanic.save(),
             vmgenid=None if self._vmgenid is None else self._vmgenid.save(),
             vmclock=None if self._vmclock is None else self._vmclock.save(),
+            hotplug=None if self._hotplug is None else self._hotplug.save(),
         )
 
     def restore(self, state: BoardState) -> None:
@@ -125,6 +156,10 @@ class Board:
         self.serial.restore(state.serial)
         self.i8042.restore(state.i8042)
         self.pvpanic.restore(state.pvpanic)
+        if state.hotplug is None or self._hotplug is None:
+            self._hotplug = None
+        else:
+            self._hotplug.restore(state.hotplug)
         if state.vmgenid is None or self._vmgenid is None:
             self._vmgenid = None
         else:

@@ -4,11 +4,12 @@
 0x0000_0500    GDT; 0x530 IDT                        0x0010_0000    kernel, RAM up to 3 GiB, initrd at its end
 0x0000_6000    PVH start info; 0x6040 module list    0xc000_0000    boot timer
 0x0000_7000    zero page, or PVH memory map          0xc000_1000    virtio-mmio windows of 4 KiB
-0x0000_8ff0    top of the boot stack                 0xfec0_0000    IOAPIC
-0x0000_9000    page tables, three pages              0xfee0_0000    local APIC
-0x0002_0000    kernel command line                   0xfffb_d000    KVM's TSS, three pages
-0x0009_fc00    MP table, ACPI tables                 0x1_0000_0000  RAM from 4 GiB to 256 GiB
-0x000e_0000    RSDP; 0xe_1000 VMGENID; next VMClock  0x80_0000_0000 RAM from 512 GiB to 1 TiB
+0x0000_8ff0    top of the boot stack                 0xc100_0000    tables of devices that come later
+0x0000_9000    page tables, three pages              0xfec0_0000    IOAPIC
+0x0002_0000    kernel command line                   0xfee0_0000    local APIC
+0x0009_fc00    MP table, ACPI tables                 0xfffb_d000    KVM's TSS, three pages
+0x000e_0000    RSDP; 0xe_1000 VMGENID; next VMClock  0x1_0000_0000  RAM from 4 GiB to 256 GiB
+                                                     0x80_0000_0000 RAM from 512 GiB to 1 TiB
 ```
 """
 
@@ -71,6 +72,8 @@ MMIO_WINDOW_SIZE = 0x1000
 VIRTIO_MMIO_START = BOOT_TIMER_ADDR + MMIO_WINDOW_SIZE
 VIRTIO_MMIO_LAST = VIRTIO_MMIO_START + 999 * MMIO_WINDOW_SIZE
 """The last window: ACPI names devices with three digits."""
+HOTPLUG_ADDR = MMIO32_START + (16 << 20)
+"""Registers that tell of devices that come while the guest runs, one page."""
 IOAPIC_ADDR = 0xFEC0_0000
 APIC_ADDR = 0xFEE0_0000
 KVM_TSS_ADDRESS = 0xFFFB_D000
@@ -87,8 +90,10 @@ GSI_FIRST = 5
 GSI_LAST = 23
 """Interrupt lines for devices, inclusive. 23 is the IOAPIC's last pin."""
 GSI_VMGENID = GSI_LAST
-"""Interrupt of the ACPI generic event device that tells of another VM generation ID. More virtio devices than there are
-lines share the others: Linux does not share this one, and has no handlers on 0 and 2.
+"""Interrupt of the ACPI generic event device that tells of another VM generation ID, and of devices that have come.
+
+More virtio devices than there are lines share the others: Linux does not share this one, and has no handlers on 0
+and 2.
 """
 GSI_MSI_FIRST = 24
 GSI_MSI_LAST = 4095

@@ -123,6 +123,7 @@ def make_ready() -> None:
             sleep_port=layout.SLEEP_PORT,
             vmgenid=layout.VMGENID_ADDR,
             vmclock=layout.VMCLOCK_ADDR,
+            hotplug=layout.HOTPLUG_ADDR,
         )
 
 
@@ -153,6 +154,7 @@ def describe(
         sleep_port=layout.SLEEP_PORT,
         vmgenid=layout.VMGENID_ADDR,
         vmclock=layout.VMCLOCK_ADDR,
+        hotplug=layout.HOTPLUG_ADDR,
     )
 
 

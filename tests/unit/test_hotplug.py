@@ -1,0 +1,141 @@
+"""How a guest is told of devices that come while it runs: registers, tables, and what its DSDT does with them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from crackle.arch.x86_64 import DeviceInfo, acpi, layout
+from crackle.arch.x86_64.board import BoardState
+from crackle.devices.hotplug import EVENT, GENERATION, SIZE, TABLE, HotPlug
+from crackle.kvm.bus import CONTINUE, Bus
+from support.snapshots import STATE
+
+BASE = layout.HOTPLUG_ADDR
+NOTHING = 0
+INFO = DeviceInfo(0xC000_2000, 0x1000, 6)
+
+needs_iasl = pytest.mark.skipif(not shutil.which("iasl"), reason="iasl is missing: install acpica-tools")
+
+
+class Guest:
+    def __init__(self) -> None:
+        self.interrupt = os.eventfd(0, os.EFD_NONBLOCK)
+        self.device = HotPlug(self.interrupt)
+        self.bus = Bus("mmio")
+        self.bus.attach_python(BASE, SIZE, self.device)
+
+    def event(self) -> int:
+        return self.bus.read(BASE + EVENT, 1)
+
+    def table(self) -> bytes:
+        """Byte by byte, as ACPICA reads it."""
+        size = int.from_bytes(bytes(self.bus.read(BASE + 4 + n, 1) for n in range(4)), "little")
+        return bytes(self.bus.read(BASE + n, 1) for n in range(size))
+
+
+@pytest.fixture
+def guest() -> Iterator[Guest]:
+    guest = Guest()
+    yield guest
+    os.close(guest.interrupt)
+
+
+def test_a_guest_is_told_of_devices_in_their_order_and_once(guest: Guest) -> None:
+    assert guest.event() == NOTHING
+    tables = [acpi.arrival(n, DeviceInfo(0xC000_2000 + n * 0x1000, 0x1000, 6 + n)) for n in range(3)]
+    for table in tables:
+        guest.device.announce(table)
+    assert os.eventfd_read(guest.interrupt) == 3
+    for table in tables:
+        assert guest.event() == TABLE
+        assert guest.table() == table
+    assert guest.event() == NOTHING
+    assert guest.device.given == 3
+
+
+def test_accesses_that_no_guest_makes_do_nothing(guest: Guest) -> None:
+    table = acpi.arrival(0, INFO)
+    guest.device.announce(table)
+    assert guest.bus.read(BASE + EVENT - 4, 4) == 0
+    assert guest.bus.read(BASE + SIZE - 8, 8) == 0
+    assert guest.bus.write(BASE, 4, 0xFFFF_FFFF) == CONTINUE
+    assert guest.bus.write(BASE + EVENT, 1, 0xFF) == CONTINUE
+    assert (guest.event(), guest.table()) == (TABLE, table)
+    assert guest.bus.read(BASE + 8, 8) == int.from_bytes(table[8:16], "little")
+
+
+def test_a_copy_hears_of_its_generation_first_and_then_of_what_the_other_had_not_heard(guest: Guest) -> None:
+    first, second = acpi.arrival(0, INFO), acpi.arrival(1, INFO)
+    guest.device.announce(first)
+    guest.device.announce(second)
+    assert guest.event() == TABLE
+    state = msgspec.msgpack.decode(
+        msgspec.msgpack.encode(guest.device.save()), type=type(guest.device.save())
+    )
+    for _ in range(2):
+        copy = Guest()
+        copy.device.restore(state)
+        assert copy.table() == first, "it may have been reading that one"
+        assert [copy.event(), copy.event(), copy.event()] == [GENERATION, TABLE, NOTHING]
+        assert copy.table() == second
+        assert copy.device.given == 2
+        state = guest.device.save()
+        os.close(copy.interrupt)
+
+
+def test_the_state_of_a_guest_that_was_begun_without_is_read() -> None:
+    state = msgspec.to_builtins(STATE.board)
+    del state["hotplug"]
+    assert msgspec.convert(state, BoardState).hotplug is None
+
+
+def test_a_table_declares_one_device_with_a_name_of_its_own() -> None:
+    names = set()
+    for number in range(acpi.MAX_ARRIVALS):
+        table = acpi.arrival(number, INFO)
+        assert len(table) <= EVENT
+        assert sum(table) % 256 == 0
+        assert struct.unpack_from("<4sIB", table) == (b"SSDT", len(table), 2)
+        names.add(table[table.index(b"\x5b\x82") + 4 :][:4])
+    assert len(names) == acpi.MAX_ARRIVALS
+    # The same device twice is the same table: ACPICA keeps one of each.
+    assert acpi.arrival(7, INFO) == acpi.arrival(7, INFO)
+
+
+@needs_iasl
+def test_the_tables_read_as_they_are_meant_for_intels_compiler(tmp_path: Path) -> None:
+    dsdt = acpi.dsdt(
+        [DeviceInfo(0xC000_1000, 0x1000, 5)],
+        power_gsi=layout.GSI_POWER,
+        sleep_port=None,
+        vmgenid=layout.VMGENID_ADDR,
+        hotplug=BASE,
+    )
+    found = {}
+    for name, table in (("dsdt", dsdt), ("ssdt", acpi.arrival(0xABC, INFO))):
+        (tmp_path / f"{name}.aml").write_bytes(table)
+        command = ["iasl", "-d", f"{name}.aml"]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=30)
+        found[name] = " ".join((tmp_path / f"{name}.dsl").read_text().split())
+    for words in (
+        "OperationRegion (HPTB, SystemMemory, 0xC1000000, 0x0FF0)",
+        "OperationRegion (HPRG, SystemMemory, 0xC1000FF0, One)",
+        "Field (HPRG, ByteAcc, NoLock, Preserve) { HPEV, 8 }",
+        "If ((Local0 == One)) { Notify (\\_SB.VGEN, 0x80)",
+        "If ((Local0 == 0x02)) { Load (HPTB, Local1) }",
+    ):
+        assert words in found["dsdt"]
+    for words in (
+        'Scope (\\_SB) { Device (HABC) { Name (_HID, "LNRO0005")',
+        "0xC0002000",
+        "Edge, ActiveHigh, Shared",
+    ):
+        assert words in found["ssdt"]
