@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -143,8 +144,11 @@ OWN = ["/PID/maps", "/PID/pagemap"]
 
 def descriptors(pid: int) -> list[str]:
     """What each descriptor of a process is open on, without the numbers of inodes and its own."""
-    folder = f"/proc/{pid}/fd"
-    links = (os.readlink(f"{folder}/{fd}").partition(":[")[0] for fd in os.listdir(folder))
+    links = []
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        # One that has been closed meanwhile is none.
+        with contextlib.suppress(FileNotFoundError):
+            links.append(os.readlink(f"/proc/{pid}/fd/{fd}").partition(":[")[0])
     return sorted(link.replace(f"/{pid}/", "/PID/") for link in links)
 
 
