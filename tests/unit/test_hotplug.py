@@ -21,6 +21,7 @@ from support.snapshots import STATE
 BASE = layout.HOTPLUG_ADDR
 NOTHING = 0
 INFO = DeviceInfo(0xC000_2000, 0x1000, 6)
+OTHER = DeviceInfo(0xC000_3000, 0x1000, 7)
 
 needs_iasl = pytest.mark.skipif(not shutil.which("iasl"), reason="iasl is missing: install acpica-tools")
 
@@ -50,9 +51,10 @@ def guest() -> Iterator[Guest]:
 
 def test_a_guest_is_told_of_devices_in_their_order_and_once(guest: Guest) -> None:
     assert guest.event() == NOTHING
-    tables = [acpi.arrival(n, DeviceInfo(0xC000_2000 + n * 0x1000, 0x1000, 6 + n)) for n in range(3)]
-    for table in tables:
-        guest.device.announce(table)
+    infos = [DeviceInfo(0xC000_2000 + n * 0x1000, 0x1000, 6 + n) for n in range(3)]
+    tables = [acpi.arrival(n, info) for n, info in enumerate(infos)]
+    for info, table in zip(infos, tables, strict=True):
+        guest.device.arrive(info.address, table)
     assert os.eventfd_read(guest.interrupt) == 3
     for table in tables:
         assert guest.event() == TABLE
@@ -61,9 +63,32 @@ def test_a_guest_is_told_of_devices_in_their_order_and_once(guest: Guest) -> Non
     assert guest.device.given == 3
 
 
+def test_a_guest_is_asked_for_what_came_and_once(guest: Guest) -> None:
+    for number in range(2):
+        assert not guest.device.depart(OTHER.address, acpi.departure), "it did not come"
+        guest.device.arrive(INFO.address, acpi.arrival(number, INFO))
+        assert (guest.event(), guest.event()) == (TABLE, NOTHING)
+        assert guest.device.depart(INFO.address, acpi.departure)
+        assert not guest.device.depart(INFO.address, acpi.departure), "a table can be loaded once"
+        assert (guest.event(), guest.table()) == (TABLE, acpi.departure(number))
+        assert guest.event() == NOTHING
+
+
+def test_a_guest_does_not_hear_of_what_has_gone_again_before_it_asked(guest: Guest) -> None:
+    for number, info in enumerate((INFO, OTHER)):
+        guest.device.arrive(info.address, acpi.arrival(number, info))
+    guest.device.withdraw(INFO.address, lambda number: acpi.arrival(number, INFO))
+    assert not guest.device.depart(INFO.address, acpi.departure)
+    assert (guest.event(), guest.table()) == (TABLE, acpi.arrival(1, OTHER))
+    guest.device.withdraw(OTHER.address, lambda number: acpi.arrival(number, OTHER))
+    guest.device.withdraw(OTHER.address, lambda number: acpi.arrival(number, OTHER))
+    assert guest.event() == NOTHING
+    assert guest.device.given == 2
+
+
 def test_accesses_that_no_guest_makes_do_nothing(guest: Guest) -> None:
     table = acpi.arrival(0, INFO)
-    guest.device.announce(table)
+    guest.device.arrive(INFO.address, table)
     assert guest.bus.read(BASE + EVENT - 4, 4) == 0
     assert guest.bus.read(BASE + SIZE - 8, 8) == 0
     assert guest.bus.write(BASE, 4, 0xFFFF_FFFF) == CONTINUE
@@ -73,9 +98,9 @@ def test_accesses_that_no_guest_makes_do_nothing(guest: Guest) -> None:
 
 
 def test_a_copy_hears_of_its_generation_first_and_then_of_what_the_other_had_not_heard(guest: Guest) -> None:
-    first, second = acpi.arrival(0, INFO), acpi.arrival(1, INFO)
-    guest.device.announce(first)
-    guest.device.announce(second)
+    first, second = acpi.arrival(0, INFO), acpi.arrival(1, OTHER)
+    guest.device.arrive(INFO.address, first)
+    guest.device.arrive(OTHER.address, second)
     assert guest.event() == TABLE
     state = msgspec.msgpack.decode(
         msgspec.msgpack.encode(guest.device.save()), type=type(guest.device.save())
@@ -87,6 +112,8 @@ def test_a_copy_hears_of_its_generation_first_and_then_of_what_the_other_had_not
         assert [copy.event(), copy.event(), copy.event()] == [GENERATION, TABLE, NOTHING]
         assert copy.table() == second
         assert copy.device.given == 2
+        assert copy.device.depart(OTHER.address, acpi.departure)
+        assert (copy.event(), copy.table()) == (TABLE, acpi.departure(1))
         state = guest.device.save()
         os.close(copy.interrupt)
 
@@ -104,7 +131,8 @@ def test_a_table_declares_one_device_with_a_name_of_its_own() -> None:
         assert len(table) <= EVENT
         assert sum(table) % 256 == 0
         assert struct.unpack_from("<4sIB", table) == (b"SSDT", len(table), 2)
-        names.add(table[table.index(b"\x5b\x82") + 4 :][:4])
+        names.add(table[table.index(b"_SB_") + 4 :][:4])
+        assert table[table.index(b"_SB_") :][:8] in acpi.departure(number)
     assert len(names) == acpi.MAX_ARRIVALS
     # The same device twice is the same table: ACPICA keeps one of each.
     assert acpi.arrival(7, INFO) == acpi.arrival(7, INFO)
@@ -120,7 +148,8 @@ def test_the_tables_read_as_they_are_meant_for_intels_compiler(tmp_path: Path) -
         hotplug=BASE,
     )
     found = {}
-    for name, table in (("dsdt", dsdt), ("ssdt", acpi.arrival(0xABC, INFO))):
+    tables = {"dsdt": dsdt, "ssdt": acpi.arrival(0x7BC, INFO), "gone": acpi.departure(0x7BC)}
+    for name, table in tables.items():
         (tmp_path / f"{name}.aml").write_bytes(table)
         command = ["iasl", "-d", f"{name}.aml"]
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=30)
@@ -134,8 +163,12 @@ def test_the_tables_read_as_they_are_meant_for_intels_compiler(tmp_path: Path) -
     ):
         assert words in found["dsdt"]
     for words in (
-        'Scope (\\_SB) { Device (HABC) { Name (_HID, "LNRO0005")',
+        'Device (\\_SB.H7BC) { Name (_HID, "ACPI0004"',
+        "Method (LEFT, 0, NotSerialized) { }",
+        "If ((Arg0 == 0x03)) { LEFT () }",
+        'Device (LEFT.VDEV) { Name (_HID, "LNRO0005")',
         "0xC0002000",
         "Edge, ActiveHigh, Shared",
     ):
         assert words in found["ssdt"]
+    assert "Notify (\\_SB.H7BC, 0x03)" in found["gone"]

@@ -53,6 +53,12 @@ if TYPE_CHECKING:
         def announce(self, device: DeviceInfo) -> None:
             """Tell the guest of a device that has come while it runs. ConfigError when there is no way to."""
 
+        def ask_back(self, device: DeviceInfo) -> bool:
+            """Ask the guest to let go of a device that has come so; False when it cannot be asked, or not again."""
+
+        def withdraw(self, device: DeviceInfo) -> None:
+            """A device has gone: the guest need not hear any more that it has come."""
+
         def counters(self) -> dict[str, dict[str, int]]:
             """What the devices have counted, by section of the metrics."""
 

@@ -16,6 +16,10 @@ import os
 from crackle.devices.state import HotPlugState
 from crackle.kvm.bus import CONTINUE
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 SIZE = 0x1000
 EVENT = 0xFF0
 """Offset of the register; a table is shorter than that."""
@@ -31,12 +35,33 @@ class HotPlug:
         self._interrupt_fd = interrupt_fd
         self._events: list[bytes] = []
         self._table = b""
+        self._arrived: dict[int, int] = {}
         self.given = 0
 
-    def announce(self, table: bytes) -> None:
-        """Have the guest load `table`, after those before it."""
-        self._events.append(table)
+    def arrive(self, address: int, table: bytes) -> None:
+        """Have the guest load the table of a device whose window is at `address`, after those before it."""
+        self._arrived[address] = self.given
         self.given += 1
+        self._tell(table)
+
+    def depart(self, address: int, table: Callable[[int], bytes]) -> bool:
+        """Have the guest load `table(number)` of the device that arrived there as that; False if none did.
+
+        Or if it has been asked for: a table can be loaded once.
+        """
+        number = self._arrived.pop(address, None)
+        if number is not None:
+            self._tell(table(number))
+        return number is not None
+
+    def withdraw(self, address: int, table: Callable[[int], bytes]) -> None:
+        """That device has gone: `table(number)`, which it arrived with, need not be loaded any more."""
+        number = self._arrived.pop(address, None)
+        if number is not None and (arrival := table(number)) in self._events:
+            self._events.remove(arrival)
+
+    def _tell(self, table: bytes) -> None:
+        self._events.append(table)
         os.eventfd_write(self._interrupt_fd, 1)
 
     def read(self, offset: int, size: int) -> int:
@@ -59,7 +84,9 @@ class HotPlug:
 
     def save(self) -> HotPlugState:
         """The machine is paused."""
-        return HotPlugState(events=tuple(self._events), table=self._table, given=self.given)
+        return HotPlugState(
+            events=tuple(self._events), table=self._table, given=self.given, arrived=self._arrived.copy()
+        )
 
     def restore(self, state: HotPlugState) -> None:
         """The reverse of `save`; and the generation ID is another one, of which the guest hears first.
@@ -67,4 +94,4 @@ class HotPlug:
         Who makes that raises the interrupt.
         """
         self._events = [b"", *(event for event in state.events if event)]
-        self._table, self.given = state.table, state.given
+        self._table, self.given, self._arrived = state.table, state.given, state.arrived.copy()

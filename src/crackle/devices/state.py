@@ -43,12 +43,14 @@ class VmClockState(msgspec.Struct, frozen=True, kw_only=True):
 class HotPlugState(msgspec.Struct, frozen=True, kw_only=True):
     """What the guest has not been told yet, the table that it may be reading, and how many it was given.
 
-    events: a table each, or nothing for another generation.
+    events: a table each, or nothing for another generation. arrived: as what number those came that are there, by the
+    guest physical addresses of their windows.
     """
 
     events: tuple[bytes, ...]
     table: bytes
     given: int
+    arrived: dict[int, int] = {}
 
 
 class I8042State(msgspec.Struct, frozen=True, kw_only=True):

@@ -57,6 +57,11 @@ _STOP_TIMEOUT = 0.5
 # And that what is done beside the guest waits for its threads.
 _REST_TIMEOUT = 0.05
 
+# Seconds that a guest has for letting go of a device, and for what it does with the registers after that.
+LET_GO_TIMEOUT = 2.0
+_ACKNOWLEDGE_TIMEOUT = 0.2
+_LOOK_S = 0.001
+
 # The bit of a device's status that says that a driver has it (virtio 1.2, 2.1).
 _DRIVER = 2
 
@@ -190,21 +195,43 @@ class Machine:
         board = self._alive_board()
         self.add(kind, identifier, resource, held)
         try:
-            board.announce(self.plugs.infos[-1])
+            board.announce(self.plugs.info((kind, identifier)))
         except BaseException:
             self.remove(kind, identifier)
             raise
 
     def detach(self, kind: str, identifier: str) -> None:
-        """Take a virtio device away that the guest's driver has let go of. ConfigError when it has not."""
-        self._check_alive()
+        """Take a virtio device away when the guest's driver has let go of it, for which it is asked.
+
+        ConfigError when it has not after LET_GO_TIMEOUT, and of one that the guest began with, at once.
+        """
+        board = self._alive_board()
+        if self._lets_go(board, kind, identifier):
+            info = self.plugs.info((kind, identifier))
+            self.remove(kind, identifier)
+            board.withdraw(info)
+            return
+        raise ConfigError(
+            f"the guest still uses it. Have it let go of {identifier!r}, and ask again: in Linux, write the device's "
+            "name to /sys/bus/platform/drivers/virtio-mmio/unbind."
+        )
+
+    def _lets_go(self, board: Board, kind: str, identifier: str) -> bool:
         device = self.devices[kind, identifier]
-        if device.device_status & _DRIVER:
-            raise ConfigError(
-                f"the guest still uses it. Have it let go of {identifier!r} first: in Linux, write the device's name "
-                "to /sys/bus/platform/drivers/virtio-mmio/unbind."
-            )
-        self.remove(kind, identifier)
+        if not device.device_status & _DRIVER:
+            return True
+        if self._paused or not board.ask_back(self.plugs.info((kind, identifier))):
+            return False
+        until = time.monotonic() + LET_GO_TIMEOUT
+        while device.device_status & _DRIVER:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(_LOOK_S)
+        # It has reset the device. Linux looks at the queues once more, and then acknowledges that there is a device.
+        until = time.monotonic() + _ACKNOWLEDGE_TIMEOUT
+        while not device.device_status and time.monotonic() < until:
+            time.sleep(_LOOK_S)
+        return True
 
     def add_custom(self, identifier: str, device: CustomDevice, saved: MmioState | None = None) -> None:
         """Attach a device written in Python; all of them share a thread, apart from the other devices'."""

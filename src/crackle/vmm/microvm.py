@@ -504,9 +504,11 @@ class MicroVM:
             return device.drive_id
 
     def detach(self, identifier: str) -> None:
-        """Take a disk or a network interface away that the guest's driver has let go of.
+        """Ask the guest for a disk or a network interface, and take it away when the guest's driver has let go of it.
 
-        ConfigError when it has not, or when the guest cannot be without: then it has it still.
+        A Linux guest does within milliseconds; unmount file systems first. One that it began with is unbound in the
+        guest first (docs/hotplug.md). ConfigError when the guest has not let go after two seconds, or cannot be
+        without: then it has it still.
         """
         with self._turn():
             cards = [card.iface_id for card in self.config.network_interfaces]

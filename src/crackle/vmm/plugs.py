@@ -73,6 +73,11 @@ class Plugs:
         self._places.windows.release(transport.address)
         self._places.lines.release(transport.line)
 
+    def info(self, key: Key) -> DeviceInfo:
+        """Where the guest finds a device. KeyError when there is none."""
+        transport = self.transports[key]
+        return DeviceInfo(transport.address, MMIO_SIZE, transport.gsi)
+
     @property
     def devices(self) -> dict[Key, VirtioDevice]:
         """By kind and identifier, in the order in which the guest numbers them."""
@@ -81,7 +86,7 @@ class Plugs:
     @property
     def infos(self) -> list[DeviceInfo]:
         """Where the guest finds them, in the same order."""
-        return [DeviceInfo(each.address, MMIO_SIZE, each.gsi) for each in self.transports.values()]
+        return [self.info(key) for key in self.transports]
 
     def close(self) -> None:
         """Give everything back; neither vCPUs nor I/O threads run any more. Idempotent."""

@@ -73,8 +73,10 @@ _IOAPIC = 1
 _BUTTON_PRESSED = 0x80
 _GENERATION_CHANGED = 0x80
 
-MAX_ARRIVALS = 0x1000
-"""Tables of devices that come: their names have three digits. Linux 6.1 keeps count of 4095 tables and methods."""
+_EJECT_REQUEST = 3
+
+MAX_ARRIVALS = 2000
+"""Devices that come: Linux 6.1 has numbers for 4095 tables, of which each wants two when it has gone again."""
 
 
 def write_tables(
@@ -193,9 +195,31 @@ def dsdt(
 
 
 def arrival(number: int, info: DeviceInfo) -> bytes:
-    """Secondary system description table (5.2.11.2) of the device that came as the `number`-th after the start."""
-    device = _virtio_device(f"H{number:03X}", 1000 + number, info.address, info.size, info.gsi, True)
-    return _table(b"SSDT", 2, aml.scope("\\_SB", device))
+    """Secondary system description table (5.2.11.2) of the device that came as the `number`-th after the start.
+
+    It is in a container, and there below the name of a method. What is below that goes when the method has been
+    executed, whoever put it there: so the guest's interpreter forgets the device when it tells (`_OST`, 6.3.5) that it
+    has got the request to eject the container.
+    """
+    device = _virtio_device("LEFT.VDEV", 1000 + number, info.address, info.size, info.gsi, True)
+    container = aml.device(
+        _arrival_name(number),
+        aml.name("_HID", aml.string("ACPI0004")),
+        aml.name("_UID", aml.integer(number)),
+        aml.method("LEFT", 0),
+        aml.method("_OST", 3, aml.if_equal(aml.ARG0, aml.integer(_EJECT_REQUEST), aml.name_string("LEFT"))),
+        device,
+    )
+    return _table(b"SSDT", 2, container)
+
+
+def departure(number: int) -> bytes:
+    """The table that, when it is loaded, asks for that device."""
+    return _table(b"SSDT", 2, aml.notify(_arrival_name(number), _EJECT_REQUEST))
+
+
+def _arrival_name(number: int) -> str:
+    return f"\\_SB.H{number:03X}"
 
 
 # What is the same for many machines is made once in a process that forks them.

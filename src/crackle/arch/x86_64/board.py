@@ -131,7 +131,16 @@ class Board:
                 f"This guest has been given {acpi.MAX_ARRIVALS} devices since its start, and can be told of no more "
                 "before the next."
             )
-        self._hotplug.announce(acpi.arrival(self._hotplug.given, device))
+        self._hotplug.arrive(device.address, acpi.arrival(self._hotplug.given, device))
+
+    def ask_back(self, device: DeviceInfo) -> bool:
+        """Ask the guest to let go of a device that came while it ran. Whether it can be asked, which is once."""
+        return self._hotplug is not None and self._hotplug.depart(device.address, acpi.departure)
+
+    def withdraw(self, device: DeviceInfo) -> None:
+        """A device has gone."""
+        if self._hotplug is not None:
+            self._hotplug.withdraw(device.address, lambda number: acpi.arrival(number, device))
 
     def counters(self) -> dict[str, dict[str, int]]:
         """What the devices have counted, by section of the metrics."""
