@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from crackle.errors import MemoryAccessError as MemoryAccessError
     from crackle.errors import StateError as StateError
     from crackle.errors import TooLargeError as TooLargeError
+    from crackle.schema.balloon import Balloon as Balloon
     from crackle.schema.config import VmConfig as VmConfig
     from crackle.schema.cpu import CpuConfig as CpuConfig
     from crackle.schema.drive import Drive as Drive
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from crackle.vmm.pool import Pool as Pool
 
 _MODULE_OF = {
+    "Balloon": "crackle.schema.balloon",
     "CapacityError": "crackle.errors",
     "ConfigError": "crackle.errors",
     "Console": "crackle.vmm.console",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from crackle import (
+    Balloon,
     ConfigError,
     Drive,
     EntropyDevice,
@@ -92,6 +93,10 @@ LIKE_THE_API: dict[str, tuple[dict[str, Any], tuple[str, dict[str, Any]]]] = {
         {"vsock": Vsock("3", "v.sock")},  # type: ignore[arg-type]
         ("/vsock", {"guest_cid": "3", "uds_path": "v.sock"}),
     ),
+    "a balloon as text": (
+        {"balloon": Balloon("1", False)},  # type: ignore[arg-type]
+        ("/balloon", {"amount_mib": "1", "deflate_on_oom": False}),
+    ),
     "a limit of an entropy device as text": (
         {"entropy": EntropyDevice(RateLimiter(TokenBucket("1", 2)))},  # type: ignore[arg-type]
         ("/entropy", {"rate_limiter": {"bandwidth": {"size": "1", "refill_time": 2}}}),
@@ -120,6 +125,7 @@ OF_THE_LIBRARY: dict[str, tuple[dict[str, Any], str]] = {
     "a kernel that is no path": ({"kernel": 5}, "kernel must be a path, not 5"),
     "an open disk": ({"rootfs": 0}, "rootfs must be a path, not 0"),
     "a drive that is no path": ({"drives": ["disk", 5]}, "drives[1] must be a path, not 5"),
+    "a balloon that is none": ({"balloon": True}, "balloon must be a number of MiB or a crackle.Balloon"),
     "an entropy device that is none": (
         {"entropy": 5},
         "entropy must be True, False or a crackle.EntropyDevice",

@@ -277,7 +277,7 @@ def test_a_guest_that_waits_for_a_dead_handler_is_stopped(
     handler: Callable[..., Handler], guests: Path, tmp_path: Path
 ) -> None:
     saved(guests, tmp_path)
-    dying = handler("2")
+    dying = handler("3")
     with MicroVM.restore(tmp_path / "s", tmp_path / "m", handler=dying.path) as vm:
         dying.process.wait(PATIENCE)
         # Where KVM can be interrupted while it waits for a page, as of Linux 6.2, the pause succeeds.

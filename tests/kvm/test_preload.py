@@ -127,6 +127,17 @@ def configure(client: Client, directory: Path, guests: Path, kinds: set[str], ba
         client.ask(
             "PUT", "/drives/user", {"drive_id": "user", "is_root_device": False, "socket": backend.path}
         )
+    if "balloon" in kinds:
+        client.ask(
+            "PUT",
+            "/balloon",
+            {
+                "amount_mib": 1,
+                "deflate_on_oom": True,
+                "stats_polling_interval_s": 1,
+                "free_page_hinting": True,
+            },
+        )
     if "entropy" in kinds:
         client.ask("PUT", "/entropy", {"rate_limiter": ops})
     if "vsock" in kinds:
@@ -176,6 +187,11 @@ def use(client: Client, directory: Path, kinds: set[str]) -> None:
         client.ask("PATCH", "/mmds", {"b": None})
         client.ask("GET", "/mmds", expect=200)
         client.ask("PUT", "/mmds", '{"x": ', expect=400)
+    if "balloon" in kinds:
+        client.ask("PATCH", "/balloon", {"amount_mib": 2}, expect=400)
+        client.ask("GET", "/balloon/statistics", expect=200)
+        client.ask("PATCH", "/balloon/statistics", {"stats_polling_interval_s": 2})
+        client.ask("GET", "/balloon/hinting/status", expect=200)
     if "vsock" in kinds:
         with socket.socket(socket.AF_UNIX) as program:
             program.connect(str(directory / "v.sock"))
@@ -192,10 +208,10 @@ KINDS = [
     {"Async", "logger"},
     {"vhost-user"},
     {"vsock"},
-    {"entropy"},
+    {"balloon", "entropy"},
     {"net"},
     {"net", "mmds"},
-    {"logger", "metrics", "Sync", "Async", "vhost-user", "vsock", "entropy", "net", "mmds"},
+    {"logger", "metrics", "Sync", "Async", "vhost-user", "vsock", "balloon", "entropy", "net", "mmds"},
 ]
 
 

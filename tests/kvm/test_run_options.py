@@ -40,7 +40,7 @@ def test_the_api_is_served_as_well_and_its_socket_goes_with_the_guest(guests: Pa
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     path = tmp_path / "api.sock"
-    vsock = ["--vsock", tmp_path / "v.sock", "--entropy"]
+    vsock = ["--vsock", tmp_path / "v.sock", "--entropy", "--balloon", "3"]
     command = [
         *COMMAND,
         "--config",
@@ -67,6 +67,7 @@ def test_the_api_is_served_as_well_and_its_socket_goes_with_the_guest(guests: Pa
         told = json.loads(client.getresponse().read())
         assert told["boot-source"]["boot_args"] == "first second"
         assert told["machine-config"]["mem_size_mib"] == 64
+        assert told["balloon"]["amount_mib"] == 3
         assert told["entropy"] == {"rate_limiter": None}
         assert told["vsock"]["uds_path"] == os.fspath(tmp_path / "v.sock")
         client.request("PATCH", "/vm", json.dumps({"state": "Paused"}))

@@ -12,7 +12,7 @@ from support.traced import calls, trace, unneeded
 # Together they do what microVMs do, in processes of their own or in this one.
 BROAD = (
     "test_preload.py::test_nothing_is_imported_after_the_start"
-    "[Async+Sync+entropy+logger+metrics+mmds+net+vhost-user+vsock]",
+    "[Async+Sync+balloon+entropy+logger+metrics+mmds+net+vhost-user+vsock]",
     "test_bare_boot.py",
     "test_bare_block.py::test_flush_is_offered_with_writeback_and_works[Sync]",
     "test_bare_block.py::test_sum_of_the_whole_device_matches_the_hosts[Sync]",
@@ -21,6 +21,7 @@ BROAD = (
     "test_bare_block.py::test_the_device_works_again_after_a_reset[Async]",
     "test_bare_net.py::test_frames_that_the_guest_sends_arrive_in_order[]",
     "test_bare_vsock.py::test_every_byte_of_a_stream_from_the_guest_arrives[65536]",
+    "test_bare_balloon.py::test_the_api_does_the_same",
     "test_bare_rng.py::test_a_guest_gets_random_bytes[4096-4096]",
     "test_bare_vhost_user.py::test_vmm_process_serves_the_guest_its_disk",
     "test_bare_console.py",

@@ -8,7 +8,6 @@ prints "asked", and gives no page any more. Prints "ready" when it listens, and 
 from __future__ import annotations
 
 import array
-import contextlib
 import ctypes
 import fcntl
 import json
@@ -23,6 +22,7 @@ import sys
 # linux/userfaultfd.h
 UFFDIO_COPY = 0xC028AA03
 PAGEFAULT = 0x12
+REMOVE = 0x15
 MESSAGE = 32
 
 
@@ -54,11 +54,23 @@ def serve(path: str, memory: str, how: str) -> None:
     with open(memory, "rb") as file:
         contents = mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
     source = ctypes.addressof(ctypes.c_char.from_buffer(contents))
-    os.set_blocking(fault, True)
+    os.set_blocking(fault, False)
     left = int(how) if how.isdigit() else -1
     last = int(how.removeprefix("until-")) if how.startswith("until-") else -1
+    waiting: list[bytes] = []
     while left:
-        event, address = struct.unpack_from("<B15xQ", os.read(fault, MESSAGE))
+        # While pages are being given back none can be given.
+        select.select([fault], [], [], 0.01 if waiting else None)
+        given, waiting = waiting, []
+        for copy in given:
+            give(fault, copy, waiting)
+        try:
+            event, address = struct.unpack_from("<B15xQ", os.read(fault, MESSAGE))
+        except BlockingIOError:
+            continue
+        if event == REMOVE:
+            # What comes there then is anybody's guess.
+            continue
         assert event == PAGEFAULT, event
         for mapping in mappings:
             base, page_size = mapping["base_host_virt_addr"], mapping["page_size"]
@@ -68,10 +80,18 @@ def serve(path: str, memory: str, how: str) -> None:
                     print("asked", flush=True)
                     signal.pause()
                 where = source + mapping["offset"] + page - base
-                copy = struct.pack("<QQQQq", page, where, page_size, 0, 0)
-                with contextlib.suppress(FileExistsError):
-                    fcntl.ioctl(fault, UFFDIO_COPY, copy)
+                give(fault, struct.pack("<QQQQq", page, where, page_size, 0, 0), waiting)
         left -= 1
+
+
+def give(fault: int, copy: bytes, waiting: list[bytes]) -> None:
+    """Or note that it is to be given later."""
+    try:
+        fcntl.ioctl(fault, UFFDIO_COPY, copy)
+    except FileExistsError:
+        pass
+    except BlockingIOError:
+        waiting.append(copy)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ _SIZE = re.compile(r"([0-9]+)\s*(?:(M|G)(?:i?B)?)?", re.IGNORECASE)
 _NOT_HERE = (
     "logger",
     "metrics",
-    "balloon",
     "memory_hotplug",
     "pmem",
 )
@@ -61,6 +60,7 @@ class Wanted(msgspec.Struct, kw_only=True):
     read_only: bool = False
     overlay: str | None = None
     vsock: str | None = None
+    balloon: int | None = None
     entropy: bool = False
     metadata: str | None = None
     config: str | None = None
@@ -83,6 +83,7 @@ def options(wanted: Wanted) -> dict[str, Any]:
         "memory": wanted.memory,
         "boot_args": wanted.boot_args,
         "vsock": wanted.vsock,
+        "balloon": wanted.balloon,
         "entropy": wanted.entropy or None,
         "cpu_template": wanted.cpu_template,
     }
@@ -173,6 +174,7 @@ def _arguments(config: VmConfig) -> dict[str, Any]:
         "drives": config.drives,
         "interfaces": config.network_interfaces,
         "vsock": config.vsock,
+        "balloon": config.balloon,
         "entropy": config.entropy or False,
         "mmds": config.mmds_config,
     }

@@ -103,6 +103,12 @@ def run(
     vsock: Annotated[
         str | None, typer.Option(metavar="PATH", help="Unix socket that leads to the guest's vsock ports.")
     ] = None,
+    balloon: Annotated[
+        int | None,
+        typer.Option(
+            metavar="MIB", help="Give the guest a balloon that takes so much of its memory at first; often 0."
+        ),
+    ] = None,
     entropy: Annotated[
         bool, typer.Option("--entropy", help="Give the guest the host's random numbers, as /dev/hwrng.")
     ] = False,
@@ -159,6 +165,7 @@ def run(
         read_only=read_only,
         overlay=overlay,
         vsock=vsock,
+        balloon=balloon,
         entropy=entropy,
         metadata=metadata,
         config=config,

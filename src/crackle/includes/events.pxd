@@ -5,6 +5,7 @@ from posix.time cimport itimerspec
 
 cdef extern from "<poll.h>" nogil:
     enum:
+        POLLERR
         POLLHUP
         POLLIN
     struct pollfd:

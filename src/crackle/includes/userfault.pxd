@@ -3,6 +3,8 @@
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 
 cdef extern from "<sys/ioctl.h>" nogil:
+    enum:
+        FIONBIO
     int ioctl(int fd, unsigned long request, ...)
 
 cdef extern from *:

@@ -67,4 +67,3 @@ cdef extern from "<linux/virtio_ids.h>" nogil:
     enum:
         VIRTIO_ID_BLOCK
         VIRTIO_ID_RNG
-        VIRTIO_ID_BALLOON

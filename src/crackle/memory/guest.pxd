@@ -34,6 +34,8 @@ cdef class GuestMemory:
     cdef void _forget_older(self) noexcept
     # Host address of [gpa, gpa + size), or NULL unless the whole range is inside one region.
     cdef uint8_t *span(self, uint64_t gpa, uint64_t size) noexcept nogil
+    # The region that `gpa` is in, or NULL; for as long as its listener has not answered.
+    cdef const region_t *find(self, uint64_t gpa) noexcept nogil
     # How many of the `size` bytes at `gpa` lie together in one region, and where: `host` is set unless that is 0.
     cdef uint64_t piece(self, uint64_t gpa, uint64_t size, uint8_t **host) noexcept nogil
     # Waits for the pages of [host, host + size), a range that span() or piece() gave, where `pages` is not PAGES_THERE.

@@ -53,6 +53,16 @@ INHERITABLE = ("anonymous", "transparent", "file")
 ADDRESS_BITS = 52
 
 
+cdef inline const region_t *region_of(const region_table *table, uint64_t gpa) noexcept nogil:
+    cdef const region_t *r
+    cdef int i
+    for i in range(table.count):
+        r = &table.regions[i]
+        if gpa >= r.gpa and gpa - r.gpa < r.size:
+            return r
+    return NULL
+
+
 cdef class GuestMemory:
     """Guest RAM as a table of regions.
 
@@ -237,15 +247,14 @@ cdef class GuestMemory:
     # -- native access -------------------------------------------------------------------------------------------
 
     cdef uint64_t piece(self, uint64_t gpa, uint64_t size, uint8_t **host) noexcept nogil:
-        cdef region_table *table = observe(&self.table)
-        cdef int i
-        cdef region_t *r
-        for i in range(table.count):
-            r = &table.regions[i]
-            if gpa >= r.gpa and gpa - r.gpa < r.size:
-                host[0] = r.hva + (gpa - r.gpa)
-                return min(size, r.size - (gpa - r.gpa))
-        return 0
+        cdef const region_t *r = region_of(observe(&self.table), gpa)
+        if r == NULL:
+            return 0
+        host[0] = r.hva + (gpa - r.gpa)
+        return min(size, r.size - (gpa - r.gpa))
+
+    cdef const region_t *find(self, uint64_t gpa) noexcept nogil:
+        return region_of(observe(&self.table), gpa)
 
     cdef uint8_t *span(self, uint64_t gpa, uint64_t size) noexcept nogil:
         cdef uint8_t *host = NULL

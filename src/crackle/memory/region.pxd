@@ -10,6 +10,8 @@ cdef struct region_t:
     uint64_t size
     uint8_t *hva
     uint64_t *dirty         # one bit a page, or NULL when writes are not tracked
+    uint64_t page           # bytes of which the host has all or none
+    bint shared             # the bytes are a file's, for whoever else has it
 
 cdef class Region:
     cdef region_t r

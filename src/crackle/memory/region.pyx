@@ -240,6 +240,8 @@ cdef Region map_region(uint64_t gpa, uint64_t size, str backing, int fd, uint64_
             reason += "; reserve enough 2 MiB pages with sysctl vm.nr_hugepages"
         raise ConfigError(f"cannot map {size >> 20} MiB of guest memory ({backing}): {reason}")
     region.r.gpa, region.r.size, region.r.hva = gpa, size, <uint8_t *> mapped
+    region.r.page = HUGE_PAGE_SIZE if backing.startswith("hugepages") else PAGE_SIZE
+    region.r.shared = flags & MAP_SHARED != 0
     advise(mapped, size, backing.startswith("transparent"))
     return region
 

@@ -10,9 +10,10 @@ from libc.stdint cimport uint8_t, uint64_t
 from posix.fcntl cimport O_NONBLOCK, O_RDWR, open
 from posix.unistd cimport close, read
 
-from crackle.includes.events cimport POLLIN, poll, pollfd
+from crackle.includes.events cimport POLLERR, POLLIN, poll, pollfd
 from crackle.includes.socket cimport MSG_DONTWAIT, recv
 from crackle.includes.userfault cimport (
+    FIONBIO,
     UFFD_API,
     UFFD_FEATURE_EVENT_REMOVE,
     UFFDIO_API,
@@ -22,6 +23,7 @@ from crackle.includes.userfault cimport (
     USERFAULTFD_IOC_NEW,
     ioctl,
     make_userfault,
+    uffd_msg,
     uffdio_api,
     uffdio_range,
     uffdio_register,
@@ -100,6 +102,22 @@ def unregister_range(int fd, uint64_t address, uint64_t size):
     cdef uffdio_range request
     request.start, request.len = address, size
     checked(ioctl(fd, UFFDIO_UNREGISTER, &request))
+
+
+def hear_out(int fd):
+    """Take what waits to be told, without an answer: who waits for it to be heard, as it gives pages back, goes on."""
+    cdef uffd_msg messages[16]
+    cdef pollfd ready
+    cdef int now = 1, before = 0
+    ready.fd, ready.events, ready.revents = fd, POLLIN, 0
+    if poll(&ready, 1, 0) <= 0:
+        return
+    # The handler has the same descriptor, and may have made it one that waits: then poll says POLLERR.
+    ioctl(fd, FIONBIO, &now)
+    while read(fd, messages, sizeof(messages)) > 0:
+        pass
+    if ready.revents & POLLERR:
+        ioctl(fd, FIONBIO, &before)
 
 
 cdef class Touch:

@@ -25,7 +25,7 @@ from _thread import allocate_lock
 import msgspec
 
 from crackle.errors import ConfigError, os_reason
-from crackle.memory.userfault import Touch, Watch, open_userfault, register_range, unregister_range
+from crackle.memory.userfault import Touch, Watch, hear_out, open_userfault, register_range, unregister_range
 from crackle.runtime.channel import rights
 from crackle.runtime.threads import Thread
 
@@ -186,7 +186,11 @@ class Handover:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def release(self) -> None:
-        """Let zeros come for all that is missing, and for who waits."""
+        """Let zeros come for all that is missing, and for who waits; and who gives pages back need not wait either."""
+        self._unregister()
+        hear_out(self._fd)
+
+    def _unregister(self) -> None:
         for address, size in self._ranges:
             with contextlib.suppress(OSError):
                 unregister_range(self._fd, address, size)
@@ -199,7 +203,7 @@ class Handover:
         if self._fd < 0:
             return
         if self._pid == os.getpid():
-            self.release()
+            self._unregister()
             if self._watch is not None:
                 self._watch.end()
             for thread in (self._watching, self._fetching):

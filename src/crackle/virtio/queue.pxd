@@ -42,6 +42,7 @@ cdef class Virtqueue:
     cdef GuestMemory memory
     cdef bint event_idx
     cdef bint indirect
+    cdef bint names_only        # of what is to be written the device wants to know where it is, and not to write there
     cdef bint hushed            # the driver has been told, by the flag, that no notification is wanted
     cdef uint16_t next_avail
     cdef uint16_t next_used

@@ -112,7 +112,7 @@ cdef class Virtqueue:
                 return self.broken("descriptor points outside guest memory")
             if n == CHAIN_IOV:
                 return self.broken("descriptor chain in too many pieces of guest memory")
-            if self.memory.pages != PAGES_THERE:
+            if self.memory.pages != PAGES_THERE and not (self.names_only and d.flags & VRING_DESC_F_WRITE):
                 self.memory.fetch(host, min(part, MAX_FETCH))
             c.iov[n].iov_base, c.iov[n].iov_len, c.gpa[n] = host, part, gpa
             n += 1

@@ -13,6 +13,12 @@ from typing import Any, TypeVar, get_args
 import msgspec
 
 from crackle.errors import ConfigError, reason_of
+from crackle.schema.balloon import (
+    Balloon,
+    BalloonHintingStart,
+    BalloonStatsUpdate,
+    BalloonUpdate,
+)
 from crackle.schema.boot import BootSource
 from crackle.schema.codec import check_id, made, validated
 from crackle.schema.cpu import CpuConfig
@@ -38,6 +44,10 @@ _ABOUT = {
     NetworkInterface: "Network config error",
     NetworkInterfaceUpdate: "Network config error",
     Vsock: "Vsock config error",
+    Balloon: "Balloon config error",
+    BalloonUpdate: "Balloon update error",
+    BalloonStatsUpdate: "Balloon update error",
+    BalloonHintingStart: "Balloon update error",
     EntropyDevice: "Entropy device error",
     MmdsConfig: "MMMDS config error",  # as clients know it
     Jail: "Jail error",
@@ -194,6 +204,27 @@ def interfaces_of(interfaces: object) -> list[NetworkInterface]:
         else make(NetworkInterface, iface_id=f"eth{index}", host_dev_name=interface)
         for index, interface in enumerate(given)
     ]
+
+
+# Seconds between statistics of a balloon of which only the size is said.
+BALLOON_INTERVAL_S = 5
+
+
+def balloon_of(value: object) -> Balloon | None:
+    """The balloon, if there is to be one; a number is its size in MiB."""
+    if value is None:
+        return None
+    if isinstance(value, Balloon):
+        return checked(value)
+    if isinstance(value, bool):
+        raise ConfigError(f"balloon must be a number of MiB or a crackle.Balloon, not {value!r}")
+    return make(
+        Balloon,
+        amount_mib=value,
+        deflate_on_oom=True,
+        stats_polling_interval_s=BALLOON_INTERVAL_S,
+        free_page_reporting=True,
+    )
 
 
 def entropy_of(value: object) -> EntropyDevice | None:

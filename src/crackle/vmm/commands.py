@@ -126,11 +126,15 @@ _ABSENT = {
 }
 
 
-def check_supported(command: Command, state: str) -> None:
+def absent(name: str, state: str) -> ConfigError:
+    """For a command about a device that this microVM has not."""
+    if name == "get_balloon" and state == NOT_STARTED:
+        return ConfigError("Balloon config error: No balloon device found.")
+    return ConfigError(_ABSENT[name])
+
+
+def check_supported(command: Command) -> None:
     """Raise ConfigError if Crackle cannot do what is asked for yet."""
     what = NOT_YET.get(command.name)
-    if what is None:
-        return
-    if command.name == "get_balloon" and state == NOT_STARTED:
-        raise ConfigError("Balloon config error: No balloon device found.")
-    raise ConfigError(_ABSENT.get(command.name, f"Crackle does not support {what} yet."))
+    if what is not None:
+        raise ConfigError(_ABSENT.get(command.name, f"Crackle does not support {what} yet."))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from crackle.schema import (
+        Balloon,
         BootSource,
         CpuConfig,
         Drive,
@@ -104,6 +105,12 @@ class Configuration:
         with context("Machine config error"):
             wanted = updated(self.config.machine_config, update)
             _check_tracking(wanted.track_dirty_pages, self.config.shares_memory)
+            balloon = self.config.balloon
+            if balloon is not None and wanted.mem_size_mib < balloon.amount_mib:
+                raise ConfigError(
+                    "The memory size (MiB) is smaller than the previously set balloon device target size. "
+                    f"They are {wanted.mem_size_mib} and {balloon.amount_mib}."
+                )
             self.config.machine_config = wanted
             if update.cpu_template not in (None, msgspec.UNSET):
                 self.config.cpu_config = None
@@ -216,6 +223,16 @@ class Configuration:
             (i for i, other in enumerate(section) if getattr(other, how.id_field) == name), len(section)
         )
         section[at : at + 1] = [complete]
+
+    def put_balloon(self, balloon: Balloon) -> None:
+        with context("Balloon config error"):
+            assert self.config.machine_config is not None
+            if balloon.amount_mib > self.config.machine_config.mem_size_mib:
+                raise ConfigError(
+                    f"Amount of pages requested is too large. It is {balloon.amount_mib} MiB, and the microVM has "
+                    f"{self.config.machine_config.mem_size_mib}."
+                )
+        self.config.balloon = balloon
 
     def put_entropy(self, entropy: EntropyDevice) -> None:
         with context("Entropy device error"):

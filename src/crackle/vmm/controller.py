@@ -18,9 +18,18 @@ from crackle.schema.machine import default_machine_config
 from crackle.telemetry.logger import DEFAULT_INSTANCE_ID, Logger
 from crackle.telemetry.metrics import Metrics
 from crackle.version import FIRECRACKER_VERSION, VERSION
-from crackle.vmm.commands import NOT_STARTED, PAUSED, RUNNING, STOPPED, Command, check_state, check_supported
+from crackle.vmm.commands import (
+    NOT_STARTED,
+    PAUSED,
+    RUNNING,
+    STOPPED,
+    Command,
+    absent,
+    check_state,
+    check_supported,
+)
 from crackle.vmm.configuration import Configuration, merge
-from crackle.vmm.devices import KINDS, PATCHES, RESOURCES, kind_of_drive
+from crackle.vmm.devices import ASKS, KINDS, PATCHES, RESOURCES, kind_of_drive
 from crackle.vmm.files import read_template
 from crackle.vmm.preload import preload
 
@@ -33,6 +42,7 @@ if TYPE_CHECKING:
     from crackle.mmds.store import Store
     from crackle.runtime.threads import Worker
     from crackle.schema import (
+        Balloon,
         Drive,
         DriveUpdate,
         Fork,
@@ -92,6 +102,7 @@ if TYPE_CHECKING:
         def update(self, kind: str, identifier: str, resource: Any, held: Held | None = None) -> None: ...
         def attach(self, kind: str, identifier: str, resource: Any, held: Held | None = None) -> None: ...
         def detach(self, kind: str, identifier: str) -> None: ...
+        def ask(self, kind: str, identifier: str, call: Callable[[Any, Any], Any], resource: Any) -> Any: ...
         def metrics(self) -> Mapping[str, Mapping[str, Any]]: ...
         def save(self, *, durable: bool = True) -> MachineState: ...
         def copy_overlay(self, drive: str, path: str) -> None: ...
@@ -188,7 +199,7 @@ class Controller:
         another CrackleError if carrying it out failed; the message is the API's answer.
         """
         check_state(command.name, self.state)
-        check_supported(command, self.state)
+        check_supported(command)
         if self.state != NOT_STARTED or not self._configuration.take(command):
             return self._carry_out(command)
         self._configured |= command.name != "put_serial"
@@ -197,6 +208,8 @@ class Controller:
 
     def _carry_out(self, command: Command) -> Any:
         own = getattr(self, f"_{command.name}", None)
+        if command.name in ASKS:
+            return self._ask_device(command.name, command.resource)
         if own is None:
             return self._patch_device(PATCHES[command.name], command.resource)
         return own(*(() if command.resource is None else (command.resource,)))
@@ -507,6 +520,25 @@ class Controller:
             before = resource.find(self.config, identifier)
             self._running_machine().update(name, identifier, update)
         merge(before, update)
+
+    def _ask_device(self, name: str, resource: Any) -> Any:
+        """Ask a device what its registry says, of which there is one at most."""
+        kind, ask = ASKS[name]
+        how = KINDS[kind].resource
+        assert how is not None, "whoever can be asked has been configured"
+        configured = how.of(self.config)
+        if not configured:
+            raise absent(name, self.state)
+        with context(ask.words):
+            result = self._running_machine().ask(kind, kind, ask.call, resource)
+        if ask.notes:
+            merge(configured[0], resource)
+        return result
+
+    def _get_balloon(self) -> Balloon:
+        if self.config.balloon is None:
+            raise absent("get_balloon", self.state)
+        return self.config.balloon
 
     def stop(self) -> None:
         """End the microVM, whatever its state, and let go of everything it holds; idempotent."""

@@ -15,11 +15,14 @@ from crackle.vmm.files import open_overlaid
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from typing import Any
 
     from crackle.memory import GuestMemory
+    from crackle.schema import Balloon as BalloonResource
     from crackle.schema import (
+        BalloonHintingStatus,
+        BalloonStats,
         Drive,
         DriveUpdate,
         EntropyDevice,
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
         VmConfig,
     )
     from crackle.schema import Vsock as VsockResource
+    from crackle.virtio.balloon.device import Balloon
     from crackle.virtio.block.backing import Backing
     from crackle.virtio.block.device import Block
     from crackle.virtio.device import VirtioDevice
@@ -169,6 +173,62 @@ def make_entropy(memory: GuestMemory, entropy: EntropyDevice) -> Rng:
     return Rng(memory, limiter=entropy.rate_limiter)
 
 
+def make_balloon(memory: GuestMemory, balloon: BalloonResource) -> Balloon:
+    """ConfigError when it would be larger than guest memory."""
+    from crackle.virtio.balloon.device import Balloon
+
+    return Balloon(
+        memory,
+        balloon.amount_mib,
+        deflate_on_oom=balloon.deflate_on_oom,
+        stats_interval_s=balloon.stats_polling_interval_s,
+        hinting=balloon.free_page_hinting,
+        reporting=balloon.free_page_reporting,
+    )
+
+
+def resize_balloon(balloon: Balloon, update: Any) -> None:
+    """Another target; ConfigError changes nothing."""
+    balloon.resize(update.amount_mib)
+
+
+def poll_balloon(balloon: Balloon, update: Any) -> None:
+    """Another interval between statistics; ConfigError changes nothing."""
+    balloon.poll_statistics(update.stats_polling_interval_s)
+
+
+def balloon_statistics(balloon: Balloon, _nothing: None) -> BalloonStats:
+    """The last that the driver has told."""
+    return balloon.statistics()
+
+
+def start_hinting(balloon: Balloon, start: Any) -> None:
+    """Ask for the free pages there are."""
+    balloon.start_hinting(start.acknowledge_on_stop)
+
+
+def stop_hinting(balloon: Balloon, _nothing: object) -> None:
+    """Let the driver have them again."""
+    balloon.stop_hinting()
+
+
+def hinting_status(balloon: Balloon, _nothing: None) -> BalloonHintingStatus:
+    """How far that is."""
+    return balloon.hinting_status()
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """What can be asked of a device while the guest runs, as a command of its own.
+
+    call(device, resource) -> the command's result. words: in front of what is wrong with it. notes: what the resource
+    gives is part of the configuration from then on.
+    """
+
+    call: Callable[[Any, Any], Any]
+    words: str
+    notes: bool = False
+
+
 class Resource(msgspec.Struct, frozen=True, kw_only=True):
     """How a device is configured: its requests, its section of the configuration file, its commands.
 
@@ -215,7 +275,8 @@ class Kind(msgspec.Struct, frozen=True):
     cannot be changed. open(resource), where there is something to hold from the configuration on, so that nobody else
     gets it: make has it as a third argument. Where the configuration holds something else for it, make and update may
     have that as a third argument. check(resource, warn) -> what is kept of it, where `Configuration` has no method for
-    it. choose(resource): the name of the kind, where a resource may be one of several.
+    it. choose(resource): the name of the kind, where a resource may be one of several. asks: what else can be asked of
+    it, by the names of the commands.
     """
 
     make: Callable[..., VirtioDevice] | None = None
@@ -224,7 +285,10 @@ class Kind(msgspec.Struct, frozen=True):
     resource: Resource | None = None
     check: Callable[[Any, Callable[[str], None]], Any] | None = None
     choose: Callable[[Any], str] | None = None
+    asks: Mapping[str, Ask] = msgspec.field(default_factory=dict)
 
+
+_BALLOON = "Balloon update error"
 
 # In the order in which the guest gets them.
 KINDS = {
@@ -275,14 +339,22 @@ KINDS = {
         ),
     ),
     "balloon": Kind(
+        make_balloon,
         resource=Resource(
             name="balloon",
             body=schema.Balloon,
             update=schema.BalloonUpdate,
             section="balloon",
             path="balloon",
-            missing="the balloon device",
-        )
+        ),
+        asks={
+            "patch_balloon": Ask(resize_balloon, _BALLOON, notes=True),
+            "patch_balloon_statistics": Ask(poll_balloon, _BALLOON, notes=True),
+            "get_balloon_statistics": Ask(balloon_statistics, "Internal VMM error"),
+            "start_balloon_hinting": Ask(start_hinting, _BALLOON),
+            "stop_balloon_hinting": Ask(stop_hinting, _BALLOON),
+            "get_balloon_hinting": Ask(hinting_status, _BALLOON),
+        },
     ),
     "entropy": Kind(
         make_entropy,
@@ -331,6 +403,10 @@ PUTS = {f"put_{kind.resource.name}": name for name, kind in KINDS.items() if kin
 PATCHES = {
     f"patch_{kind.resource.name}": name for name, kind in KINDS.items() if kind.resource and kind.update
 }
+
+
+# Kind and how, by the command's name.
+ASKS = {command: (name, ask) for name, kind in KINDS.items() for command, ask in kind.asks.items()}
 
 
 def configured(config: VmConfig) -> Iterator[tuple[str, str, Any]]:

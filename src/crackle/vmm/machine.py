@@ -567,6 +567,11 @@ class Machine:
             raise ConfigError(f"there is no {kind} device {identifier!r} that can be changed")
         update(device, resource, *(() if held is None else (held,)))
 
+    def ask(self, kind: str, identifier: str, call: Callable[[Any, Any], Any], resource: Any) -> Any:
+        """What `call(device, resource)` gives. ConfigError as it raises that."""
+        self._check_alive()
+        return call(self.devices[kind, identifier], resource)
+
     def _alive_board(self) -> Board:
         self._check_alive()
         assert self.board is not None, "a built machine has one"
@@ -644,6 +649,8 @@ class Machine:
                 vcpu.stop()
             self._ended = self.exit_status() or ExitStatus("stopped", "the microVM was stopped", EXIT_OK)
             os.eventfd_write(self.exit_fd, 1)
+            # The kernel may fetch a page for a vCPU that has gone, and keeps the virtual machine until it comes.
+            self.memory.release()
             self._give_back()
 
     def _free_waiting(self) -> None:
@@ -653,12 +660,16 @@ class Machine:
         threads: list[Worker] = [*self._io_threads(), *self.vcpus]
         for thread in threads:
             thread.request_stop()
-        until = time.monotonic() + _STOP_TIMEOUT
-        try:
-            for thread in threads:
-                thread.wait_paused(max(until - time.monotonic(), 0.0))
-        except KvmError:
-            self.memory.release()
+        # Once more for a thread that was just about to wait.
+        for _ in range(2):
+            until = time.monotonic() + _STOP_TIMEOUT
+            try:
+                for thread in threads:
+                    thread.wait_paused(max(until - time.monotonic(), 0.0))
+            except KvmError:
+                self.memory.release()
+            else:
+                return
 
     def _give_back(self) -> None:
         for io in self._io_threads():

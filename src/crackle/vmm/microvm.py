@@ -17,6 +17,7 @@ import msgspec
 
 from crackle.errors import CrackleError, GuestError, StateError
 from crackle.runtime.ownership import end_dropped, enrol
+from crackle.schema.balloon import Balloon
 from crackle.schema.boot import BootSource
 from crackle.schema.config import VmConfig
 from crackle.schema.cpu import CpuConfig
@@ -34,6 +35,7 @@ from crackle.telemetry.logger import DEFAULT_INSTANCE_ID, Logger
 from crackle.virtio.custom.base import VirtioDevice
 from crackle.vmm.arguments import (
     backend_of,
+    balloon_of,
     check_rest,
     checked,
     console_of,
@@ -51,6 +53,7 @@ from crackle.vmm.arguments import (
     path_of,
     template_of,
 )
+from crackle.vmm.balloon import BalloonControl
 from crackle.vmm.commands import ALLOWED, NOT_STARTED, PAUSED, Command
 from crackle.vmm.console import DEFAULT_LIMIT, Console
 from crackle.vmm.controller import DEFAULT_METADATA_LIMIT
@@ -82,6 +85,8 @@ class MicroVM:
     metadata: a JSON document that the guest finds at http://169.254.169.254 on every interface, opening a session first
     (MMDS version 2); `mmds`, a `MmdsConfig`, says so otherwise. Either is enough; `self.metadata` changes the document,
     which has at most `metadata_limit` bytes.
+    balloon: MiB of memory that the guest is to give up at first, often 0, which `self.balloon` changes. It lets go when
+    the guest has no other memory, tells statistics every 5 s, and reports free pages; a `Balloon` says otherwise.
     entropy: give the guest the host's random numbers, /dev/hwrng; an `EntropyDevice` limits how many.
     devices: virtio devices written in Python, instances of subclasses of `crackle.VirtioDevice`.
     boot_args: the kernel command line; the default puts the console on the serial port.
@@ -123,6 +128,7 @@ class MicroVM:
         metadata: Any = None,
         mmds: MmdsConfig | None = None,
         metadata_limit: int = DEFAULT_METADATA_LIMIT,
+        balloon: int | Balloon | None = None,
         entropy: bool | EntropyDevice = False,
         devices: Sequence[VirtioDevice] = (),
         overlay: str | os.PathLike[str] | Overlay | None = None,
@@ -170,7 +176,7 @@ class MicroVM:
             boot_args=boot_args,
         )
         disks, cards = drives_of(rootfs, drives, read_only, overlay), interfaces_of(interfaces)
-        custom, randomness = devices_of(devices), entropy_of(entropy)
+        custom, randomness, air = devices_of(devices), entropy_of(entropy), balloon_of(balloon)
         if vsock is not None:
             if isinstance(vsock, Vsock):
                 vsock = checked(vsock)
@@ -206,6 +212,8 @@ class MicroVM:
                 self._order("put_network", card)
             if vsock is not None:
                 self._order("put_vsock", vsock)
+            if air is not None:
+                self._order("put_balloon", air)
             if randomness is not None:
                 self._order("put_entropy", randomness)
             if mmds is not None:
@@ -705,6 +713,11 @@ class MicroVM:
         """The configuration, as GET /vm/config gives it."""
         config: VmConfig = self._order("get_config")
         return config
+
+    @property
+    def balloon(self) -> BalloonControl:
+        """The balloon: its size, statistics and hints. Each asks, and says so where there is none."""
+        return BalloonControl(self._order)
 
     @property
     def metadata(self) -> Any:

@@ -54,6 +54,7 @@ _ASYNC = "crackle.virtio.block.uring"
 _LIMITER = "crackle.ratelimit.limiter"
 _NET = "crackle.virtio.net.device"
 _VSOCK = "crackle.virtio.vsock.device"
+_BALLOON = "crackle.virtio.balloon.device"
 _RNG = "crackle.virtio.rng.device"
 _METADATA = ("crackle.mmds.store", "crackle.mmds.service")
 
@@ -89,6 +90,7 @@ def preload_all() -> None:
                 _NET,
                 "crackle.virtio.net.tap",
                 _VSOCK,
+                _BALLOON,
                 _RNG,
                 *_METADATA,
             ),
@@ -139,6 +141,8 @@ def _configured(config: VmConfig | None) -> Iterator[str]:
         yield from (_NET, _LIMITER)
     if config.vsock is not None:
         yield _VSOCK
+    if config.balloon is not None:
+        yield _BALLOON
     if config.entropy is not None:
         yield from (_RNG, _LIMITER)
     if config.mmds_config is not None:

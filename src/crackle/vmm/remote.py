@@ -30,6 +30,7 @@ from crackle import errors
 from crackle.errors import CrackleError, StateError
 from crackle.runtime.channel import Channel, pair
 from crackle.runtime.inherit import ENDED, status_of
+from crackle.schema.balloon import Balloon, BalloonHintingStatus, BalloonStats
 from crackle.schema.config import VmConfig
 from crackle.schema.fork import Forked
 from crackle.schema.instance import InstanceInfo, Version
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 
 # What the commands' results are; those that are not there have any JSON, or none.
 _RESULTS: Mapping[str, Any] = {
+    "get_balloon": Balloon,
+    "get_balloon_hinting": BalloonHintingStatus,
+    "get_balloon_statistics": BalloonStats,
     "get_config": VmConfig,
     "get_instance": InstanceInfo,
     "get_machine": MachineConfig,

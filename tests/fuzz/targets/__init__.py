@@ -33,6 +33,7 @@ NAMES = {
             for part in ("device", "receive", "mux", "streams", "host", "listener", "credit", "table")
         ),
     ),
+    "balloon": Name("balloon:Memory", ("virtio.balloon.device", "virtio.balloon.pages", "memory.discard")),
     "rng": Name("rng:Entropy", ("virtio.rng.device",)),
     "vhost": Name("vhost:BackEnd", ("virtio.vhost_user.protocol",), python=True),
     "python": Name("custom:Python", ("virtio.custom.device",)),

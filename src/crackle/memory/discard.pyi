@@ -1,0 +1,3 @@
+from crackle.memory.guest import GuestMemory
+
+def give_back(memory: GuestMemory, gpa: int, size: int) -> tuple[int, bool]: ...
