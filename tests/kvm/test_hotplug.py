@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import time
@@ -16,6 +17,8 @@ from crackle.arch.x86_64 import layout
 from crackle.devices.hotplug import EVENT, GENERATION, TABLE
 from crackle.virtio.net.tap import open_tap
 from support.network import Namespace
+
+from .conftest import Process
 
 MAGIC, STATUS = 0, 0x70
 VIRT = int.from_bytes(b"virt", "little")
@@ -225,3 +228,38 @@ def test_what_the_metadata_service_answers_on_stays(namespace: Namespace, guests
         with pytest.raises(ConfigError, match="The metadata service answers on 'eth0'"):
             vm.detach("eth0")
         assert [card.iface_id for card in vm.config.network_interfaces] == ["eth0"]
+
+
+def test_over_the_api_devices_come_whose_kind_the_microvm_has_had(
+    guests: Path, tmp_path: Path, disk: Path
+) -> None:
+    """Under filters code cannot be loaded any more, where no zygote has it: that is said, and nothing has changed."""
+    (tmp_path / "config").write_text(
+        json.dumps(
+            {
+                "boot-source": {"kernel_image_path": str(guests / "idle.elf"), "boot_args": ""},
+                "machine-config": {"vcpu_count": 1, "mem_size_mib": 64},
+                "drives": [{"drive_id": "root", "is_root_device": True, "path_on_host": str(disk)}],
+            }
+        )
+    )
+    (tmp_path / "other").write_bytes(bytes(512))
+    other = {"drive_id": "other", "is_root_device": False, "path_on_host": str(tmp_path / "other")}
+    vmm = Process(tmp_path, "--config-file", str(tmp_path / "config"))
+    try:
+        for _ in range(2):
+            vmm.api.ask("PUT", "/drives/other", other)
+            vmm.api.ask("DELETE", "/drives/other")
+        interface = {"iface_id": "eth0", "host_dev_name": "none"}
+        answer = vmm.api.ask("PUT", "/network-interfaces/eth0", interface, expect=400)
+        assert answer["fault_message"].startswith(
+            "Network config error: Unable to attach the net device: cannot import crackle.virtio.net.device, which a "
+            "microVM that runs may not load: begin with a device of this kind"
+        )
+        assert vmm.api.ask("GET", "/vm/config", expect=200)["network-interfaces"] == []
+        assert vmm.api.ask("DELETE", "/drives/root", expect=400)["fault_message"].endswith(
+            "as long as it runs."
+        )
+    finally:
+        vmm.process.kill()
+        vmm.process.communicate()

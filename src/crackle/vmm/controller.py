@@ -31,7 +31,7 @@ from crackle.vmm.commands import (
 from crackle.vmm.configuration import Configuration, merge
 from crackle.vmm.devices import ASKS, KINDS, PATCHES, RESOURCES, kind_of_drive
 from crackle.vmm.files import read_template
-from crackle.vmm.preload import preload
+from crackle.vmm.preload import preload_coming
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -466,6 +466,7 @@ class Controller:
     def _put_drive(self, drive: Drive) -> None:
         with context("Drive config error: Unable to attach the block device"):
             self._configuration.check_new_drive(drive)
+            preload_coming(drives=[drive])
         self._configuration.put_drive(drive)
         with context("Drive config error: Unable to attach the block device"):
             self._attach(kind_of_drive(drive), drive.drive_id, self.config.drives[-1])
@@ -473,6 +474,7 @@ class Controller:
     def _put_network(self, interface: NetworkInterface) -> None:
         with context("Network config error: Unable to attach the net device"):
             self._configuration.check_new_interface(interface)
+            preload_coming(interfaces=[interface])
         self._configuration.put_network(interface)
         with context("Network config error: Unable to attach the net device"):
             self._attach("net", interface.iface_id, self.config.network_interfaces[-1])
@@ -480,7 +482,6 @@ class Controller:
     def _attach(self, kind: str, identifier: str, resource: Drive | NetworkInterface) -> None:
         """Have the guest get what has just been configured, or forget it."""
         try:
-            preload(self.config)
             held = self._configuration.held.get((kind, identifier))
             self._running_machine().attach(kind, identifier, resource, held)
         except BaseException:

@@ -14,8 +14,9 @@ from crackle.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
+    from crackle.schema import Drive, NetworkInterface
     from crackle.schema.config import VmConfig
 
 # For what goes wrong: a request that is no JSON, a guest that fails or stays silent. And what is compiled of what a
@@ -53,6 +54,7 @@ _BLOCK = ("crackle.virtio.block.device", "crackle.virtio.block.backing", "crackl
 _ASYNC = "crackle.virtio.block.uring"
 _LIMITER = "crackle.ratelimit.limiter"
 _NET = "crackle.virtio.net.device"
+_TAP = "crackle.virtio.net.tap"
 _VSOCK = "crackle.virtio.vsock.device"
 _BALLOON = "crackle.virtio.balloon.device"
 _RNG = "crackle.virtio.rng.device"
@@ -65,6 +67,13 @@ def preload(config: VmConfig | None = None, *, custom: bool = False, terminal: b
     custom: it has devices written in Python. terminal: its console is one. ConfigError when a module is not there.
     """
     _import((*ALWAYS, *_configured(config), *_given(custom, terminal)))
+
+
+def preload_coming(*, drives: Sequence[Drive] = (), interfaces: Sequence[NetworkInterface] = ()) -> None:
+    """Import what devices want that come while the machine runs. ConfigError when there is no leave to any more."""
+    _import(
+        _of(drives, interfaces), "which a microVM that runs may not load: begin with a device of this kind"
+    )
 
 
 def preload_idle() -> None:
@@ -88,7 +97,7 @@ def preload_all() -> None:
                 _ASYNC,
                 _LIMITER,
                 _NET,
-                "crackle.virtio.net.tap",
+                _TAP,
                 _VSOCK,
                 _BALLOON,
                 _RNG,
@@ -106,14 +115,12 @@ def preload_api() -> None:
     _import(("crackle.api.server",))
 
 
-def _import(names: Iterable[str]) -> None:
+def _import(names: Iterable[str], consequence: str = "without which the microVM should not run") -> None:
     for name in names:
         try:
             __import__(name)
         except (ImportError, OSError) as error:
-            raise ConfigError(
-                f"cannot import {name}, without which the microVM should not run: {error}"
-            ) from None
+            raise ConfigError(f"cannot import {name}, {consequence}: {error}") from None
 
 
 def _given(custom: bool, terminal: bool) -> Iterator[str]:
@@ -126,10 +133,8 @@ def _given(custom: bool, terminal: bool) -> Iterator[str]:
         yield "termios"
 
 
-def _configured(config: VmConfig | None) -> Iterator[str]:
-    if config is None:
-        return
-    for drive in config.drives:
+def _of(drives: Sequence[Drive], interfaces: Sequence[NetworkInterface]) -> Iterator[str]:
+    for drive in drives:
         if drive.socket is not None:
             yield _VHOST_USER
         else:
@@ -137,8 +142,14 @@ def _configured(config: VmConfig | None) -> Iterator[str]:
             if drive.io_engine == "Async":
                 yield _ASYNC
         yield _LIMITER
-    if config.network_interfaces:
-        yield from (_NET, _LIMITER)
+    if interfaces:
+        yield from (_NET, _TAP, _LIMITER)
+
+
+def _configured(config: VmConfig | None) -> Iterator[str]:
+    if config is None:
+        return
+    yield from _of(config.drives, config.network_interfaces)
     if config.vsock is not None:
         yield _VSOCK
     if config.balloon is not None:
