@@ -34,6 +34,9 @@ if TYPE_CHECKING:
         def interrupt(self, line: int) -> int:
             """An eventfd that raises the interrupt line; the machine closes it."""
 
+        def assert_line(self, line: int, level: bool) -> None:
+            """Set the level of an interrupt line."""
+
     class Board(Protocol):
         """The devices that are there whatever is configured: console, resets, power, and what tells of a panic."""
 

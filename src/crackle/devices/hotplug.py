@@ -3,15 +3,14 @@
 Two registers, in a page that only the DSDT knows of. Reading EVENT, one byte, tells what has happened that the guest
 does not know yet, and takes it off the list; when that is a device, there is from then on a table at offset 0 that
 declares it (an SSDT, ACPI 6.5, section 5.2.11.2), and the guest loads it. An interrupt of the generic event device has
-it look. The same interrupt stands for another VM generation ID, which is an event like the others.
+it look, and is asserted until the guest has found that there is nothing more: a guest whose driver is not there yet
+looks when it is. The same interrupt stands for another VM generation ID, which is an event like the others.
 
 The tables are here and not in guest memory, of which nothing has to be set aside then. A cold device, called under the
 GIL.
 """
 
 from __future__ import annotations
-
-import os
 
 from crackle.devices.state import HotPlugState
 from crackle.kvm.bus import CONTINUE
@@ -29,10 +28,10 @@ TABLE = 2
 
 
 class HotPlug:
-    """What the guest is still to be told. interrupt_fd: an eventfd, the caller's."""
+    """What the guest is still to be told. assert_line: sets the level of the interrupt's line."""
 
-    def __init__(self, interrupt_fd: int) -> None:
-        self._interrupt_fd = interrupt_fd
+    def __init__(self, assert_line: Callable[[bool], None]) -> None:
+        self._assert_line = assert_line
         self._events: list[bytes] = []
         self._table = b""
         self._arrived: dict[int, int] = {}
@@ -62,13 +61,17 @@ class HotPlug:
 
     def _tell(self, table: bytes) -> None:
         self._events.append(table)
-        os.eventfd_write(self._interrupt_fd, 1)
+        self._assert_line(True)
 
     def read(self, offset: int, size: int) -> int:
         """The next event, 0 for none; or of the table that the last one came with."""
         if offset != EVENT:
             return int.from_bytes(self._table[offset : offset + size], "little")
         if not self._events:
+            self._assert_line(False)
+            # Another thread may have added one meanwhile.
+            if self._events:
+                self._assert_line(True)
             return 0
         event = self._events.pop(0)
         if not event:
@@ -91,7 +94,8 @@ class HotPlug:
     def restore(self, state: HotPlugState) -> None:
         """The reverse of `save`; and the generation ID is another one, of which the guest hears first.
 
-        Who makes that raises the interrupt.
+        The interrupt controllers are there already.
         """
         self._events = [b"", *(event for event in state.events if event)]
         self._table, self.given, self._arrived = state.table, state.given, state.arrived.copy()
+        self._assert_line(True)

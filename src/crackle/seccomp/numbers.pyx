@@ -86,6 +86,7 @@ cdef extern from * nogil:
         KVM_SET_IRQCHIP
         KVM_SET_GSI_ROUTING
         KVM_IRQFD
+        KVM_IRQ_LINE
         KVM_CREATE_PIT2
         KVM_IOEVENTFD
         KVM_SET_CLOCK

@@ -159,6 +159,10 @@ class Machine:
         self.vm.irqfd(fd, line)
         return fd
 
+    def assert_line(self, line: int, level: bool) -> None:
+        """Set the level of an interrupt `line`."""
+        self.vm.irq_line(line, level)
+
     def add_board(self, console_out: int, console_limit: TokenBucket | None) -> None:
         """Attach what the platform has whatever is configured: console, power, and if asked for the boot timer.
 

@@ -326,8 +326,10 @@ def _event_device(events: Sequence[tuple[int, bytes]], hotplug: int | None) -> b
     One interrupt may have several.
     """
     cases = [aml.if_equal(aml.ARG0, aml.integer(gsi), term) for gsi, term in events]
-    registers = []
+    registers, asserted = [], None
     if hotplug is not None:
+        # It stays so until the guest has looked: what comes before the guest's driver is there is not lost.
+        asserted = layout.GSI_VMGENID
         registers = [
             aml.memory_region("HPTB", hotplug, EVENT),
             aml.memory_region("HPRG", hotplug + EVENT, 1),
@@ -336,7 +338,9 @@ def _event_device(events: Sequence[tuple[int, bytes]], hotplug: int | None) -> b
     return aml.device(
         "GED_",
         aml.name("_HID", aml.string("ACPI0013")),
-        _resources(*(aml.interrupt(gsi) for gsi in dict.fromkeys(gsi for gsi, _ in events))),
+        _resources(
+            *(aml.interrupt(gsi, level=gsi == asserted) for gsi in dict.fromkeys(gsi for gsi, _ in events))
+        ),
         *registers,
         aml.method("_EVT", 1, *cases, serialized=True),
     )

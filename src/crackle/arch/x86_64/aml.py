@@ -144,9 +144,9 @@ def memory32_fixed(address: int, size: int) -> bytes:
     return pack("<BHBII", 0x86, 9, 1, address, size)
 
 
-def interrupt(gsi: int, *, shared: bool = False) -> bytes:
-    """Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive or Shared) { gsi } (6.4.3.6)."""
-    return pack("<BHBBI", 0x89, 6, 0b1011 if shared else 0b0011, 1, gsi)
+def interrupt(gsi: int, *, shared: bool = False, level: bool = False) -> bytes:
+    """Interrupt (ResourceConsumer, Edge or Level, ActiveHigh, Exclusive or Shared) { gsi } (6.4.3.6)."""
+    return pack("<BHBBI", 0x89, 6, shared << 3 | (not level) << 1 | 1, 1, gsi)
 
 
 def io(port: int, count: int) -> bytes:

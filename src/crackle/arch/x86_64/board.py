@@ -89,7 +89,7 @@ class Board:
         event_fd = host.interrupt(layout.GSI_VMGENID)
         self._vmgenid: VmGenId | None = VmGenId(host.memory, layout.VMGENID_ADDR, event_fd)
         self._vmclock: VmClock | None = VmClock(host.memory, layout.VMCLOCK_ADDR, event_fd)
-        self._hotplug: HotPlug | None = HotPlug(event_fd)
+        self._hotplug: HotPlug | None = HotPlug(lambda level: host.assert_line(layout.GSI_VMGENID, level))
         host.mmio.attach_python(layout.HOTPLUG_ADDR, HOTPLUG_SIZE, self._hotplug)
         self._power_fd = host.interrupt(layout.GSI_POWER)
         self._boot_timer: BootTimer | None = None
