@@ -30,6 +30,7 @@ AREAS = (
     "net",
     "drivers",
     "vsock",
+    "balloon",
     "pause",
     "snapshot",
     "fork",

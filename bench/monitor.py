@@ -186,6 +186,7 @@ class Monitor:
         io_engine: str = "Sync",
         network: Sequence[Mapping[str, object]] = (),
         vsock: Mapping[str, object] | None = None,
+        balloon: Mapping[str, object] | None = None,
     ) -> None:
         """Everything up to InstanceStart. guest: the name of a bare-metal guest or the path of a kernel.
 
@@ -211,6 +212,8 @@ class Monitor:
             self.request("PUT", f"/network-interfaces/{interface['iface_id']}", interface)
         if vsock is not None:
             self.request("PUT", "/vsock", vsock)
+        if balloon is not None:
+            self.request("PUT", "/balloon", balloon)
 
     def start(self) -> None:
         """InstanceStart."""

@@ -3,6 +3,7 @@
  *   free=N          MiB of memory, from 16 MiB on, that it writes to at first and may give up (default 16)
  *   list=N          page frame numbers of a chain (default 256); depth=N chains at a time (default 64)
  *   order=down      name pages from the last to the first
+ *   do=C,N          may be repeated: a line as below, with a comma for the blank, that is obeyed before any other
  * Prints `balloon ready`, and then does what lines on the serial port say:
  *   f               writes to every page of that memory again; prints `filled`
  *   i COUNT         puts the first COUNT MiB into the balloon; prints `inflated MIB us=U`
@@ -166,7 +167,7 @@ static void open_device(void)
 static void obey(const char *line)
 {
     const char *rest = line + 2;
-    u64 count = line[1] == ' ' ? parse_number(rest, &rest) : 0, start = rdtsc();
+    u64 count = (line[1] == ' ' || line[1] == ',') ? parse_number(rest, &rest) : 0, start = rdtsc();
     if (count > megabytes)
         fail("so much memory there is not");
     switch (line[0]) {
@@ -225,6 +226,8 @@ int main(void)
     pic_unmask(4);
     out8(IER, 1); /* received data available */
     print("balloon ready\n");
+    for (const char *what = next_option(0, "do"); what; what = next_option(what, "do"))
+        obey(what);
     char line[LINE];
     for (u64 length = 0;;) {
         u64 seen = irq_counts[4];
