@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from crackle import ConfigError, Drive, MicroVM, NetworkInterface
+from crackle import ConfigError, Drive, Jail, MicroVM, NetworkInterface
 from crackle.arch.x86_64 import layout
 from crackle.devices.hotplug import EVENT, GENERATION, TABLE
 from crackle.virtio.net.tap import open_tap
@@ -263,3 +263,17 @@ def test_over_the_api_devices_come_whose_kind_the_microvm_has_had(
     finally:
         vmm.process.kill()
         vmm.process.communicate()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes jails: needs root")
+def test_in_a_jail_drives_come_whose_files_it_sees(make: Make, disk: Path, tmp_path: Path) -> None:
+    user = 60_710
+    os.chown(disk, user, user)
+    (tmp_path / "unseen").write_bytes(bytes(512))
+    vm = make(jail=Jail(uid=user, gid=user, paths=(str(disk),)))
+    for engine in ("Sync", "Async"):
+        vm.attach(Drive("data", False, path_on_host=str(disk), io_engine=engine))
+        vm.detach("data")
+    with pytest.raises(ConfigError, match="No such file or directory"):
+        vm.attach(tmp_path / "unseen")
+    assert vm.config.drives == []
