@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from crackle.schema.jail import Jail as Jail
     from crackle.schema.mmds import MmdsConfig as MmdsConfig
     from crackle.schema.net import NetworkInterface as NetworkInterface
+    from crackle.schema.pmem import Pmem as Pmem
     from crackle.schema.rate_limiter import RateLimiter as RateLimiter
     from crackle.schema.rate_limiter import TokenBucket as TokenBucket
     from crackle.schema.vsock import Vsock as Vsock
@@ -69,6 +70,7 @@ _MODULE_OF = {
     "NetworkInterface": "crackle.schema.net",
     "Overlay": "crackle.schema.drive",
     "PageHandler": "crackle.vmm.paging",
+    "Pmem": "crackle.schema.pmem",
     "Pool": "crackle.vmm.pool",
     "RateLimiter": "crackle.schema.rate_limiter",
     "Request": "crackle.virtio.custom.device",

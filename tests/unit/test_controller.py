@@ -180,7 +180,8 @@ def test_a_row_in_the_registry_is_all_that_a_device_needs(
     monkeypatch.setitem(KINDS, "pmem", row)
     monkeypatch.setitem(PUTS, "put_pmem", "pmem")
     monkeypatch.setitem(PATCHES, "patch_pmem", "pmem")
-    monkeypatch.setattr("crackle.vmm.commands.NOT_YET", {})
+    monkeypatch.delattr(Configuration, "put_pmem")
+    monkeypatch.delattr(Controller, "_patch_pmem")
 
     for identifier, path in (("a", "x"), ("b", "y"), ("a", "z")):
         bench.do("put_pmem", schema.Pmem(identifier, path))

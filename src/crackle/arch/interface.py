@@ -94,6 +94,9 @@ if TYPE_CHECKING:
         SAVED_DEVICE_LINES: range
         """Those that a device in a snapshot may have: the same, and more where an older version gave more."""
 
+        DEVICE_MEMORY: range
+        """Guest physical addresses for memory that devices bring with them, in steps of what it is a multiple of."""
+
         DEVICE_ROUTES: range
         """Numbers for message-signalled interrupts."""
 
@@ -140,8 +143,7 @@ if TYPE_CHECKING:
             self,
             boot_args: str | None,
             *,
-            root: bool,
-            partuuid: str | None,
+            root: str | None,
             read_only: bool,
             devices: Sequence[DeviceInfo],
         ) -> bytes:

@@ -34,7 +34,6 @@ _NOT_HERE = (
     "logger",
     "metrics",
     "memory_hotplug",
-    "pmem",
 )
 
 
@@ -176,6 +175,7 @@ def _arguments(config: VmConfig) -> dict[str, Any]:
         "vsock": config.vsock,
         "balloon": config.balloon,
         "entropy": config.entropy or False,
+        "pmem": config.pmem,
         "mmds": config.mmds_config,
     }
     if source.boot_args is not None:

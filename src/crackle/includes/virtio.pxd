@@ -67,3 +67,5 @@ cdef extern from "<linux/virtio_ids.h>" nogil:
     enum:
         VIRTIO_ID_BLOCK
         VIRTIO_ID_RNG
+        VIRTIO_ID_PMEM
+        VIRTIO_ID_BALLOON

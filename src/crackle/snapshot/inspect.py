@@ -48,6 +48,7 @@ def describe(path: str) -> Iterator[tuple[str, str]]:
     paths: dict[tuple[str, str], str | None] = {
         **{("block", drive.drive_id): drive.path_on_host for drive in config.drives},
         **{("net", card.iface_id): card.host_dev_name for card in config.network_interfaces},
+        **{("pmem", pmem.id): pmem.path_on_host for pmem in config.pmem},
         ("vsock", "vsock"): None if config.vsock is None else config.vsock.uds_path,
     }
     for device in machine.devices:

@@ -10,7 +10,7 @@ import msgspec
 from crackle.errors import ConfigError, context
 from crackle.schema.config import VmConfig
 from crackle.snapshot import statefile
-from crackle.snapshot.overrides import UNKNOWN, override
+from crackle.snapshot.overrides import named, override
 from crackle.snapshot.pair import find, read
 from crackle.snapshot.state import Snapshot
 
@@ -116,6 +116,5 @@ def _overridden(found: Snapshot, request: SnapshotLoad) -> Snapshot:
         track_dirty_pages=request.track_dirty_pages or request.enable_diff_snapshots,
     )
     for device in request.pmem_overrides:
-        # There are none yet.
-        raise ConfigError(UNKNOWN.format("Pmem", "pmem device", device.id))
+        named(config.pmem, "id", device.id, "Pmem", "pmem device").path_on_host = device.path_on_host
     return override(found, request)

@@ -26,12 +26,12 @@ def override(found: Snapshot, request: SnapshotLoad | Clone) -> Snapshot:
     """
     config = found.config
     for network in request.network_overrides:
-        interface = _find(config.network_interfaces, "iface_id", network.iface_id, "Network", "interface")
+        interface = named(config.network_interfaces, "iface_id", network.iface_id, "Network", "interface")
         interface.host_dev_name = network.host_dev_name
         if network.guest_mac is not None:
             found = _with_mac(found, interface, network.guest_mac.lower())
     for file in request.drive_overrides:
-        drive = _find(config.drives, "drive_id", file.drive_id, "Block", "drive")
+        drive = named(config.drives, "drive_id", file.drive_id, "Block", "drive")
         if file.path_on_host is not None:
             drive.path_on_host = file.path_on_host
         if file.overlay is not None:
@@ -83,7 +83,8 @@ def _clone_of(drive: Drive, overlay: Overlay) -> Overlay:
     return msgspec.structs.replace(overlay, over=before.path)
 
 
-def _find(section: list[Any], field: str, name: str, kind: str, what: str) -> Any:
+def named(section: list[Any], field: str, name: str, kind: str, what: str) -> Any:
+    """What is called so in a section of the configuration. ConfigError when nothing is."""
     for resource in section:
         if getattr(resource, field) == name:
             return resource

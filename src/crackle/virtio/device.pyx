@@ -392,6 +392,14 @@ cdef class VirtioDevice:
         self.restore_own(self.own_of(state.own))
         self.kick()
 
+    @property
+    def own_memory(self):
+        """What it brings with it that is no RAM: host address, bytes, whether the guest may only read it. None of most."""
+        return None
+
+    def place(self, gpa):
+        """The guest is to find that at this guest physical address."""
+
     def make_durable(self):
         """Have on the host's disks what the guest has been told is there. OSError or ConfigError when that cannot be."""
 

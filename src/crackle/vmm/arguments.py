@@ -28,6 +28,7 @@ from crackle.schema.jail import Jail
 from crackle.schema.machine import CpuTemplate, MachineConfig
 from crackle.schema.mmds import MmdsConfig
 from crackle.schema.net import NetworkInterface, NetworkInterfaceUpdate
+from crackle.schema.pmem import Pmem
 from crackle.schema.snapshot import DriveOverride, SnapshotCreate, SnapshotLoad
 from crackle.schema.vsock import Vsock
 from crackle.telemetry.logger import Logger, instance_id_problem
@@ -50,11 +51,13 @@ _ABOUT = {
     BalloonHintingStart: "Balloon update error",
     EntropyDevice: "Entropy device error",
     MmdsConfig: "MMMDS config error",  # as clients know it
+    Pmem: "Pmem config error",
     Jail: "Jail error",
     SnapshotCreate: "Create snapshot error",
     SnapshotLoad: "Load snapshot error",
 }
 _IDENTIFIED = {
+    Pmem: "id",
     Drive: "drive_id",
     DriveUpdate: "drive_id",
     NetworkInterface: "iface_id",
@@ -225,6 +228,20 @@ def balloon_of(value: object) -> Balloon | None:
         stats_polling_interval_s=BALLOON_INTERVAL_S,
         free_page_reporting=True,
     )
+
+
+def pmem_of(files: object) -> list[Pmem]:
+    """Persistent memory, of files or as it is described."""
+    result = [
+        checked(each)
+        if isinstance(each, Pmem)
+        else make(Pmem, id=f"pmem{index}", path_on_host=path_of(each, f"pmem[{index}]"))
+        for index, each in enumerate(_sequence(files, "pmem", "paths and Pmems"))
+    ]
+    names = [each.id for each in result]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two pmem devices have the same id: {', '.join(sorted(names))}")
+    return result
 
 
 def entropy_of(value: object) -> EntropyDevice | None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from crackle.arch import LoadedKernel
     from crackle.schema.config import VmConfig
+    from crackle.schema.drive import Drive
     from crackle.schema.serial import Serial
     from crackle.snapshot.fork import Heritage
     from crackle.snapshot.load import Loaded
@@ -119,14 +120,16 @@ def _furnish(
     for kind, identifier, resource in configured(config):
         machine.add(kind, identifier, resource, held.get((kind, identifier)))
     root = next((drive for drive in config.drives if drive.is_root_device), None)
-    read_only = root is not None and is_read_only(machine.devices[kind_of_drive(root), root.drive_id])
+    if root is not None:
+        read_only = is_read_only(machine.devices[kind_of_drive(root), root.drive_id])
+    else:
+        read_only = any(pmem.read_only for pmem in config.pmem if pmem.root_device)
     for index, custom in enumerate(options.devices):
         machine.add_custom(_name_of(index, custom), custom)
     kernel, initrd = _load(machine.memory, config, held)
     cmdline = platform.build_cmdline(
         config.boot_source.boot_args,
-        root=root is not None,
-        partuuid=None if root is None else root.partuuid,
+        root=_root_of(config, root),
         read_only=read_only,
         devices=machine.plugs.infos,
     )
@@ -188,6 +191,13 @@ def _furnish_as_saved(
     if resources or customs:
         names = ", ".join([identifier for _, identifier in resources] + list(customs))
         raise ConfigError(f"its guest does not know these devices: {names}")
+
+
+def _root_of(config: VmConfig, drive: Drive | None) -> str | None:
+    """What the guest's kernel calls its root device, if it is told of one."""
+    if drive is not None:
+        return f"PARTUUID={drive.partuuid}" if drive.partuuid else "/dev/vda"
+    return next((f"/dev/pmem{index}" for index, pmem in enumerate(config.pmem) if pmem.root_device), None)
 
 
 def _add_board(machine: Machine, config: VmConfig, options: BuildOptions) -> None:

@@ -84,6 +84,7 @@ _HOTPLUG = frozenset(f"put_{_resource.name}" for _resource in RESOURCES if _reso
 
 # What the commands are about that answer "not supported yet".
 NOT_YET: dict[str, str] = {
+    "delete_pmem": "removing pmem devices",
     **{
         name: resource.missing
         for resource in RESOURCES
@@ -119,8 +120,6 @@ _ABSENT = {
     "patch_balloon": f"Balloon update error: {_NOT_FOUND}",
     "patch_balloon_statistics": f"Balloon update error: {_NOT_FOUND}",
     "patch_memory_hotplug": f"Memory hotplug update error: {_NOT_FOUND}",
-    "patch_pmem": f"Pmem config error: Unable to patch the pmem device: {_NOT_FOUND} "
-    "Please verify the request arguments.",
     "start_balloon_hinting": f"Balloon update error: {_NOT_FOUND}",
     "stop_balloon_hinting": f"Balloon update error: {_NOT_FOUND}",
 }

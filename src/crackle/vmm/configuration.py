@@ -13,7 +13,7 @@ import msgspec
 from crackle.errors import ConfigError, context
 from crackle.schema.machine import updated
 from crackle.vmm.devices import KINDS, PUTS, kind_of_drive, open_net, open_vhost_user_block
-from crackle.vmm.files import BootFile, open_disk, open_overlaid, settle
+from crackle.vmm.files import MAPPING, BootFile, open_disk, open_overlaid, settle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,10 +33,13 @@ if TYPE_CHECKING:
         NetworkInterface,
         NetworkInterfaceUpdate,
         Overlay,
+        Pmem,
+        PmemUpdate,
         RateLimiter,
         Serial,
         VmConfig,
     )
+    from crackle.virtio.block.backing import Backing
     from crackle.vmm.commands import Command
     from crackle.vmm.devices import Held, Kind
 
@@ -48,6 +51,10 @@ _NO_DEVICE = f"Failed perform action on device: Device not found{_VERIFY}"
 SECTOR_SIZE = 512  # virtio 1.2, 5.2.4: what the size of a disk is counted in
 
 DEFAULT_MMDS_ADDRESS = "169.254.169.254"
+
+
+# Kinds of devices for which a Backing is held.
+_WITH_FILES = ("block", "pmem")
 
 
 class Configuration:
@@ -93,7 +100,7 @@ class Configuration:
         """Keep `held` from now on, if there is something to keep, and let go of what it takes the place of."""
         before: Any = self.held.pop((kind, identifier), None)
         if before is not None:
-            if kind == "block":
+            if kind in _WITH_FILES:
                 for part in before.parts:
                     part.unlock()
             before.close()
@@ -149,6 +156,10 @@ class Configuration:
                 raise ConfigError(
                     f"A root block device already exists! It is {drives[0].drive_id!r}; "
                     f"{drive.drive_id!r} cannot be another."
+                )
+            if drive.is_root_device and any(pmem.root_device for pmem in self.config.pmem):
+                raise ConfigError(
+                    "Attempt to add block as a root device while the root device defined as a pmem device."
                 )
             with context("Unable to create the virtio block device"):
                 if drive.socket is None:
@@ -208,6 +219,35 @@ class Configuration:
             interfaces.append(complete)
         else:
             interfaces[at] = complete
+
+    def put_pmem(self, pmem: Pmem) -> None:
+        """Its file stays open from now on, and is locked as a drive's is."""
+        section = self.config.pmem
+        at = next((i for i, other in enumerate(section) if other.id == pmem.id), len(section))
+        with context("Pmem config error"):
+            if pmem.root_device:
+                if any(drive.is_root_device for drive in self.config.drives):
+                    raise ConfigError(
+                        "Attempt to add pmem as a root device while the root device defined as a block device."
+                    )
+                if any(other.root_device and other.id != pmem.id for other in section):
+                    raise ConfigError(f"A root pmem device already exist; {pmem.id!r} cannot be another.")
+            with context("Unable to create the virtio-pmem device"):
+                complete: Pmem = msgspec.structs.replace(pmem, rate_limiter=self._limits(pmem.rate_limiter))
+                self._hold("pmem", pmem.id, self._open_pmem(pmem))
+                settle(self._disks())
+        section[at : at + 1] = [complete]
+
+    def _open_pmem(self, pmem: Pmem) -> Backing:
+        held: Any = self.held.get(("pmem", pmem.id))
+        leaving = [] if held is None else held.parts
+        locking = self._lock_drives
+        backing = open_disk(pmem.path_on_host, pmem.read_only, locking, self._disks(), leaving, MAPPING)
+        if not backing.size:
+            backing.close()
+            settle(self._disks())
+            raise ConfigError("Error backing file size is 0")
+        return backing
 
     def put(self, kind: Kind, resource: Any) -> None:
         """A device of a kind that needs no more than its registry says: in the place of the one before it."""
@@ -304,8 +344,8 @@ class Configuration:
         return msgspec.structs.replace(limiter, bandwidth=bandwidth, ops=ops)
 
     def _disks(self) -> list[Any]:
-        """What is open for drives with a file, overlays too."""
-        disks: list[Any] = [held for (kind, _), held in self.held.items() if kind == "block"]
+        """What is open for drives with a file, overlays too, and for persistent memory."""
+        disks: list[Any] = [held for (kind, _), held in self.held.items() if kind in _WITH_FILES]
         return [part for held in disks for part in held.parts]
 
     def _open_disk(self, drive: Drive, *, durable: bool = True) -> Any:
@@ -433,6 +473,14 @@ class Configuration:
             settle(self._disks())
         merge(drive, update)
         drive.overlay = _made(drive.overlay)
+
+    def pmem_to_change(self, update: PmemUpdate) -> Pmem:
+        """The device that `update` is about; ConfigError when it cannot be changed so."""
+        pmem = next((each for each in self.config.pmem if each.id == update.id), None)
+        if pmem is None:
+            raise ConfigError(_NO_DEVICE)
+        self._check_limiter(update.rate_limiter)
+        return pmem
 
     def interface_to_change(self, update: NetworkInterfaceUpdate) -> NetworkInterface:
         """The interface that `update` is about; ConfigError when it cannot be changed so."""

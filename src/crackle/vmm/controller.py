@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         MmdsConfig,
         NetworkInterface,
         NetworkInterfaceUpdate,
+        PmemUpdate,
         SnapshotCreate,
         SnapshotLoad,
     )
@@ -511,6 +512,12 @@ class Controller:
             interface = self._configuration.interface_to_change(update)
             self._running_machine().update("net", update.iface_id, update)
         merge(interface, update)
+
+    def _patch_pmem(self, update: PmemUpdate) -> None:
+        with context("Pmem config error: Unable to patch the pmem device"):
+            pmem = self._configuration.pmem_to_change(update)
+            self._running_machine().update("pmem", pmem.id, update)
+        merge(pmem, update)
 
     def _patch_device(self, name: str, update: Any) -> None:
         """Change a device of a kind that needs no more than its registry says."""

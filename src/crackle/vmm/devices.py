@@ -11,7 +11,7 @@ import msgspec
 
 from crackle import schema
 from crackle.errors import ConfigError
-from crackle.vmm.files import open_overlaid
+from crackle.vmm.files import MAPPING, open_disk, open_overlaid
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
         EntropyDevice,
         NetworkInterface,
         NetworkInterfaceUpdate,
+        PmemUpdate,
         VmConfig,
     )
+    from crackle.schema import Pmem as PmemResource
     from crackle.schema import Vsock as VsockResource
     from crackle.virtio.balloon.device import Balloon
     from crackle.virtio.block.backing import Backing
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from crackle.virtio.device import VirtioDevice
     from crackle.virtio.net.device import Net
     from crackle.virtio.net.tap import Tap
+    from crackle.virtio.pmem.device import Pmem
     from crackle.virtio.rng.device import Rng
     from crackle.virtio.vhost_user.block import VhostUserBlock
     from crackle.virtio.vhost_user.protocol import VhostUser
@@ -229,6 +232,28 @@ class Ask(msgspec.Struct, frozen=True):
     notes: bool = False
 
 
+def make_pmem(memory: GuestMemory, pmem: PmemResource, backing: Backing | None = None) -> Pmem:
+    """ConfigError when the file, which is opened unless it is open already, cannot be mapped."""
+    from crackle.virtio.pmem.device import Pmem
+
+    found = (
+        open_disk(pmem.path_on_host, pmem.read_only, False, [], problem=MAPPING)
+        if backing is None
+        else backing
+    )
+    try:
+        return Pmem(memory, found.fd, found.size, read_only=pmem.read_only, limiter=pmem.rate_limiter)
+    finally:
+        if backing is None:
+            found.close()
+
+
+def update_pmem(pmem: Pmem, update: PmemUpdate) -> None:
+    """Limit its flushes otherwise; ConfigError changes nothing."""
+    if update.rate_limiter is not None:
+        pmem.update_limiter(0, update.rate_limiter)
+
+
 class Resource(msgspec.Struct, frozen=True, kw_only=True):
     """How a device is configured: its requests, its section of the configuration file, its commands.
 
@@ -366,6 +391,8 @@ KINDS = {
         ),
     ),
     "pmem": Kind(
+        make_pmem,
+        update_pmem,
         resource=Resource(
             name="pmem",
             body=schema.Pmem,
@@ -375,8 +402,7 @@ KINDS = {
             id_field="id",
             counter="pmem",
             removable=True,
-            missing="pmem devices",
-        )
+        ),
     ),
     "memory_hotplug": Kind(
         resource=Resource(

@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from crackle.schema import CpuConfig, Drive
     from crackle.virtio.block.backing import Backing
 
+# How it begins what is wrong with a file: a drive's, and one that the guest is to have in its address space.
+DRIVE = "Virtio backend error: Error manipulating the backing file"
+MAPPING = "Error accessing backing file"
+
 _IN_USE = (
-    "Virtio backend error: Error manipulating the backing file: Resource temporarily unavailable (os error 11) {path}: "
+    "{problem}: Resource temporarily unavailable (os error 11) {path}: "
     "another microVM {does}. Stop that one, let both have it read-only, or switch the lock off for a file that several "
     'may write: "lock": false in the drive, or --no-drive-locks.'
 )
@@ -64,16 +68,22 @@ def read_template(path: str) -> CpuConfig:
 
 
 def open_disk(
-    path: str, read_only: bool, locking: bool, mine: Iterable[Backing], leaving: Sequence[Backing] = ()
+    path: str,
+    read_only: bool,
+    locking: bool,
+    mine: Iterable[Backing],
+    leaving: Sequence[Backing] = (),
+    problem: str = DRIVE,
 ) -> Backing:
     """A drive's file, open and, if `locking`, locked. `mine` is what this microVM's drives have open.
 
     leaving: what of it the new one is to take the place of; it is the caller's to close, and then to `settle` the
-    others. ConfigError when the file cannot be a drive, or another microVM has it; nothing has changed then.
+    others. ConfigError, beginning with `problem`, when the file cannot be a drive, or another microVM has it; nothing
+    has changed then.
     """
     from crackle.virtio.block.backing import open_backing
 
-    backing = open_backing(path, read_only)
+    backing = open_backing(path, read_only, problem)
     backing.locking = locking and backing.lockable
     others = [
         other for other in mine if other.locking and other.file == backing.file and other not in leaving
@@ -93,7 +103,7 @@ def open_disk(
     settle(before)
     backing.close()
     does = "uses it" if not read_only else "writes to it"
-    raise ConfigError(_IN_USE.format(path=path, does=does))
+    raise ConfigError(_IN_USE.format(problem=problem, path=path, does=does))
 
 
 def open_overlaid(

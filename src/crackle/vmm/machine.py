@@ -125,7 +125,7 @@ class Machine:
         self.clock = MachineClock()
         self.io = IoThread("io", self.clock)
         self._python_io: IoThread | None = None
-        self.plugs = Plugs(self.mmio, self.vm)
+        self.plugs = Plugs(self.mmio, self.vm, parts.slots)
         self.mmds: Mmds | None = None
         self.serial = Serial()
         self.board: Board | None = None
@@ -525,6 +525,12 @@ class Machine:
                 raise ConfigError(
                     f"The device {identifier!r} is written in Python, and a clone runs none of your program: stop the "
                     "microVM and start it without, or clone a snapshot of it."
+                )
+            own = self.plugs.devices[kind, identifier].own_memory
+            if own is not None and not own[2]:
+                raise ConfigError(
+                    f"The {kind} device {identifier!r} can be written to, and its clones would write to the same file: "
+                    "have it read-only, or clone a snapshot with pmem_overrides."
                 )
 
     def disk_below(self, drive_id: str) -> tuple[str | None, str | None] | None:

@@ -27,6 +27,7 @@ from crackle.schema.jail import Jail
 from crackle.schema.machine import HugePages, MachineConfig
 from crackle.schema.mmds import MmdsConfig
 from crackle.schema.net import NetworkInterface, NetworkInterfaceUpdate
+from crackle.schema.pmem import Pmem
 from crackle.schema.rate_limiter import RateLimiter
 from crackle.schema.snapshot import SnapshotCreate, SnapshotHugePages, SnapshotLoad
 from crackle.schema.vsock import Vsock
@@ -51,6 +52,7 @@ from crackle.vmm.arguments import (
     overlay_of,
     pair_of,
     path_of,
+    pmem_of,
     template_of,
 )
 from crackle.vmm.balloon import BalloonControl
@@ -87,6 +89,7 @@ class MicroVM:
     which has at most `metadata_limit` bytes.
     balloon: MiB of memory that the guest is to give up at first, often 0, which `self.balloon` changes. It lets go when
     the guest has no other memory, tells statistics every 5 s, and reports free pages; a `Balloon` says otherwise.
+    pmem: files that the guest has in its address space, /dev/pmem0 and so on, as paths or `Pmem` resources.
     entropy: give the guest the host's random numbers, /dev/hwrng; an `EntropyDevice` limits how many.
     devices: virtio devices written in Python, instances of subclasses of `crackle.VirtioDevice`.
     boot_args: the kernel command line; the default puts the console on the serial port.
@@ -130,6 +133,7 @@ class MicroVM:
         metadata_limit: int = DEFAULT_METADATA_LIMIT,
         balloon: int | Balloon | None = None,
         entropy: bool | EntropyDevice = False,
+        pmem: Sequence[str | os.PathLike[str] | Pmem] = (),
         devices: Sequence[VirtioDevice] = (),
         overlay: str | os.PathLike[str] | Overlay | None = None,
         read_only: bool = False,
@@ -177,6 +181,7 @@ class MicroVM:
         )
         disks, cards = drives_of(rootfs, drives, read_only, overlay), interfaces_of(interfaces)
         custom, randomness, air = devices_of(devices), entropy_of(entropy), balloon_of(balloon)
+        mapped = pmem_of(pmem)
         if vsock is not None:
             if isinstance(vsock, Vsock):
                 vsock = checked(vsock)
@@ -187,7 +192,13 @@ class MicroVM:
             mmds = mmds or MmdsConfig([card.iface_id for card in cards], "V2")
         if mmds is not None:
             mmds = checked(mmds)
-        confined = jail_of(jail, lambda: (source.kernel_image_path, source.initrd_path, *files_of(disks)))
+        confined = jail_of(
+            jail,
+            lambda: (
+                *(source.kernel_image_path, source.initrd_path, *files_of(disks)),
+                *(each.path_on_host for each in mapped),
+            ),
+        )
         hosting = Hosting(
             console,
             console_limit,
@@ -216,6 +227,8 @@ class MicroVM:
                 self._order("put_balloon", air)
             if randomness is not None:
                 self._order("put_entropy", randomness)
+            for each in mapped:
+                self._order("put_pmem", each)
             if mmds is not None:
                 self._order("put_mmds_config", mmds)
             if metadata is not None:
@@ -234,6 +247,7 @@ class MicroVM:
         handler: str | os.PathLike[str] | None = None,
         drives: Mapping[str, str | os.PathLike[str]] = NOTHING,
         overlays: Mapping[str, str | os.PathLike[str] | Overlay] = NOTHING,
+        pmem: Mapping[str, str | os.PathLike[str]] = NOTHING,
         interfaces: Mapping[str, str] = NOTHING,
         vsock: str | os.PathLike[str] | None = None,
         metadata: Any = None,
@@ -256,8 +270,8 @@ class MicroVM:
 
         path: the directory that `snapshot` filled; or the state file, and `memory` the memory file. Neither is
         changed. The memory file must stay as it is for as long as the microVM lives: its pages are read when they
-        are needed. drives, interfaces: other files, and other TAP devices, by the identifiers that the snapshot has
-        for them. overlays: for a drive, where its writes go from now on: a file, made if it is not there over what
+        are needed. drives, pmem, interfaces: other files, and other TAP devices, by the identifiers that the snapshot
+        has for them. overlays: for a drive, where its writes go from now on: a file, made if it is not there over what
         the drive was when it was saved, or an `Overlay`; so that any number of microVMs may go on from one snapshot.
         handler: path of the Unix socket where a page-fault handler listens, another process, or a `PageHandler`. It
         gives the memory instead of the memory file, which is not looked at here then.
@@ -282,6 +296,9 @@ class MicroVM:
             mem_backend=backend_of(memory_path, handler),
             resume_vm=False,
             drive_overrides=drive_overrides(drives, overlays),
+            pmem_overrides=[
+                {"id": name, "path_on_host": path_of(path, "pmem")} for name, path in pmem.items()
+            ],
             network_overrides=[{"iface_id": name, "host_dev_name": tap} for name, tap in interfaces.items()],
             vsock_override=None if vsock is None else {"uds_path": path_of(vsock, "vsock")},
             huge_pages=huge_pages,
@@ -297,6 +314,7 @@ class MicroVM:
                 state_path,
                 memory_path if handler is None else path_of(handler, "handler"),
                 *files_of(read(state_path).config.drives, request.drive_overrides),
+                *_mapped_files(read(state_path).config.pmem, pmem),
             ),
         )
         hosting = Hosting(
@@ -812,3 +830,8 @@ def _end_of(machine: Machine | RemoteMachine) -> CrackleError | None:
     if status.exit_code:
         return GuestError(status.message)
     return CrackleError(f"the guest ended: {status.message}")
+
+
+def _mapped_files(saved: Sequence[Pmem], others: Mapping[str, object]) -> list[str]:
+    """What persistent memory of a snapshot is to be."""
+    return [path_of(others.get(each.id, each.path_on_host), "pmem") for each in saved]

@@ -42,6 +42,36 @@ class Pool:
         self._lowest = min(self._lowest, self._numbers.index(number))
 
 
+class Spans:
+    """Addresses from `first` on, before `end`, of which each device gets as many together as it asks for."""
+
+    def __init__(self, what: str, first: int, end: int) -> None:
+        self.what = what
+        self._first, self._end = first, end
+        self._taken: dict[int, int] = {}
+
+    def take(self, size: int) -> int:
+        """The lowest place for so many bytes, a multiple of what all ask in; ConfigError when there is none."""
+        at = self._first
+        for start in sorted(self._taken):
+            if at + size <= start:
+                break
+            at = start + self._taken[start]
+        return self.claim(at, size)
+
+    def claim(self, at: int, size: int) -> int:
+        """This place, which a saved device had; ConfigError when that cannot be."""
+        fits = self._first <= at and at + size <= self._end
+        if not fits or any(at < start + taken and start < at + size for start, taken in self._taken.items()):
+            raise ConfigError(f"there is no room for {size:#x} bytes of {self.what} at {at:#x}")
+        self._taken[at] = size
+        return at
+
+    def release(self, at: int) -> None:
+        """Free it; KeyError when it is."""
+        del self._taken[at]
+
+
 class Lines:
     """The interrupt lines from `first` to `last`, of which several devices may have the same.
 
@@ -89,10 +119,15 @@ class Lines:
 
 
 class Places:
-    """What a machine's devices are given: `windows`, `lines`, and `routes`: numbers of message-signalled interrupts."""
+    """What a machine's devices are given.
+
+    `windows`, `lines`, `memory`, and `routes`: numbers of message-signalled interrupts.
+    """
 
     def __init__(self) -> None:
         windows, lines, routes = platform.DEVICE_WINDOWS, platform.DEVICE_LINES, platform.DEVICE_ROUTES
         self.windows = Pool("devices", windows[0], windows[-1], windows.step)
         self.lines = Lines(lines[0], lines[-1], platform.SAVED_DEVICE_LINES[-1])
+        memory = platform.DEVICE_MEMORY
+        self.memory = Spans("devices' memory", memory.start, memory.stop)
         self.routes = Pool("message-signalled interrupts", routes[0], routes[-1])

@@ -1,4 +1,7 @@
-"""The virtio devices of a machine: each behind a transport, in a window of its own, with an interrupt line."""
+"""The virtio devices of a machine: each behind a transport, in a window of its own, with an interrupt line.
+
+One that brings memory with it, which is no RAM, gets a place in the guest's address space for that too.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,13 @@ from crackle.vmm.places import Places
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from crackle.kvm import Bus, Vm
     from crackle.runtime.iothread import IoThread
     from crackle.virtio.device import VirtioDevice
     from crackle.virtio.state import MmioState
+    from crackle.vmm.slots import MemorySlots
 
     # Kind and identifier of a device.
     Key = tuple[str, str]
@@ -21,11 +27,14 @@ if TYPE_CHECKING:
 class Plugs:
     """Owns devices and transports until `close`, or until they are unplugged."""
 
-    def __init__(self, mmio: Bus, vm: Vm) -> None:
+    def __init__(self, mmio: Bus, vm: Vm, slots: MemorySlots | None) -> None:
         self._mmio = mmio
         self._vm = vm
+        self._slots = slots
         self._places = Places()
         self.transports: dict[Key, MmioTransport] = {}
+        # Where the guest has the memory of a device.
+        self._memory: dict[VirtioDevice, int] = {}
 
     def plug(self, key: Key, device: VirtioDevice, io: IoThread, saved: MmioState | None = None) -> None:
         """Give a device its window, its interrupt, and its place on `io`. It is closed when that cannot be.
@@ -33,11 +42,16 @@ class Plugs:
         saved: what it was before; window and interrupt are the same. ConfigError when they are another's.
         """
         try:
-            transport = self._transport(device, saved)
+            self._give_memory(device, saved)
             try:
-                transport.plug(self._mmio, io, self._vm)
+                transport = self._transport(device, saved)
+                try:
+                    transport.plug(self._mmio, io, self._vm)
+                except BaseException:
+                    self._take_back(transport)
+                    raise
             except BaseException:
-                self._take_back(transport)
+                self._take_memory(device)
                 raise
         except BaseException:
             device.close()
@@ -51,8 +65,32 @@ class Plugs:
         """
         transport = self.transports.pop(key)
         transport.unplug()
+        self._take_memory(transport.device)
         transport.device.close()
         self._take_back(transport)
+
+    def _give_memory(self, device: VirtioDevice, saved: MmioState | None) -> None:
+        """Let the guest have what it brings with it, where that was before if it was."""
+        if device.own_memory is None:
+            return
+        assert self._slots is not None, "a machine that devices are added to has memory"
+        hva, size, read_only = device.own_memory
+        places = self._places.memory
+        gpa = places.take(size) if saved is None else places.claim(_start_of(saved), size)
+        try:
+            self._slots.add(gpa, size, hva, read_only=read_only)
+        except BaseException:
+            places.release(gpa)
+            raise
+        self._memory[device] = gpa
+        device.place(gpa)
+
+    def _take_memory(self, device: VirtioDevice) -> None:
+        gpa = self._memory.pop(device, None)
+        if gpa is not None:
+            assert self._slots is not None
+            self._slots.remove(gpa)
+            self._places.memory.release(gpa)
 
     def _transport(self, device: VirtioDevice, saved: MmioState | None) -> MmioTransport:
         lines, windows = self._places.lines, self._places.windows
@@ -94,3 +132,11 @@ class Plugs:
             transport.device.close()
             transport.close()
         self._places.lines.close()
+
+
+def _start_of(saved: MmioState) -> int:
+    """Where the guest had the memory of a device that was saved."""
+    own: Any = saved.device.own
+    # Out of a file it is a dict.
+    start: int = own["start"] if isinstance(own, dict) else own.start
+    return start

@@ -58,6 +58,7 @@ _TAP = "crackle.virtio.net.tap"
 _VSOCK = "crackle.virtio.vsock.device"
 _BALLOON = "crackle.virtio.balloon.device"
 _RNG = "crackle.virtio.rng.device"
+_PMEM = "crackle.virtio.pmem.device"
 _METADATA = ("crackle.mmds.store", "crackle.mmds.service")
 
 
@@ -101,6 +102,7 @@ def preload_all() -> None:
                 _VSOCK,
                 _BALLOON,
                 _RNG,
+                _PMEM,
                 *_METADATA,
             ),
         )
@@ -156,5 +158,7 @@ def _configured(config: VmConfig | None) -> Iterator[str]:
         yield _BALLOON
     if config.entropy is not None:
         yield from (_RNG, _LIMITER)
+    if config.pmem:
+        yield from (_PMEM, _LIMITER)
     if config.mmds_config is not None:
         yield from _METADATA

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crackle.kvm import MEM_LOG_DIRTY_PAGES, Vm
+from crackle.kvm import MEM_LOG_DIRTY_PAGES, MEM_READONLY, Vm
 from crackle.memory import GuestMemory, Region
 
 
@@ -26,15 +26,27 @@ class MemorySlots:
         return self._slots[region.gpa]
 
     def region_added(self, region: Region) -> None:
-        """The lowest free slot is its."""
-        slot = next(number for number in range(len(self._slots) + 1) if number not in self._slots.values())
-        self._vm.set_user_memory_region(slot, region.gpa, region.size, region.hva, self._flags)
-        self._slots[region.gpa] = slot
+        """It is in the guest's address space when this returns."""
+        self._give(region.gpa, region.size, region.hva, self._flags)
 
     def region_removed(self, region: Region) -> None:
         """An access of the guest finds nothing there when this returns."""
-        self._vm.set_user_memory_region(self._slots[region.gpa], region.gpa, 0, 0)
-        del self._slots[region.gpa]
+        self.remove(region.gpa)
+
+    def add(self, gpa: int, size: int, hva: int, *, read_only: bool) -> None:
+        """Let the guest have what is no RAM of its own. An access that it may not make finds no device there."""
+        self._give(gpa, size, hva, MEM_READONLY if read_only else 0)
+
+    def remove(self, gpa: int) -> None:
+        """The reverse; KeyError when there is nothing."""
+        self._vm.set_user_memory_region(self._slots[gpa], gpa, 0, 0)
+        del self._slots[gpa]
+
+    def _give(self, gpa: int, size: int, hva: int, flags: int) -> None:
+        """The lowest free slot."""
+        slot = next(number for number in range(len(self._slots) + 1) if number not in self._slots.values())
+        self._vm.set_user_memory_region(slot, gpa, size, hva, flags)
+        self._slots[gpa] = slot
 
     def release(self) -> None:
         """Give all slots back, of a machine that has not run yet."""

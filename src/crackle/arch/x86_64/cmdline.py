@@ -55,9 +55,8 @@ class Cmdline:
             )
         self._boot = boot
 
-    def append_root(self, *, partuuid: str | None = None, read_only: bool = False) -> None:
-        """Name the root device: the first block device, or the partition with that UUID."""
-        root = f"PARTUUID={partuuid}" if partuuid else "/dev/vda"
+    def append_root(self, root: str, *, read_only: bool = False) -> None:
+        """Name the root device, as the kernel knows it."""
         self.append(f"root={root} {'ro' if read_only else 'rw'}")
 
     def append_device(self, address: int, size: int, gsi: int) -> None:
@@ -108,22 +107,21 @@ def _split(text: bytes) -> tuple[bytes, bytes]:
 def build(
     boot_args: str | None,
     *,
-    root: bool = False,
-    partuuid: str | None = None,
+    root: str | None = None,
     read_only: bool = False,
     devices: Iterable[DeviceInfo] = (),
 ) -> bytes:
     """The command line for one boot, without its NUL, in the order Firecracker has it.
 
-    boot_args: the user's, or None for DEFAULT_BOOT_ARGS. root: there is a root block device (`partuuid` and
-    `read_only` describe it). devices: the virtio-mmio windows, in the order in which the guest is to number
-    them. Those that share an interrupt line with an earlier one are left out where there is no room for them: so
-    many are found by kernels that read ACPI.
+    boot_args: the user's, or None for DEFAULT_BOOT_ARGS. root: what its root device is called, if there is one, which
+    may be `read_only`. devices: the virtio-mmio windows, in the order in which the guest is to number them. Those that
+    share an interrupt line with an earlier one are left out where there is no room for them: so many are found by
+    kernels that read ACPI.
     """
     line = Cmdline(DEFAULT_BOOT_ARGS if boot_args is None else boot_args)
     line.append("pci=off")
-    if root:
-        line.append_root(partuuid=partuuid, read_only=read_only)
+    if root is not None:
+        line.append_root(root, read_only=read_only)
     lines: set[int] = set()
     for device in devices:
         try:

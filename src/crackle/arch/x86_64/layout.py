@@ -20,6 +20,7 @@ from crackle.errors import ConfigError
 from crackle.schema.machine import MAX_VCPUS as MAX_VCPUS
 
 PAGE_SIZE = 0x1000
+HUGE_PAGE_SIZE = 2 << 20
 
 BOOT_GDT = 0x500
 BOOT_IDT = 0x530
@@ -64,6 +65,7 @@ MMIO32_START = 0xC000_0000
 MMIO32_END = 1 << 32
 MMIO64_START = 256 << 30
 MMIO64_END = 512 << 30
+"""Between these, memory of devices' own: files that the guest has in its address space."""
 ADDRESS_LIMIT = 1 << 40
 """RAM ends below this: 1 TiB less the two gaps."""
 

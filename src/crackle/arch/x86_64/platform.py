@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CMDLINE_MAX_SIZE",
     "DEVICE_LINES",
+    "DEVICE_MEMORY",
     "DEVICE_ROUTES",
     "DEVICE_WINDOWS",
     "SAVED_DEVICE_LINES",
@@ -64,6 +65,7 @@ make_board = Board
 DEVICE_LINES = range(layout.GSI_FIRST, layout.GSI_VMGENID)
 # A guest that began before there was a generation ID may have a device on its line. It has no other use for that.
 SAVED_DEVICE_LINES = range(layout.GSI_FIRST, layout.GSI_LAST + 1)
+DEVICE_MEMORY = range(layout.MMIO64_START, layout.MMIO64_END, layout.HUGE_PAGE_SIZE)
 DEVICE_ROUTES = range(layout.GSI_MSI_FIRST, layout.GSI_MSI_LAST + 1)
 
 # For which tables are made before they are wanted.

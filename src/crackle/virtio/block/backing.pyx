@@ -103,25 +103,25 @@ cdef int duplicate_fd(int fd, str path) except -1:
         raise ConfigError(f"{_PROBLEM}: {os_reason(error)} {path}") from None
 
 
-def open_backing(str path, bint read_only):
-    """The Backing, without a lock. ConfigError when it cannot be a drive."""
+def open_backing(str path, bint read_only, str problem=_PROBLEM):
+    """The Backing, without a lock. ConfigError, which begins with `problem`, when it cannot be a drive."""
     try:
         # Without waiting, or a named pipe would be waited for.
         fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise ConfigError(f"{_PROBLEM}: {os_reason(error)} {path}") from None
+        raise ConfigError(f"{problem}: {os_reason(error)} {path}") from None
     except ValueError as error:
-        raise ConfigError(f"{_PROBLEM}: {os_reason(error)} {path!r}") from None
-    return backing_of(fd, path, read_only)
+        raise ConfigError(f"{problem}: {os_reason(error)} {path!r}") from None
+    return backing_of(fd, path, read_only, problem)
 
 
-def backing_of(int fd, str path, bint read_only):
+def backing_of(int fd, str path, bint read_only, str problem=_PROBLEM):
     """The Backing of what is open, which it takes. ConfigError, and it is closed, when it cannot be a drive."""
     backing = Backing()
     try:
         status = os.fstat(fd)
         if stat.S_ISFIFO(status.st_mode):
-            raise ConfigError(f"{_PROBLEM}: cannot use {path}: it is a named pipe")
+            raise ConfigError(f"{problem}: cannot use {path}: it is a named pipe")
         has_blocks = stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)
         # io_uring takes the flag for a wish to fail rather than to wait.
         os.set_blocking(fd, True)
@@ -135,7 +135,7 @@ def backing_of(int fd, str path, bint read_only):
         backing.discards = not read_only and can_discard(fd, stat.S_ISBLK(status.st_mode), backing.size)
     except OSError as error:
         os.close(fd)
-        raise ConfigError(f"{_PROBLEM}: {os_reason(error)} {path}") from None
+        raise ConfigError(f"{problem}: {os_reason(error)} {path}") from None
     except BaseException:
         os.close(fd)
         raise
