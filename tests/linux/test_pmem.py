@@ -35,7 +35,7 @@ def test_a_file_system_with_dax_keeps_what_was_flushed_and_can_be_the_root_devic
     guest = boot(stock["vmlinux"], initrd=stock["initrd"], **tools, pmem=[image]).wait_shell()
     guest.sh("mount -o dax /dev/pmem0 /mnt && grep '/mnt ' /proc/mounts | grep dax")
     guest.sh(FIO, 300)
-    guest.sh("cp -ax / /mnt; mkdir -p /mnt/tmp /mnt/run; echo kept > /mnt/kept; sync", 300)
+    guest.sh("cp -ax / /mnt; mkdir -p /mnt/proc /mnt/sys /mnt/dev /mnt/tmp /mnt/run; echo kept > /mnt/kept; sync", 300)
     counters = guest.vm.metrics()["pmem_pmem0"]
     assert counters["queue_event_count"] > 0
     assert counters["event_fails"] == 0
