@@ -191,11 +191,6 @@ def test_boot_source_drives_and_serial_show_in_the_configuration(vmm: Vmm, kerne
         ("/metrics", {}, JSON_ERROR + "missing field `metrics_path` at line 1 column "),
         ("/metrics", {"metrics_path": "/none/m"}, "Metrics error: Cannot initialize the metrics system"),
         ("/serial", {"baud": 9600}, JSON_ERROR + "unknown field `baud`"),
-        (
-            "/serial",
-            {"rate_limiter": {"size": 1, "refill_time": 1}},
-            "Crackle does not support rate limiters",
-        ),
         ("/actions", {}, JSON_ERROR + "missing field `action_type` at line 1 column "),
         ("/actions", {"action_type": "Reboot"}, JSON_ERROR + "unknown variant `Reboot`, expected one of"),
         ("/actions", {"action_type": "FlushMetrics"}, BEFORE),

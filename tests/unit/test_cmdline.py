@@ -75,8 +75,8 @@ def test_a_refused_append_changes_nothing() -> None:
 
 
 def test_root_device_and_its_mode() -> None:
-    assert build("q", root=True) == b"q pci=off root=/dev/vda rw"
-    assert build("q", root=True, read_only=True) == b"q pci=off root=/dev/vda ro"
+    assert build("q", root="/dev/vda") == b"q pci=off root=/dev/vda rw"
+    assert build("q", root="/dev/vda", read_only=True) == b"q pci=off root=/dev/vda ro"
     assert build("q", root="PARTUUID=0eaa91a0-01") == b"q pci=off root=PARTUUID=0eaa91a0-01 rw"
 
 
