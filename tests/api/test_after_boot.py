@@ -59,20 +59,6 @@ def test_what_is_configured_before_boot_is_refused_after(
     assert started.request("GET", "/vm/config").body == before
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "body"),
-    [
-        ("PUT", "/pmem/x", {"id": "x", "path_on_host": "/dev/null"}),
-        ("DELETE", "/pmem/x", None),
-    ],
-)
-def test_pmem_devices_neither_come_nor_go_while_the_guest_runs(
-    started: Vmm, method: str, path: str, body: dict[str, Any] | None
-) -> None:
-    answer = started.request(method, path, body)
-    assert (answer.status, answer.fault) == (400, "PCI is not enabled")
-
-
 def test_drives_come_and_go_while_the_guest_runs(started: Vmm, told: Callable[[], list[str]]) -> None:
     drive = {"drive_id": "x", "is_root_device": False, "path_on_host": "/dev/null"}
     for _ in range(2):

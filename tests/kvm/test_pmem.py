@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,3 +126,30 @@ def test_there_is_one_root_device(guests: Path, image: Path, tmp_path: Path) -> 
     root = Pmem("p", str(image), root_device=True)
     with pytest.raises(ConfigError, match=r"Attempt to add pmem as a root device while .* block device"):
         MicroVM(guests / "count.elf", str(tmp_path / "image"), pmem=[root], read_only=True)
+
+
+def test_files_come_and_go_while_the_guest_runs_and_leave_nothing(
+    spawn: Callable[..., Process], guests: Path, image: Path
+) -> None:
+    """Over the API, under filters: a device of the kind is there from the start, so that its code is."""
+    process = spawn()
+    resource = {"id": "first", "path_on_host": str(image), "read_only": True}
+    process.api.ask("PUT", "/pmem/first", resource)
+    process.boot(guests / "count.elf", "tick=20")
+    process.counted(2)
+
+    def held() -> tuple[int, int]:
+        pid = process.process.pid
+        return len(os.listdir(f"/proc/{pid}/fd")), Path(f"/proc/{pid}/maps").read_text().count(image.name)
+
+    before = held()
+    for _ in range(20):
+        process.api.ask("PUT", "/pmem/more", resource | {"id": "more"})
+        process.api.ask("PUT", "/pmem/more", resource | {"id": "more"}, expect=400)
+        assert len(process.api.ask("GET", "/vm/config", expect=200)["pmem"]) == 2
+        process.api.ask("DELETE", "/pmem/more", None)
+        process.api.ask("DELETE", "/pmem/more", None, expect=400)
+    process.api.ask("PUT", "/pmem/root", resource | {"id": "root", "root_device": True}, expect=400)
+    process.api.ask("PUT", "/pmem/none", resource | {"id": "none", "path_on_host": "/none"}, expect=400)
+    assert held() == before
+    process.counted(process.counted(1) + 1)

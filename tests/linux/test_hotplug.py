@@ -1,4 +1,4 @@
-"""Drives and network interfaces that come to a stock Linux guest that runs, are used at once, and go again."""
+"""Drives, network interfaces and files that come to a stock Linux guest that runs, are used at once, and go again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.linux.conftest import Guest
 
-from crackle import ConfigError, Drive, MicroVM, NetworkInterface
+from crackle import ConfigError, Drive, MicroVM, NetworkInterface, Pmem
 from support.network import Namespace
 
 Boot = Callable[..., Guest]
@@ -20,6 +20,7 @@ SOAK_CYCLES = 100
 HOST, GUEST = "10.9.0.1", "10.9.0.2"
 MAC = "06:f0:0d:00:00:09"
 WRONG = "BUG:|WARNING:|lockup|stall|I/O error|Call Trace|EXT4-fs error|Oops|ACPI Error|ACPI Warning"
+BEGINNING = "dd bs=4096 count=1 status=none iflag=direct if="
 # What the kernel has had to say from a number of lines on.
 SAID = "dmesg | tail -n +{} | grep -E '{}' || true"
 
@@ -70,9 +71,16 @@ def cycle(guest: Guest, drive: Drive, card: NetworkInterface, number: int) -> No
     use_disk(guest, number)
     guest.vm.attach(card)
     use_card(guest)
-    detach(guest.vm, drive.drive_id)
-    detach(guest.vm, card.iface_id)
-    guest.sh(until("[ ! -e /dev/vdb ]") + "; " + until("! ifconfig eth1 > /dev/null 2>&1"))
+    guest.vm.attach(Pmem("file", drive.path_on_host or "", read_only=True))
+    guest.sh(
+        until("[ -b /dev/pmem0 ]")
+        + f' && [ "$({BEGINNING}/dev/pmem0 | md5sum)" = "$({BEGINNING}/dev/vdb | md5sum)" ]'
+    )
+    for identifier in (drive.drive_id, card.iface_id, "file"):
+        detach(guest.vm, identifier)
+    guest.sh(
+        until("[ ! -e /dev/vdb ] && [ ! -e /dev/pmem0 ]") + "; " + until("! ifconfig eth1 > /dev/null 2>&1")
+    )
 
 
 @pytest.mark.parametrize(

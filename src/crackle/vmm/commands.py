@@ -71,27 +71,20 @@ ALLOWED = {
     "flush_metrics": _AFTER,
 }
 for _resource in RESOURCES:
-    ALLOWED[f"put_{_resource.name}"] = _ALWAYS if _resource.attachable else _BEFORE
+    ALLOWED[f"put_{_resource.name}"] = _ALWAYS if _resource.removable else _BEFORE
     if _resource.update is not None:
         ALLOWED[f"patch_{_resource.name}"] = _AFTER
     if _resource.removable:
         ALLOWED[f"delete_{_resource.name}"] = _AFTER
 
 
-# Of devices that clients know to come and go while the guest runs, where these do not.
-NO_PCI = "PCI is not enabled"
-_HOTPLUG = frozenset(f"put_{_resource.name}" for _resource in RESOURCES if _resource.removable)
-
 # What the commands are about that answer "not supported yet".
 NOT_YET: dict[str, str] = {
-    "delete_pmem": "removing pmem devices",
-    **{
-        name: resource.missing
-        for resource in RESOURCES
-        if resource.missing is not None
-        for name in ALLOWED
-        if resource.name in name
-    },
+    name: resource.missing
+    for resource in RESOURCES
+    if resource.missing is not None
+    for name in ALLOWED
+    if resource.name in name
 }
 
 
@@ -102,8 +95,6 @@ def check_state(name: str, state: str) -> None:
         return
     if state == STOPPED:
         raise StateError("The requested operation is not supported: the microVM has stopped.")
-    if name in _HOTPLUG:
-        raise StateError(NO_PCI)
     when = "before" if state == NOT_STARTED else "after"
     raise StateError(f"The requested operation is not supported {when} starting the microVM.")
 
@@ -112,7 +103,6 @@ _NOT_FOUND = "Failed perform action on device: Device not found"
 
 # What is said instead of that where clients know it: of devices that no microVM has, as of those that this one has not.
 _ABSENT = {
-    "delete_pmem": NO_PCI,
     "get_balloon": f"Internal VMM error: {_NOT_FOUND}",
     "get_balloon_statistics": f"Internal VMM error: {_NOT_FOUND}",
     "get_balloon_hinting": f"Balloon update error: {_NOT_FOUND}",

@@ -397,6 +397,17 @@ class Configuration:
                 f"The network interface {interface.iface_id!r} is there already. Give the new one another iface_id."
             )
 
+    def check_new_pmem(self, pmem: Pmem) -> None:
+        """The same, of persistent memory."""
+        if any(other.id == pmem.id for other in self.config.pmem):
+            raise ConfigError(
+                f"The pmem device {pmem.id!r} is there already. Give the new one another id, or PATCH this one."
+            )
+        if pmem.root_device:
+            raise ConfigError(
+                f"The guest has started: {pmem.id!r} cannot be its root device. Leave root_device out."
+            )
+
     def drive_to_remove(self, drive_id: str) -> Drive:
         """ConfigError when there is none, or the guest cannot be without."""
         drive = next((d for d in self.config.drives if d.drive_id == drive_id), None)
@@ -420,11 +431,25 @@ class Configuration:
             )
         return interface
 
-    def forget(self, kind: str, resource: Drive | NetworkInterface) -> None:
+    def pmem_to_remove(self, identifier: str) -> Pmem:
+        """The same, of persistent memory."""
+        pmem = next((each for each in self.config.pmem if each.id == identifier), None)
+        if pmem is None:
+            raise ConfigError(f"{_NO_DEVICE} There is no pmem device {identifier!r}.")
+        if pmem.root_device:
+            raise ConfigError(
+                f"The pmem device {identifier!r} is the root device, which a guest keeps as long as it runs."
+            )
+        return pmem
+
+    def forget(self, kind: str, identifier: str) -> None:
         """The guest has that device no more."""
-        section = self.config.network_interfaces if kind == "net" else self.config.drives
-        section.remove(resource)  # type: ignore[arg-type]
-        self._hold(kind, resource.iface_id if kind == "net" else resource.drive_id, None)  # type: ignore[union-attr]
+        how = KINDS[kind].resource or KINDS["block"].resource
+        assert how is not None
+        assert how.id_field is not None, "what comes and goes has a name"
+        section = getattr(self.config, how.section)
+        section[:] = [each for each in section if getattr(each, how.id_field) != identifier]
+        self._hold(kind, identifier, None)
         settle(self._disks())
 
     def drive_to_change(self, update: DriveUpdate) -> Drive:

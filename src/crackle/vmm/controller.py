@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         MmdsConfig,
         NetworkInterface,
         NetworkInterfaceUpdate,
+        Pmem,
         PmemUpdate,
         SnapshotCreate,
         SnapshotLoad,
@@ -480,13 +481,21 @@ class Controller:
         with context("Network config error: Unable to attach the net device"):
             self._attach("net", interface.iface_id, self.config.network_interfaces[-1])
 
-    def _attach(self, kind: str, identifier: str, resource: Drive | NetworkInterface) -> None:
+    def _put_pmem(self, pmem: Pmem) -> None:
+        with context("Pmem config error: Unable to attach the pmem device"):
+            self._configuration.check_new_pmem(pmem)
+            preload_coming(pmem=[pmem])
+        self._configuration.put_pmem(pmem)
+        with context("Pmem config error: Unable to attach the pmem device"):
+            self._attach("pmem", pmem.id, self.config.pmem[-1])
+
+    def _attach(self, kind: str, identifier: str, resource: Drive | NetworkInterface | Pmem) -> None:
         """Have the guest get what has just been configured, or forget it."""
         try:
             held = self._configuration.held.get((kind, identifier))
             self._running_machine().attach(kind, identifier, resource, held)
         except BaseException:
-            self._configuration.forget(kind, resource)
+            self._configuration.forget(kind, identifier)
             raise
 
     def _delete_drive(self, drive_id: str) -> None:
@@ -494,13 +503,19 @@ class Controller:
             drive = self._configuration.drive_to_remove(drive_id)
             kind = kind_of_drive(drive)
             self._running_machine().detach(kind, drive_id)
-        self._configuration.forget(kind, drive)
+        self._configuration.forget(kind, drive_id)
 
     def _delete_network(self, iface_id: str) -> None:
         with context("Network config error: Unable to detach the net device"):
-            interface = self._configuration.interface_to_remove(iface_id)
+            self._configuration.interface_to_remove(iface_id)
             self._running_machine().detach("net", iface_id)
-        self._configuration.forget("net", interface)
+        self._configuration.forget("net", iface_id)
+
+    def _delete_pmem(self, identifier: str) -> None:
+        with context("Pmem config error: Unable to detach the pmem device"):
+            self._configuration.pmem_to_remove(identifier)
+            self._running_machine().detach("pmem", identifier)
+        self._configuration.forget("pmem", identifier)
 
     def _patch_drive(self, update: DriveUpdate) -> None:
         with context("Drive config error: Unable to patch the block device"):

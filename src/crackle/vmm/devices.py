@@ -260,9 +260,8 @@ class Resource(msgspec.Struct, frozen=True, kw_only=True):
     name: of the commands ``put_<name>``, ``patch_<name>`` and ``delete_<name>``. body, update: the schemas of PUT and
     PATCH; update is None for what has no PATCH. section: the field of VmConfig, a list where there is an id_field.
     path: of the requests. counter: the stem of their metrics. deprecated: a field that makes a request a deprecated
-    one. removable: there is a DELETE. attachable: a PUT while the guest runs gives it another one, and a DELETE takes
-    one away. words: in front of what is wrong with it. missing: what is not supported yet, while nothing makes the
-    device.
+    one. removable: a PUT while the guest runs gives it another one, and a DELETE takes one away. words: in front of
+    what is wrong with it. missing: what is not supported yet, while nothing makes the device.
     """
 
     name: str
@@ -274,7 +273,6 @@ class Resource(msgspec.Struct, frozen=True, kw_only=True):
     counter: str | None = None
     deprecated: tuple[str, ...] = ()
     removable: bool = False
-    attachable: bool = False
     words: str = ""
     missing: str | None = None
 
@@ -330,7 +328,6 @@ KINDS = {
             id_field="drive_id",
             counter="drive",
             removable=True,
-            attachable=True,
         ),
     ),
     "vhost_user_block": Kind(make_vhost_user_block, update_vhost_user_block, open_vhost_user_block),
@@ -347,7 +344,6 @@ KINDS = {
             id_field="iface_id",
             counter="network",
             removable=True,
-            attachable=True,
         ),
     ),
     "vsock": Kind(

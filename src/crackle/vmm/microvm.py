@@ -511,16 +511,19 @@ class MicroVM:
         """Press the ACPI power button."""
         self._order("press_power_button")
 
-    def attach(self, device: str | os.PathLike[str] | Drive | NetworkInterface) -> str:
-        """Give the guest, which runs, another disk or network interface; returns its identifier.
+    def attach(self, device: str | os.PathLike[str] | Drive | NetworkInterface | Pmem) -> str:
+        """Give the guest, which runs, another disk, network interface or file in its memory; returns its identifier.
 
-        device: a `Drive`, or the path of one; or a `NetworkInterface`. A Linux guest with ACPI sees it within
+        device: a `Drive`, or the path of one; a `NetworkInterface`; or a `Pmem`. A Linux guest with ACPI sees it within
         milliseconds. Before the start it is one of those that the guest begins with. ConfigError when it cannot be had.
         """
         with self._turn():
             if isinstance(device, NetworkInterface):
                 self._order("put_network", checked(device))
                 return device.iface_id
+            if isinstance(device, Pmem):
+                self._order("put_pmem", checked(device))
+                return device.id
             if not isinstance(device, Drive):
                 path = path_of(device, "device")
                 taken = {drive.drive_id for drive in self.config.drives}
@@ -530,15 +533,20 @@ class MicroVM:
             return device.drive_id
 
     def detach(self, identifier: str) -> None:
-        """Ask the guest for a disk or a network interface, and take it away when the guest's driver has let go of it.
+        """Ask the guest for a device that can be attached, and take it away when the guest's driver has let go of it.
 
         A Linux guest does within milliseconds; unmount file systems first. One that it began with is unbound in the
         guest first (docs/hotplug.md). ConfigError when the guest has not let go after two seconds, or cannot be
         without: then it has it still.
         """
         with self._turn():
-            cards = [card.iface_id for card in self.config.network_interfaces]
-            self._order("delete_network" if identifier in cards else "delete_drive", identifier)
+            config = self.config
+            if any(card.iface_id == identifier for card in config.network_interfaces):
+                self._order("delete_network", identifier)
+            elif any(pmem.id == identifier for pmem in config.pmem):
+                self._order("delete_pmem", identifier)
+            else:
+                self._order("delete_drive", identifier)
 
     def update_drive(
         self,

@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from crackle.schema import Drive, NetworkInterface
+    from crackle.schema import Drive, NetworkInterface, Pmem
     from crackle.schema.config import VmConfig
 
 # For what goes wrong: a request that is no JSON, a guest that fails or stays silent. And what is compiled of what a
@@ -70,10 +70,13 @@ def preload(config: VmConfig | None = None, *, custom: bool = False, terminal: b
     _import((*ALWAYS, *_configured(config), *_given(custom, terminal)))
 
 
-def preload_coming(*, drives: Sequence[Drive] = (), interfaces: Sequence[NetworkInterface] = ()) -> None:
+def preload_coming(
+    *, drives: Sequence[Drive] = (), interfaces: Sequence[NetworkInterface] = (), pmem: Sequence[Pmem] = ()
+) -> None:
     """Import what devices want that come while the machine runs. ConfigError when there is no leave to any more."""
     _import(
-        _of(drives, interfaces), "which a microVM that runs may not load: begin with a device of this kind"
+        _of(drives, interfaces, pmem),
+        "which a microVM that runs may not load: begin with a device of this kind",
     )
 
 
@@ -135,7 +138,9 @@ def _given(custom: bool, terminal: bool) -> Iterator[str]:
         yield "termios"
 
 
-def _of(drives: Sequence[Drive], interfaces: Sequence[NetworkInterface]) -> Iterator[str]:
+def _of(
+    drives: Sequence[Drive], interfaces: Sequence[NetworkInterface], pmem: Sequence[Pmem]
+) -> Iterator[str]:
     for drive in drives:
         if drive.socket is not None:
             yield _VHOST_USER
@@ -146,19 +151,19 @@ def _of(drives: Sequence[Drive], interfaces: Sequence[NetworkInterface]) -> Iter
         yield _LIMITER
     if interfaces:
         yield from (_NET, _TAP, _LIMITER)
+    if pmem:
+        yield from (_PMEM, _LIMITER, *_BLOCK)
 
 
 def _configured(config: VmConfig | None) -> Iterator[str]:
     if config is None:
         return
-    yield from _of(config.drives, config.network_interfaces)
+    yield from _of(config.drives, config.network_interfaces, config.pmem)
     if config.vsock is not None:
         yield _VSOCK
     if config.balloon is not None:
         yield _BALLOON
     if config.entropy is not None:
         yield from (_RNG, _LIMITER)
-    if config.pmem:
-        yield from (_PMEM, _LIMITER)
     if config.mmds_config is not None:
         yield from _METADATA
