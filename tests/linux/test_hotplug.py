@@ -20,7 +20,6 @@ SOAK_CYCLES = 100
 HOST, GUEST = "10.9.0.1", "10.9.0.2"
 MAC = "06:f0:0d:00:00:09"
 WRONG = "BUG:|WARNING:|lockup|stall|I/O error|Call Trace|EXT4-fs error|Oops|ACPI Error|ACPI Warning"
-BEGINNING = "dd bs=4096 count=1 status=none iflag=direct if="
 # What the kernel has had to say from a number of lines on.
 SAID = "dmesg | tail -n +{} | grep -E '{}' || true"
 
@@ -74,7 +73,7 @@ def cycle(guest: Guest, drive: Drive, card: NetworkInterface, number: int) -> No
     guest.vm.attach(Pmem("file", drive.path_on_host or "", read_only=True))
     guest.sh(
         until("[ -b /dev/pmem0 ]")
-        + f' && [ "$({BEGINNING}/dev/pmem0 | md5sum)" = "$({BEGINNING}/dev/vdb | md5sum)" ]'
+        + ' && [ "$(head -c 4096 /dev/pmem0 | md5sum)" = "$(head -c 4096 /dev/vdb | md5sum)" ]'
     )
     for identifier in (drive.drive_id, card.iface_id, "file"):
         detach(guest.vm, identifier)
