@@ -267,7 +267,12 @@ def test_what_the_api_shows_is_a_configuration_file(
         ({"machine-config": {"cpus": 1}}, "unknown field `cpus`"),
         ({"logger": {"log_path": "/none/log"}}, "Logger error: Failed to open target file"),
         ({"metrics": {"metrics_path": "/none/m"}}, "Metrics error: Cannot initialize the metrics system"),
-        ({"cpu-config": {}}, "Crackle does not support CPU templates yet."),
+        ({"memory-hotplug": {"total_size_mib": 1024}}, "Crackle does not support memory hotplug yet."),
+        (
+            {"cpu-config": "/none"},
+            "The CPU template cannot be read: No such file or directory (os error 2): /none",
+        ),
+        ({"cpu-config": {"kvm_capabilities": ["x"]}}, "Failed to parse string [x] as a kvm capability"),
         ({"vsock": {"guest_cid": 3, "uds_path": "/none/v"}}, "Vsock device error: Cannot create backend"),
         (
             {"boot-source": {"kernel_image_path": "/dev/null", "boot_args": "unbootable"}},
