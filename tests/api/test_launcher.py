@@ -221,7 +221,10 @@ def test_signals_that_come_early_are_not_lost(zygote: ZygoteProcess, tmp_path: P
 
 def descriptors(pid: int) -> dict[str, str]:
     """What each is open on, without the numbers of what is made anew."""
-    names = {fd: os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
+    names = {}
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            names[fd] = os.readlink(f"/proc/{pid}/fd/{fd}")
     return {fd: re.sub(r":\[\d+", ":[N", name) for fd, name in names.items() if "kvm" not in name}
 
 

@@ -137,7 +137,9 @@ def test_the_boards_devices_are_saved_and_restored(machine: Callable[..., Any]) 
     other = machine("echo")
     assert other.machine.board.save() != state
     other.machine.board.restore(copy)
-    assert other.machine.board.save() == state
+    # But for what tells the guest that it goes on.
+    after = other.machine.board.save()
+    assert after == msgspec.structs.replace(state, vmclock=after.vmclock, hotplug=after.hotplug)
 
 
 def test_windows_and_lines_for_devices_are_apart_from_the_boards() -> None:

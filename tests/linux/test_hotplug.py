@@ -72,13 +72,13 @@ def cycle(guest: Guest, drive: Drive, card: NetworkInterface, number: int) -> No
     use_card(guest)
     guest.vm.attach(Pmem("file", drive.path_on_host or "", read_only=True))
     guest.sh(
-        until("[ -b /dev/pmem0 ]")
-        + ' && [ "$(head -c 4096 /dev/pmem0 | md5sum)" = "$(head -c 4096 /dev/vdb | md5sum)" ]'
+        until("[ -b /dev/pmem1 ]")
+        + ' && [ "$(head -c 4096 /dev/pmem1 | md5sum)" = "$(head -c 4096 /dev/vdb | md5sum)" ]'
     )
     for identifier in (drive.drive_id, card.iface_id, "file"):
         detach(guest.vm, identifier)
     guest.sh(
-        until("[ ! -e /dev/vdb ] && [ ! -e /dev/pmem0 ]") + "; " + until("! ifconfig eth1 > /dev/null 2>&1")
+        until("[ ! -e /dev/vdb ] && [ ! -e /dev/pmem1 ]") + "; " + until("! ifconfig eth1 > /dev/null 2>&1")
     )
 
 
@@ -92,12 +92,19 @@ def test_a_stock_guest_takes_and_gives_back_a_disk_and_an_interface_and_nothing_
     path = tmp_path / "disk"
     path.touch()
     os.truncate(path, 8 << 20)
+    first = tmp_path / "first"
+    first.write_bytes(bytes(4096))
     taps = namespace.tap(), namespace.tap(address=f"{HOST}/24")
     drive = Drive("data", False, path_on_host=str(path))
     card = NetworkInterface("data0", taps[1], MAC)
     with namespace.entered():
         guest = boot(
-            stock["vmlinux"], initrd=stock["initrd"], rootfs=rootfs, memory=256, interfaces=[taps[0]]
+            stock["vmlinux"],
+            initrd=stock["initrd"],
+            rootfs=rootfs,
+            memory=256,
+            interfaces=[taps[0]],
+            pmem=[first],
         )
         guest.wait_shell()
         lines = int(guest.sh("dmesg | wc -l"))
@@ -108,7 +115,7 @@ def test_a_stock_guest_takes_and_gives_back_a_disk_and_an_interface_and_nothing_
         assert held() == before
     assert guest.sh(SAID.format(lines, WRONG)) == ""
     assert [each.drive_id for each in guest.vm.config.drives] == ["rootfs"]
-    assert int(guest.sh("ls /sys/bus/virtio/devices | wc -l")) == 2
+    assert int(guest.sh("ls /sys/bus/virtio/devices | wc -l")) == 3
     with pytest.raises(ConfigError, match="is the root device"):
         guest.vm.detach("rootfs")
 

@@ -264,7 +264,6 @@ def test_queues_cannot_be_set_up_before_features_ok_nor_after_driver_ok(bench: B
     registers.negotiate(F_VERSION_1)
     assert registers.set_up_queue(0, ring)
     registers.drive()
-    registers[QUEUE_READY] = 0
     registers.place_queue(0, 8, 0, 0, 0)
     assert registers[QUEUE_READY] == 1
     [queue] = bench.device.queues
@@ -274,6 +273,22 @@ def test_queues_cannot_be_set_up_before_features_ok_nor_after_driver_ok(bench: B
         ring.avail,
         ring.used,
     )
+
+
+def test_a_driver_that_runs_may_stop_using_a_queue_and_has_it_back_with_a_reset(bench: Bench) -> None:
+    registers = bench.registers
+    ring = Ring(bench.memory, RING, 4)
+    registers.negotiate(F_VERSION_1)
+    assert registers.set_up_queue(0, ring)
+    registers.drive()
+    registers[QUEUE_READY] = 0
+    assert registers[QUEUE_READY] == 0
+    fails = bench.device.cfg_fails
+    registers[QUEUE_READY] = 1
+    assert (registers[QUEUE_READY], bench.device.cfg_fails) == (0, fails + 1)
+    registers[STATUS] = 0
+    registers.negotiate(F_VERSION_1)
+    assert registers.set_up_queue(0, Ring(bench.memory, RING, 4))
 
 
 def test_a_queue_that_is_enabled_keeps_its_place_until_it_is_disabled(bench: Bench) -> None:

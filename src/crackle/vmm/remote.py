@@ -226,6 +226,8 @@ class RemoteController:
             try:
                 self._link.commands.send(encode(order), fds)
             except OSError:
+                # It may have said why, before it ended.
+                self.collect()
                 self._gone()
             self._directory = directory
             self._owed.append(command.name)

@@ -284,12 +284,15 @@ cdef class MmioTransport:
     cdef void store_queue(self, Virtqueue queue, uint64_t offset, uint32_t value) noexcept nogil:
         cdef uint32_t status = self.device.status
         # 3.1.1: queues are set up between FEATURES_OK and DRIVER_OK; a queue that is ready keeps its addresses.
-        if not status & VIRTIO_CONFIG_S_FEATURES_OK or status & VIRTIO_CONFIG_S_DRIVER_OK:
+        if not status & VIRTIO_CONFIG_S_FEATURES_OK:
+            self.device.cfg_fails += 1
+        elif offset == VIRTIO_MMIO_QUEUE_READY and not value:
+            # 4.2.3.2: a driver may stop using a queue at any time, and has it back with a reset.
+            queue.ready = False
+        elif status & VIRTIO_CONFIG_S_DRIVER_OK:
             self.device.cfg_fails += 1
         elif offset == VIRTIO_MMIO_QUEUE_READY:
-            if not value:
-                queue.ready = False
-            elif not queue.enable():
+            if not queue.enable():
                 self.device.need_reset()
         elif queue.ready:
             self.device.cfg_fails += 1
