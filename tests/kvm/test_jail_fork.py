@@ -9,7 +9,6 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +73,6 @@ def test_clones_of_a_programs_microvm_live_in_its_jail(
     assert inside >= {vm.pid for vm in stopped[1:]}
     stop_all(stopped)
     until_gone(group.parent)
-
-
-@pytest.fixture
-def jailed(tmp_path: Path) -> Iterator[Jailed]:
-    base = tmp_path / "jails"
-    base.mkdir()
-    one = Jailed(base)
-    yield one
-    one.end()
 
 
 def fork(jailed: Jailed, *clones: dict[str, Any]) -> list[dict[str, Any]]:
