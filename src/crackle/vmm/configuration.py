@@ -17,7 +17,7 @@ from crackle.vmm.files import MAPPING, BootFile, open_disk, open_overlaid, settl
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from crackle.schema import (
@@ -410,9 +410,7 @@ class Configuration:
 
     def drive_to_remove(self, drive_id: str) -> Drive:
         """ConfigError when there is none, or the guest cannot be without."""
-        drive = next((d for d in self.config.drives if d.drive_id == drive_id), None)
-        if drive is None:
-            raise ConfigError(f"{_NO_DEVICE} There is no drive {drive_id!r}.")
+        drive: Drive = _named(self.config.drives, "drive_id", drive_id, "drive")
         if drive.is_root_device:
             raise ConfigError(
                 f"The drive {drive_id!r} is the root device, which a guest keeps as long as it runs."
@@ -421,9 +419,8 @@ class Configuration:
 
     def interface_to_remove(self, iface_id: str) -> NetworkInterface:
         """The same, of a network interface."""
-        interface = next((i for i in self.config.network_interfaces if i.iface_id == iface_id), None)
-        if interface is None:
-            raise ConfigError(f"{_NO_DEVICE} There is no network interface {iface_id!r}.")
+        cards = self.config.network_interfaces
+        interface: NetworkInterface = _named(cards, "iface_id", iface_id, "network interface")
         mmds = self.config.mmds_config
         if mmds is not None and iface_id in mmds.network_interfaces:
             raise ConfigError(
@@ -433,9 +430,7 @@ class Configuration:
 
     def pmem_to_remove(self, identifier: str) -> Pmem:
         """The same, of persistent memory."""
-        pmem = next((each for each in self.config.pmem if each.id == identifier), None)
-        if pmem is None:
-            raise ConfigError(f"{_NO_DEVICE} There is no pmem device {identifier!r}.")
+        pmem: Pmem = _named(self.config.pmem, "id", identifier, "pmem device")
         if pmem.root_device:
             raise ConfigError(
                 f"The pmem device {identifier!r} is the root device, which a guest keeps as long as it runs."
@@ -454,9 +449,7 @@ class Configuration:
 
     def drive_to_change(self, update: DriveUpdate) -> Drive:
         """The drive that `update` is about; ConfigError when it cannot be changed so."""
-        drive = next((d for d in self.config.drives if d.drive_id == update.drive_id), None)
-        if drive is None:
-            raise ConfigError(f"{_NO_DEVICE} There is no drive {update.drive_id!r}.")
+        drive: Drive = _named(self.config.drives, "drive_id", update.drive_id, "drive")
         changes = (update.path_on_host, update.rate_limiter, update.overlay) != (None, None, None)
         if changes is (drive.socket is not None):
             what = "A vhost-user drive's back end decides" if changes else "There is nothing to change"
@@ -509,12 +502,19 @@ class Configuration:
 
     def interface_to_change(self, update: NetworkInterfaceUpdate) -> NetworkInterface:
         """The interface that `update` is about; ConfigError when it cannot be changed so."""
-        interface = next((i for i in self.config.network_interfaces if i.iface_id == update.iface_id), None)
-        if interface is None:
-            raise ConfigError(f"{_NO_DEVICE} There is no network interface {update.iface_id!r}.")
+        cards = self.config.network_interfaces
+        interface: NetworkInterface = _named(cards, "iface_id", update.iface_id, "network interface")
         self._check_limiter(update.rx_rate_limiter)
         self._check_limiter(update.tx_rate_limiter)
         return interface
+
+
+def _named(section: Sequence[Any], field: str, name: str, what: str) -> Any:
+    """The device of that name in a section of the configuration. ConfigError when there is none."""
+    for resource in section:
+        if getattr(resource, field) == name:
+            return resource
+    raise ConfigError(f"{_NO_DEVICE} There is no {what} {name!r}.")
 
 
 def merge(resource: Any, update: Any) -> None:
