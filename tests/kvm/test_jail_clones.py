@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from crackle import ConfigError, Jail, MicroVM, Overlay, PageHandler, Pool, Snapshot
+from crackle import ConfigError, Jail, MicroVM, Overlay, PageHandler, Pmem, Pool, Snapshot
 from crackle.cli.templates import options_of
 from crackle.vmm.clones import stop_all
 from support.jails import DEVICES, check_confined, files, status, until_gone
@@ -106,6 +106,25 @@ def test_it_sees_its_own_disks_and_what_is_below_them(
             assert seen == below
         else:
             assert seen == {*below, *(str(tmp_path / "s" / name)[1:] for name in ("state", "memory"))}
+
+
+def test_it_sees_the_files_that_are_in_its_address_space(
+    guests: Path, tmp_path: Path, stopped: list[MicroVM]
+) -> None:
+    """And so does a microVM that is restored into a jail, from another file."""
+    tmp_path.chmod(0o755)
+    shared, other = tmp_path / "shared", tmp_path / "other"
+    shared.write_bytes(bytes(4096))
+    mapped = Pmem("p", str(shared), read_only=True)
+    with MicroVM(guests / "echo.elf", boot_args="", memory=32, pmem=[mapped]) as vm:
+        vm.console.expect("echo\n", PATIENCE)
+        vm.snapshot(tmp_path / "s")
+    with Snapshot(tmp_path / "s") as snapshot:
+        stopped += snapshot.clone(2, jail=own)
+    shared.rename(other)
+    stopped.append(MicroVM.restore(tmp_path / "s", pmem={"p": other}, jail=own(9)))
+    for index, vm in enumerate(stopped):
+        answers(vm, f"number{index}")
 
 
 def test_its_memory_comes_from_a_handler_and_its_vsock_socket_is_in_its_folder(

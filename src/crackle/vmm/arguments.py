@@ -166,9 +166,14 @@ def jail_of(jail: object, seen: Callable[[], Iterable[str | None]]) -> Jail | No
     return checked(msgspec.structs.replace(jail, paths=(*paths, *filter(None, seen()))))
 
 
-def files_of(drives: Iterable[Drive], overrides: Iterable[DriveOverride] = ()) -> Iterator[str]:
-    """The files that these disks are made of, as `overrides` have them, as far as they are there already."""
-    other = {each.drive_id: each for each in overrides}
+def files_of(
+    drives: Iterable[Drive], mapped: Iterable[Pmem], request: SnapshotLoad | None = None
+) -> Iterator[str]:
+    """The files of disks and persistent memory, as `request` overrides them, as far as they are there already."""
+    other = {} if request is None else {each.drive_id: each for each in request.drive_overrides}
+    paths = {} if request is None else {each.id: each.path_on_host for each in request.pmem_overrides}
+    for pmem in mapped:
+        yield paths.get(pmem.id, pmem.path_on_host)
     for drive in drives:
         given = other.get(drive.drive_id)
         path = drive.path_on_host if given is None or given.path_on_host is None else given.path_on_host

@@ -194,7 +194,7 @@ class Identities:
         handler = self._options.get("handler")
         # The memory file, and the state where there is one, come as descriptors; a handler wants to know which it is.
         read = () if handler is None else (self._paths[0], path_of(handler, "handler"))
-        return jail_of(own, lambda: (*read, *files_of(self._config.drives, request.drive_overrides)))
+        return jail_of(own, lambda: (*read, *files_of(self._config.drives, self._config.pmem, request)))
 
     def _request(self, index: int, identifier: str) -> SnapshotLoad:
         state, memory = self._paths

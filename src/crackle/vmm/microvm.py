@@ -193,11 +193,7 @@ class MicroVM:
         if mmds is not None:
             mmds = checked(mmds)
         confined = jail_of(
-            jail,
-            lambda: (
-                *(source.kernel_image_path, source.initrd_path, *files_of(disks)),
-                *(each.path_on_host for each in mapped),
-            ),
+            jail, lambda: (source.kernel_image_path, source.initrd_path, *files_of(disks, mapped))
         )
         hosting = Hosting(
             console,
@@ -313,8 +309,7 @@ class MicroVM:
             lambda: (
                 state_path,
                 memory_path if handler is None else path_of(handler, "handler"),
-                *files_of(read(state_path).config.drives, request.drive_overrides),
-                *_mapped_files(read(state_path).config.pmem, pmem),
+                *_saved_files(state_path, request),
             ),
         )
         hosting = Hosting(
@@ -840,6 +835,7 @@ def _end_of(machine: Machine | RemoteMachine) -> CrackleError | None:
     return CrackleError(f"the guest ended: {status.message}")
 
 
-def _mapped_files(saved: Sequence[Pmem], others: Mapping[str, object]) -> list[str]:
-    """What persistent memory of a snapshot is to be."""
-    return [path_of(others.get(each.id, each.path_on_host), "pmem") for each in saved]
+def _saved_files(state_path: str, request: SnapshotLoad) -> Iterator[str]:
+    """Of the disks and the persistent memory that a snapshot has."""
+    config = read(state_path).config
+    return files_of(config.drives, config.pmem, request)
