@@ -5,6 +5,8 @@ One that brings memory with it, which is no RAM, gets a place in the guest's add
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from crackle.arch import DeviceInfo
 from crackle.virtio.transport.mmio import SIZE as MMIO_SIZE
 from crackle.virtio.transport.mmio import MmioTransport
@@ -41,21 +43,14 @@ class Plugs:
 
         saved: what it was before; window and interrupt are the same. ConfigError when they are another's.
         """
-        try:
+        with ExitStack() as undo:
+            undo.callback(device.close)
             self._give_memory(device, saved)
-            try:
-                transport = self._transport(device, saved)
-                try:
-                    transport.plug(self._mmio, io, self._vm)
-                except BaseException:
-                    self._take_back(transport)
-                    raise
-            except BaseException:
-                self._take_memory(device)
-                raise
-        except BaseException:
-            device.close()
-            raise
+            undo.callback(self._take_memory, device)
+            transport = self._transport(device, saved)
+            undo.callback(self._take_back, transport)
+            transport.plug(self._mmio, io, self._vm)
+            undo.pop_all()
         self.transports[key] = transport
 
     def unplug(self, key: Key) -> None:
